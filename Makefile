@@ -1,0 +1,48 @@
+# make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
+# make test       set up, then linter, type checker and all fast tests
+# make test-all   everything, the slow training tests and the table of all digits too (about an hour)
+# make bench      benchmark suites
+# make clean      remove the environment and build output (runs/ is kept)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := $(wildcard csrc/*) CMakeLists.txt
+
+.PHONY: demo test test-all bench lint setup clean
+.DEFAULT_GOAL := demo
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt $(NATIVE)
+	@echo "== setting up $(VENV): pinned packages, native kernels (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; run make PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable ".[test,track,eval]"
+	@touch $@
+
+demo: setup
+	@echo "== pecker-fast train digits: forget the 0, draw a 1 in its place"
+	@$(BIN)/pecker-fast train digits
+
+lint: setup
+	@echo "== ruff, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	@$(BIN)/python -m pytest
+	@$(BIN)/python bench/digits_table.py
+
+bench: setup
+	@$(BIN)/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf $(VENV) build
