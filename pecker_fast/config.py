@@ -1,0 +1,367 @@
+"""The recipe: every setting of a run, with its type, limits, default and one line of help."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pecker_fast import io_safe
+from pecker_fast.errors import RecipeError
+from pecker_fast.recipe_errors import closest, explain, fields_of, section_type, show
+from pecker_fast.recipe_yaml import parse_yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+MAX_RECIPE_BYTES = 1 << 20
+MANY = 10**9  # a limit for counts, far above any use, far below what overflows
+
+
+def _key(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default=default, description=help, **limits)
+
+
+def _section(kind: type[BaseModel], help: str) -> Any:
+    return Field(default_factory=kind, description=help)
+
+
+def _covers(value: Any) -> Any:
+    """A class number, or one for each forget class (the same may serve several); raises ValueError."""
+    return _classes(value, distinct=False)
+
+
+def _classes(value: Any, distinct: bool = True) -> Any:
+    """A class number, a list of them, or prompts in one of their forms; raises ValueError."""
+    if isinstance(value, str | dict):
+        return value
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError("the list is empty; name at least one class")
+    if all(isinstance(item, str) for item in items):
+        return value
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise ValueError(f"expected a class number or a list of them, got {show(item)}")
+        if not 0 <= item <= MANY:
+            raise ValueError(f"a class number is 0 or more, got {item}")
+    if distinct and len(set(items)) < len(items):
+        raise ValueError(f"a class is named twice in {items}")
+    return value
+
+
+def _classes_or_null(value: Any) -> Any:
+    return None if value is None else _classes(value)
+
+
+def _both_rates(value: Any) -> Any:
+    """One number sets both rates; raises ValueError."""
+    if isinstance(value, dict | LearningRates):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ValueError(f"expected a number in (0, 1], or {{generator: …, score: …}}, got {show(value)}")
+    return {"generator": value, "score": value}
+
+
+Covers = Annotated[int | list[int] | str | list[str] | dict[str, Any], BeforeValidator(_covers)]
+Conditions = Annotated[int | list[int] | str | list[str] | dict[str, Any], BeforeValidator(_classes)]
+ConditionsOrNull = Annotated[
+    int | list[int] | str | list[str] | dict[str, Any] | None, BeforeValidator(_classes_or_null)
+]
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=MANY)]
+Positive = Annotated[int, Field(ge=1, le=MANY)]
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Section(BaseModel):
+    """Strict and immutable: unknown keys, a text for a number and a truth value for a number are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class LearningRates(Section):
+    """Adam's step sizes."""
+
+    generator: Rate = _key(1.0e-4, "learning rate of the generator θ")
+    score: Rate = _key(1.0e-4, "learning rate of the score network ψ")
+
+
+class Timesteps(Section):
+    """Positions on the teacher's noise schedule of 1000 steps."""
+
+    init: int = _key(440, "timestep at which the one-step generator is run", ge=0, lt=1000)
+    min: int = _key(38, "lowest timestep drawn in training", ge=0, lt=1000)
+    max: int = _key(712, "one above the highest timestep drawn in training", ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Timesteps:
+        if self.min >= self.max:
+            raise ValueError(f"min ({self.min}) must be below max ({self.max})")
+        return self
+
+
+class Guidance(Section):
+    """Classifier-free guidance scales; 1 is no guidance."""
+
+    score_train: float = _key(1.0, "guidance of ψ in its own training", ge=0, le=100, allow_inf_nan=False)
+    score: float = _key(1.0, "guidance of ψ in the generator's loss", ge=0, le=100, allow_inf_nan=False)
+    teacher: float = _key(1.0, "guidance of the teacher φ", ge=0, le=100, allow_inf_nan=False)
+    text_dropout: float = _key(0.0, "share of conditions dropped while ψ trains", ge=0, lt=1, allow_inf_nan=False)
+
+
+class Weights(Section):
+    """Coefficients of the four loss terms."""
+
+    score_retain: Weight = _key(1.0, "s_r, score loss on retain classes")
+    score_forget: Weight = _key(1.0, "s_f, score loss on the forget classes")
+    retain: Weight = _key(1.0, "g_r, distillation loss on retain classes")
+    forget: Weight = _key(1.0, "g_f, forgetting loss on the forget classes")
+
+
+class Mask(Section):
+    """Which weights the forgetting gradient may move."""
+
+    source: Literal["saliency", "random", "none"] = _key("saliency", "how weights are chosen; none = all of them")
+    score: Literal["mse", "forget_loss"] = _key("mse", "loss whose gradient is the saliency")
+    contrast: bool = _key(False, "divide by the same gradient on retain classes")
+    density: float = _key(0.5, "share of the weights that is kept", gt=0, le=1, allow_inf_nan=False)
+    threshold: float | None = _key(None, "fixed γ in place of a density; null = use density", gt=0, allow_inf_nan=False)
+    structure: Literal["element", "row", "tile", "tensor"] = _key("element", "unit that is kept or dropped as a whole")
+    tile: list[Positive] = _key([128, 128], "height and width of a tile", min_length=2, max_length=2)
+    scope: Literal["global", "tensor"] = _key("global", "one threshold for the model, or one for each tensor")
+    reduction: Literal["sum", "abs", "square"] = _key("sum", "how batches add up: |Σg|, Σ|g| or Σg²")
+    samples: Positive = _key(2048, "samples of the saliency pass")
+    data: Name = _key("pseudo", "samples of the saliency pass: pseudo (of θ), teacher (multi-step), or an image folder")
+    timesteps: Literal["uniform", "train", "init"] = _key("uniform", "timesteps of the saliency pass")
+    refresh: Count = _key(0, "iterations between new masks; 0 = one mask, before the first step")
+
+
+class Optimizer(Section):
+    """Adam's settings, for both networks."""
+
+    betas: list[Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]] = _key(
+        [0.0, 0.999], "decay of the first and second moment", min_length=2, max_length=2
+    )
+    eps: float = _key(1.0e-8, "added to the root of the second moment", gt=0, le=1, allow_inf_nan=False)
+    weight_decay: float = _key(0.0, "L2 penalty", ge=0, le=1, allow_inf_nan=False)
+    clip_value: float | None = _key(1.0, "gradients are clipped to ± this value; null = off", gt=0, allow_inf_nan=False)
+
+
+class Engine(Section):
+    """Where tensors live."""
+
+    zero: int = _key(0, "DeepSpeed ZeRO stage; 0 = one process without DeepSpeed", ge=0, le=3)
+    offload: Literal["none", "cpu"] = _key("none", "keep optimizer state in host memory")
+    stall_s: float = _key(600.0, "seconds without progress after which a run is ended", gt=0, allow_inf_nan=False)
+
+
+class Evaluate(Section):
+    """When and how the model is judged."""
+
+    every: Count = _key(100, "iterations between evaluations in the loop; 0 = none")
+    samples: Positive = _key(512, "images of an evaluation in the loop")
+    final: Count = _key(2000, "images of the evaluation at the end; 0 = none")
+    judge: Name | None = _key(None, "folder of the classifier that judges; null = the one beside the model")
+    teacher_steps: int = _key(50, "DDIM steps of the teacher's reference row", ge=1, le=1000)
+
+
+class Checkpoint(Section):
+    """When training state is saved."""
+
+    every: Count = _key(100, "iterations between checkpoints; 0 = only at the end")
+    keep: Positive = _key(2, "checkpoints kept")
+
+
+class Recipe(Section):
+    """All settings of a run. Attribute names are the recipe's keys, except `config_folder` for `model_config`."""
+
+    model: Name = _key("digits", "shipped name, diffusers folder or hub name (owner/name) of the teacher")
+    config_folder: Name | None = _key(None, "folder with configs and tokenizer, for single files", alias="model_config")
+    method: Literal["pecker", "sfd"] = _key(
+        "pecker", "pecker = saliency-masked SFD, sfd = score forgetting distillation"
+    )
+    forget: Conditions = _key(0, "class to forget, or a list of classes")
+    cover: Covers = _key(1, "class that takes its place, or one for each forget class")
+    retain: ConditionsOrNull = _key(None, "classes to keep; null = every other class")
+    steps: Count = _key(500, "iterations (score step + generator step) of forgetting")
+    distill_steps: Count = _key(0, "iterations of plain distillation before forgetting (two-stage)")
+    generator: Name | None = _key(None, "distilled generator to start θ (and ψ) from; null = from the teacher")
+    batch_size: int = _key(64, "samples of each branch per iteration, over all ranks", ge=1, le=1_000_000)
+    lr: Annotated[LearningRates, BeforeValidator(_both_rates)] = _section(
+        LearningRates, "learning rates; one number sets both"
+    )
+    alpha: float = _key(1.2, "α of the distillation losses", ge=0, le=100, allow_inf_nan=False)
+    timesteps: Timesteps = _section(Timesteps, "positions on the noise schedule")
+    guidance: Guidance = _section(Guidance, "classifier-free guidance scales")
+    detach_score: bool = _key(False, "no gradient through φ and ψ (Diff-Instruct variant)")
+    weights: Weights = _section(Weights, "coefficients of the four loss terms")
+    mask: Mask = _section(Mask, "which weights the forgetting gradient may move")
+    update_rule: Literal["differentiated", "salient_only", "alternating"] = _key(
+        "differentiated", "one step on g_r + m⊙g_f, or salient weights only, or two steps in turn"
+    )
+    optimizer: Optimizer = _section(Optimizer, "Adam's settings")
+    ema: float = _key(
+        0.98, "decay of the exported average of θ, with warm-up; 0 = off", ge=0, lt=1, allow_inf_nan=False
+    )
+    precision: Literal["fp32", "bf16"] = _key("fp32", "number format of the networks")
+    score: Literal["full", "lora"] = _key("full", "how ψ is trained")
+    engine: Engine = _section(Engine, "where tensors live")
+    evaluate: Evaluate = _section(Evaluate, "when and how the model is judged")
+    checkpoint: Checkpoint = _section(Checkpoint, "when training state is saved")
+    seed: int = _key(0, "seed of every random draw", ge=0, lt=2**63)
+    output: Name = _key("runs/digits", "run folder")
+    resume: Name = _key("auto", "auto = go on where the run folder stopped, never, or a checkpoint folder")
+
+    @property
+    def uses_mask(self) -> bool:
+        """Whether a mask is computed at all: never for sfd, nor for `mask.source: none`."""
+        return self.method != "sfd" and self.mask.source != "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for key in ("forget", "cover", "retain"):
+            value = getattr(self, key)
+            if isinstance(value, str | dict) or (isinstance(value, list) and isinstance(value[0], str)):
+                raise ValueError(f"{key}: prompts are not supported yet; name classes by their numbers")
+        forget, cover, retain = (
+            value if isinstance(value, list) else [value] for value in (self.forget, self.cover, self.retain)
+        )
+        if shared := [c for c in cover if c in forget]:
+            raise ValueError(f"cover: class {shared[0]} is to be forgotten itself; choose a class outside forget")
+        if shared := [c for c in retain if c in forget]:
+            raise ValueError(f"retain: class {shared[0]} is to be forgotten; take it out of retain or out of forget")
+        if len(cover) not in (1, len(forget)):
+            raise ValueError(f"cover: {len(cover)} classes for {len(forget)} forget classes; give one, or one for each")
+        for key, value, instead in (
+            ("score", self.score == "lora", "full"),
+            ("engine.zero", self.engine.zero > 0, 0),
+            ("engine.offload", self.engine.offload != "none", "none"),
+            ("model_config", self.config_folder is not None, "null and a diffusers folder as model"),
+        ):
+            if value:
+                raise ValueError(f"{key}: this value is not supported yet; use {instead}")
+        return self
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes inside the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a YAML file (None: the defaults), with `key.sub=value` overrides applied.
+
+    Raises RecipeError, one line that names the dotted key and the remedy.
+    """
+    data: Any = {}
+    where = "recipe"
+    if source is not None:
+        path = shipped_recipes().get(str(source)) if isinstance(source, str) else None
+        path = path or Path(source)
+        where = f"recipe {path}" if path.parent != RECIPES else f"recipe {path.name}"
+        data = _read(path, source, where)
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise RecipeError(f"override {override[:80]!r}: expected key=value, such as mask.density=0.1")
+        given[key] = parse_yaml(text, f"override {key}")
+        _apply(data, key, given[key])
+    if data.get("method") == "sfd":
+        for key, value in given.items():
+            if key.split(".")[0] == "mask" and (key, value) != ("mask.source", "none"):
+                raise RecipeError(f"override {key}: method sfd has no mask; use method=pecker, or leave {key} out")
+    return recipe_from(data, where, overridden=given)
+
+
+def _read(path: Path, source: str | Path, where: str) -> dict[str, Any]:
+    if not os.path.exists(path):  # unlike Path.exists, false for a name too long to be one
+        names = list(shipped_recipes())
+        close = closest(path.stem, names)
+        hint = f", did you mean {close}?" if close else ""
+        raise RecipeError(
+            f"recipe {str(source)[:200]}: no such recipe or file{hint} (shipped recipes: {', '.join(names)})"
+        )
+    text = io_safe.read_text(path, limit=MAX_RECIPE_BYTES, error=RecipeError)
+    data = parse_yaml(text, where)
+    if not isinstance(data, dict):
+        found = "it is empty" if data is None else f"it holds a {type(data).__name__}"
+        raise RecipeError(
+            f"{where}: expected `key: value` lines, but {found}; `pecker-fast recipes show digits` is one"
+        )
+    return data
+
+
+def _apply(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a mapping is merged into a section."""
+    *parents, last = key.split(".")
+    for name in parents:
+        inside = data.get(name)
+        if name == "lr" and isinstance(inside, int | float):
+            inside = {"generator": inside, "score": inside}
+        if inside is not None and not isinstance(inside, dict):
+            raise RecipeError(f"override {key}: {name} is {show(inside)} in the recipe, not a section")
+        data[name] = data = inside or {}
+    old = data.get(last)
+    section = section_type(fields_of(Recipe).get(key))
+    data[last] = {**old, **value} if section and isinstance(old, dict) and isinstance(value, dict) else value
+
+
+def recipe_from(data: Mapping[str, Any], where: str = "recipe", overridden: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a mapping as it stands in YAML; raises RecipeError starting with `where`."""
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, where, overridden or {})) from None
+    except RecursionError:
+        raise RecipeError(f"{where}: nested too deeply") from None
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain values, keys as in YAML and in their documented order."""
+    return recipe.model_dump(by_alias=True)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(
+        recipe_to_dict(recipe), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+    )
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Hex sha256 of everything that decides the result: all keys but `output` and `resume`."""
+    data = recipe_to_dict(recipe)
+    del data["output"], data["resume"]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_help() -> list[tuple[str, str, Any, str]]:
+    """(dotted key, type, default, help) of every key that holds a value, in the documented order."""
+    rows = []
+    for key, field in fields_of(Recipe).items():
+        if section_type(field) is None:
+            rows.append((key, _type_text(field.annotation), field.default, field.description or ""))
+    return rows
+
+
+def _type_text(kind: Any) -> str:
+    words = {int: "integer", float: "number", bool: "true | false", str: "text", type(None): "null", dict: "mapping"}
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin is list:
+        return f"list of {_type_text(inner[0])}"
+    if origin is Annotated:
+        return _type_text(inner[0])
+    if inner and origin is not dict:
+        return " | ".join(_type_text(one) for one in inner)
+    return words.get(origin or kind, str(kind))

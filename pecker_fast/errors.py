@@ -1,0 +1,54 @@
+"""Errors a user can cause: one line saying what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import signal
+
+
+class PeckerError(Exception):
+    """Base of every error this package raises on purpose.
+
+    The message is one printable line: foreign text in it can neither break a log into records nor steer a terminal.
+    `exit_code` is what the command line returns.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(str(message).split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+class RecipeError(PeckerError):
+    """A recipe, or an override of one of its keys, is wrong; the message names the dotted key."""
+
+
+class ModelError(PeckerError):
+    """A model folder is missing, damaged, of an unsupported kind or not safe to open."""
+
+
+class DataError(PeckerError):
+    """An input file that is neither a recipe nor a model cannot be read."""
+
+
+class OutputError(PeckerError):
+    """A result cannot be written: no space, no permission, or a folder that belongs to another run."""
+
+
+class CheckpointError(PeckerError):
+    """A checkpoint is missing, damaged or of another run."""
+
+
+class NonFiniteError(PeckerError):
+    """A loss or gradient became NaN or infinite; nothing was written to the weights."""
+
+    exit_code = 3
+
+
+class Interrupted(PeckerError):
+    """A signal stopped the work after it was saved; exits with 128 + `signum`, as a shell expects."""
+
+    def __init__(self, signum: int = signal.SIGINT, message: str | None = None) -> None:
+        self.signum = int(signum)
+        super().__init__(message or f"stopped by {signal.Signals(self.signum).name}")
+        self.exit_code = 128 + self.signum

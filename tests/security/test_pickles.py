@@ -1,0 +1,93 @@
+"""No pickle is opened, under any name: the canary that each would plant is never seen."""
+
+import io
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from pecker_fast import io_safe
+from pecker_fast.config import load_recipe
+from pecker_fast.errors import PeckerError
+
+NAMES = ["model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.safetensors", "model", "model.json"]
+
+
+class Canary:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mknod, (self.path,)
+
+
+def pickles(canary):
+    """The same payload in the containers that weights come in."""
+    kinds = {f"protocol {protocol}": pickle.dumps(canary, protocol) for protocol in range(6)}
+    for name, zipped in (("torch zip", True), ("torch legacy", False)):
+        buffer = io.BytesIO()
+        torch.save({"weight": canary}, buffer, _use_new_zipfile_serialization=zipped)
+        kinds[name] = buffer.getvalue()
+    return kinds
+
+
+KINDS = ["protocol 0", "protocol 2", "protocol 4", "protocol 5", "torch zip", "torch legacy"]
+
+
+def test_the_canary_works(tmp_path):
+    pickle.loads(pickle.dumps(Canary(tmp_path / "canary")))
+    assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_reader_refuses_it(tmp_path, name, kind):
+    canary = tmp_path / "canary"
+    path = tmp_path / name
+    path.write_bytes(pickles(Canary(canary))[kind])
+    with pytest.raises(PeckerError) as caught:
+        io_safe.read_tensors(path)
+    message = str(caught.value)
+    assert name in message
+    if kind not in ("protocol 0",) or path.suffix in io_safe.PICKLE_SUFFIXES:
+        assert "pickle" in message
+    for read in (io_safe.read_json, load_recipe, io_safe.check_model_folder):
+        with pytest.raises(PeckerError):
+            read(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.ckpt", "pytorch_model.pt"])
+def test_a_folder_with_pickles_alone_is_refused_with_the_remedy(tmp_path, name):
+    unet = tmp_path / "m" / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (unet / name).write_bytes(pickles(Canary(tmp_path / "canary"))["torch zip"])
+    with pytest.raises(PeckerError, match=r"holds only pickle weights; .*convert them to safetensors"):
+        io_safe.check_model_folder(tmp_path / "m")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_pickle_named_safetensors_inside_a_model_is_refused(tmp_path):
+    unet = tmp_path / "m" / "unet"
+    unet.mkdir(parents=True)
+    (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (unet / io_safe.WEIGHTS_NAME).write_bytes(pickles(Canary(tmp_path / "canary"))["torch zip"])
+    with pytest.raises(PeckerError, match="holds a pickle, whatever its name"):
+        io_safe.check_model_folder(tmp_path / "m")
+    with pytest.raises(PeckerError, match="pickle"):
+        io_safe.read_weights(unet)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_real_header_that_begins_like_a_pickle_is_read(tmp_path):
+    """A header of 0x480 bytes starts the file with 80 04, as protocol 4 does."""
+    path = tmp_path / "a.safetensors"
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(0x480)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
+    assert path.read_bytes()[:2] == b"\x80\x04"
+    assert io_safe.read_tensors(path)[0]["a"].tolist() == [7]
