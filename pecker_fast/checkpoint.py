@@ -1,0 +1,192 @@
+"""Checkpoints: a folder that is either whole or absent. Safetensors and JSON; a manifest with hashes is written last.
+
+    checkpoints/step-000100/
+        generator.safetensors  score.safetensors  ema.safetensors  optimizers.safetensors  mask.safetensors
+        state.json      counters, optimizer groups
+        manifest.json   format, version, step, recipe and base-model hashes, sha256 and size of every file
+"""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pecker_kernels import SaliencyMask
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pecker_fast import io_safe
+from pecker_fast.denoiser import load_weights
+from pecker_fast.engine import TrainState
+from pecker_fast.errors import CheckpointError, PeckerError
+
+FORMAT = "pecker-fast checkpoint"
+VERSION = 1
+COUNTERS = ("stage", "step", "images", "training_s", "flops", "flops_per_iteration")
+
+
+def checkpoint_folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def save_checkpoint(state: TrainState, run_dir: Path, total_step: int, identity: dict[str, str], keep: int) -> Path:
+    """Write `checkpoints/step-NNNNNN` atomically, verify it, then purge all but the newest `keep`.
+
+    identity: `recipe_sha256` and `base_sha256`, refused on a mismatch when loaded. Raises OutputError, with every
+    checkpoint that was there before intact.
+    """
+    parent = checkpoint_folder(run_dir)
+    target = parent / f"step-{total_step:06d}"
+    temporary = parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
+    with io_safe.output_errors(target):
+        try:
+            temporary.mkdir(parents=True)
+            _write_files(state, temporary)
+            files = {p.name: {"sha256": io_safe.sha256_file(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+            manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": files}
+            io_safe.write_json(temporary / "manifest.json", manifest)
+            if target.exists():  # the same step again: identical by construction
+                shutil.rmtree(target)
+            io_safe.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    verify_checkpoint(target)
+    for old in list_checkpoints(run_dir)[:-keep] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    for torn in parent.glob(".tmp-*"):
+        shutil.rmtree(torn, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    parent = checkpoint_folder(run_dir)
+    return sorted(p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)) if parent.is_dir() else []
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint. Raises CheckpointError naming the file that is missing, altered or too many."""
+    manifest = io_safe.read_json(folder / "manifest.json", error=CheckpointError)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{folder / 'manifest.json'}: not a checkpoint manifest")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{folder}: checkpoint version {manifest.get('version')!r}, this release reads {VERSION}")
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path}: missing from the checkpoint; use an older one")
+        if path.stat().st_size != entry.get("bytes") or io_safe.sha256_file(path) != entry.get("sha256"):
+            raise CheckpointError(f"{path}: damaged (its sha256 is not the manifest's); use an older one")
+    return manifest
+
+
+def latest_checkpoint(run_dir: Path, warn: Callable[[str], object]) -> Path | None:
+    """The newest whole checkpoint of a run; damaged ones are passed over with a warning. None where there is none at all.
+
+    Raises CheckpointError if there are checkpoints but none is whole.
+    """
+    damaged: PeckerError | None = None
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            verify_checkpoint(folder)
+            return folder
+        except PeckerError as error:
+            warn(f"checkpoint passed over: {error}")
+            damaged = error
+    if damaged is not None:
+        raise CheckpointError(f"{checkpoint_folder(run_dir)}: no checkpoint is whole ({damaged}); resume=never starts over")
+    return None
+
+
+def read_checkpoint_stage(folder: Path) -> tuple[str, SaliencyMask | None]:
+    """(stage, mask) of a verified checkpoint: what is needed to build the optimizers it is then loaded into."""
+    stage = io_safe.read_json(folder / "state.json", error=CheckpointError)["counters"]["stage"]
+    path = folder / "mask.safetensors"
+    return stage, SaliencyMask.load(path) if path.is_file() else None
+
+
+def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
+    """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
+    manifest = verify_checkpoint(folder)
+    for key, value in identity.items():
+        if manifest.get(key) != value:
+            what = {"recipe_sha256": "another recipe", "base_sha256": "another base model"}.get(key, key)
+            raise CheckpointError(f"{folder}: belongs to {what}; resume=never starts over, or give another output")
+    load_network(state.generator.unet, folder / "generator.safetensors")
+    load_network(state.score.unet, folder / "score.safetensors")
+    if state.ema is not None:
+        tensors, _ = io_safe.read_tensors(folder / "ema.safetensors", error=CheckpointError)
+        for name, value in state.ema.items():
+            value.copy_(tensors[name])
+    stored = io_safe.read_json(folder / "state.json", error=CheckpointError)
+    tensors, _ = io_safe.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
+    for name, optimizer in named_optimizers(state).items():
+        unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
+    for name in COUNTERS:
+        setattr(state, name, stored["counters"][name])
+
+
+def load_network(unet: torch.nn.Module, path: Path) -> None:
+    tensors, _ = io_safe.read_tensors(path, error=CheckpointError)
+    load_weights(unet, tensors, path)
+
+
+def named_optimizers(state: TrainState) -> dict[str, Optimizer]:
+    return {"score": state.score_optimizer, **state.updates.optimizers}
+
+
+def _write_files(state: TrainState, folder: Path) -> None:
+    io_safe.write_tensors(folder / "generator.safetensors", state.generator.unet.state_dict())
+    io_safe.write_tensors(folder / "score.safetensors", state.score.unet.state_dict())
+    if state.ema is not None:
+        io_safe.write_tensors(folder / "ema.safetensors", state.ema)
+    if state.mask is not None:
+        state.mask.save(folder / "mask.safetensors")
+    groups: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, optimizer in named_optimizers(state).items():
+        groups[name] = pack_optimizer(optimizer, name, tensors)
+    io_safe.write_tensors(folder / "optimizers.safetensors", tensors)
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    io_safe.write_json(folder / "state.json", {"counters": counters, "optimizers": groups})
+
+
+def pack_optimizer(optimizer: Optimizer, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state_dict as JSON values; its tensors go into `tensors` under NAME/PATH and leave a reference behind."""
+
+    def pack(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {"items": [[key, pack(item, f"{path}/{key}")] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return {"list" if isinstance(value, list) else "tuple": [pack(item, f"{path}/{i}") for i, item in enumerate(value)]}
+        json.dumps(value)  # only plain values may be left
+        return {"value": value}
+
+    return pack(optimizer.state_dict(), name)
+
+
+def unpack_optimizer(optimizer: Optimizer, name: str, groups: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Inverse of `pack_optimizer`. Raises CheckpointError when the optimizer is not in the checkpoint."""
+
+    def unpack(value: dict[str, Any]) -> Any:
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "items":
+            return {key: unpack(item) for key, item in content}
+        if kind in ("list", "tuple"):
+            return (list if kind == "list" else tuple)(unpack(item) for item in content)
+        return content
+
+    try:
+        optimizer.load_state_dict(unpack(groups[name]))
+    except KeyError as error:
+        raise CheckpointError(f"optimizer {name}: {error} is not in the checkpoint") from None

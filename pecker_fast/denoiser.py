@@ -1,0 +1,141 @@
+"""One interface over the denoising networks: noise and x_0 predictions at (x_t, t, condition)."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast import io_safe
+from pecker_fast.errors import ModelError
+from pecker_fast.schedule import Schedule, load_schedule
+
+
+class Denoiser:
+    """A class-conditional UNet2DModel with its schedule. Conditions are class labels, int64 [N].
+
+    guidance w ≠ 1 gives ε_∅ + w (ε_c − ε_∅) in one batched pass and needs a null class (label dropout).
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Schedule, null_class: int | None = None) -> None:
+        self.unet = unet.eval()  # dropout stays off in all three networks: the teacher's score is what is matched
+        self.schedule = schedule
+        self.null_class = null_class
+
+    @property
+    def config(self) -> Any:
+        return self.unet.config
+
+    @property
+    def num_class_embeds(self) -> int:
+        return int(self.config.num_class_embeds)
+
+    @property
+    def classes(self) -> list[int]:
+        """Classes a sample can be asked of: all embeddings but the null class."""
+        return [c for c in range(self.num_class_embeds) if c != self.null_class]
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        size = self.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.config.in_channels), int(height), int(width)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.unet.named_parameters())
+
+    def freeze(self) -> "Denoiser":
+        self.unet.requires_grad_(False)
+        return self
+
+    def clone(self) -> "Denoiser":
+        """An independent trainable copy of the network; the schedule is shared."""
+        return Denoiser(copy.deepcopy(self.unet).requires_grad_(True), self.schedule, self.null_class)
+
+    def to(self, device: torch.device | str) -> "Denoiser":
+        return Denoiser(self.unet.to(device), self.schedule.to(device), self.null_class)
+
+    def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        # Channels-last strides make the convolutions and their gradients faster; the explicit permute also works for C = 1,
+        # where .contiguous(memory_format=channels_last) leaves the strides alone.
+        x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return self.unet(x_t, t, class_labels=c, return_dict=False)[0]
+
+    def output(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
+        """The network's own output (noise, velocity or sample), [N, C, H, W], for x_t [N, C, H, W], t [N], c [N]."""
+        if guidance == 1.0:
+            return self._forward(x_t, t, c)
+        if self.null_class is None:
+            raise ModelError(f"guidance {guidance:g} needs a model with a null class (trained with label dropout); use guidance 1")
+        null = torch.full_like(c, self.null_class)
+        conditional, unconditional = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c, null])).chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def eps(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
+        """Predicted noise ε(x_t, t, c), [N, C, H, W]."""
+        return self.schedule.to_eps(self.output(x_t, t, c, guidance), x_t, t)
+
+    def x0(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
+        """f(x_t, c): conditional mean of x_0, [N, C, H, W]."""
+        return self.schedule.to_x0(self.output(x_t, t, c, guidance), x_t, t)
+
+
+def load_unet(folder: Path) -> nn.Module:
+    """A UNet2DModel in float32 from its folder (config.json and safetensors weights). Raises ModelError naming the folder."""
+    from diffusers import UNet2DModel
+
+    config = io_safe.read_json(folder / "config.json", error=ModelError)
+    try:
+        unet = UNet2DModel.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+    except (TypeError, ValueError, KeyError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"{folder / 'config.json'}: not a UNet2DModel diffusers can build ({_one_line(error)})") from error
+    load_weights(unet, io_safe.read_weights(folder), folder)
+    return unet
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors into a module, every name and shape accounted for. Raises ModelError naming the first that does not fit."""
+    own = module.state_dict()
+    for name in own:
+        if name not in tensors:
+            raise ModelError(f"{where}: tensor {name} is missing; the weights do not belong to this config")
+        if own[name].shape != tensors[name].shape:
+            raise ModelError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, the config wants {tuple(own[name].shape)}")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the weights are damaged")
+    extra = sorted(set(tensors) - set(own))
+    if extra:
+        raise ModelError(f"{where}: tensor {extra[0]} is unknown to the config; the weights do not belong to it")
+    module.load_state_dict(tensors)
+
+
+def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
+    """A model folder (see docs/design/0001-architecture.md) as a Denoiser on the CPU in float32.
+
+    null_class: index of the label-dropout embedding; None = what the folder's model.json says, if it has one.
+    Raises ModelError for unconditional models, one-step generators, and anything damaged or missing.
+    """
+    unet_folder = io_safe.check_model_folder(folder)
+    scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    card = io_safe.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
+    if card.get("kind") == "one-step generator":
+        raise ModelError(f"{folder}: a one-step generator cannot be the teacher; give the model it came from, or use it as generator=")
+    unet = load_unet(unet_folder)
+    count = getattr(unet.config, "num_class_embeds", None)
+    if not count:
+        raise ModelError(f"{folder}: the model is unconditional (num_class_embeds is empty), so there is no class to forget")
+    if null_class is None:
+        null_class = card.get("null_class")
+    if null_class is not None and not 0 <= int(null_class) < count:
+        raise ModelError(f"{folder}: null_class {null_class} is out of range, the model has class embeddings 0 to {count - 1}")
+    return Denoiser(unet, load_schedule(scheduler_folder), null_class)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

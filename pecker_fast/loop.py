@@ -1,0 +1,58 @@
+"""The alternating loop: score step, generator step, moving average. Everything else is a callback."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pecker_fast.config import Recipe
+from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.guard import StopFlag
+
+Losses = dict[str, Tensor]
+Callback = Callable[[TrainState, Losses], None]  # called after each iteration, with the step already counted
+Refresh = Callable[[TrainState], None]  # called before an iteration at which the mask is to be made anew
+
+
+def iteration(engine: LocalEngine, state: TrainState) -> Losses:
+    """One SFD iteration: ψ learns θ's distribution, θ is stepped by the update rule, the average follows."""
+    losses = engine.score_step(state)
+    losses |= engine.generator_step(state)
+    state.update_ema(engine.recipe.ema)
+    state.step += 1
+    return losses
+
+
+def counted_iteration(engine: LocalEngine, state: TrainState) -> Losses:
+    """The first iteration of a stage, whose FLOPs are counted and stand for those of all that follow."""
+    with FlopCounterMode(display=False) as counter:
+        losses = iteration(engine, state)
+    state.flops_per_iteration[state.stage] = float(counter.get_total_flops())
+    return losses
+
+
+def run_stage(
+    recipe: Recipe,
+    engine: LocalEngine,
+    state: TrainState,
+    steps: int,
+    refresh: Refresh,
+    callbacks: Sequence[Callback],
+    stop: StopFlag,
+    save: Callable[[TrainState], object],
+) -> None:
+    """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised."""
+    while state.step < steps:
+        start = time.perf_counter()
+        if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
+            refresh(state)
+        first = state.stage not in state.flops_per_iteration
+        losses = (counted_iteration if first else iteration)(engine, state)
+        state.flops += state.flops_per_iteration[state.stage]
+        state.training_s += time.perf_counter() - start
+        for callback in callbacks:
+            callback(state, losses)
+        if stop.signum is not None:
+            save(state)
+            stop.check("the checkpoint is written; the same command resumes")

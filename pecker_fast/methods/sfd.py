@@ -1,0 +1,17 @@
+"""Score Forgetting Distillation (Chen et al. 2024): both branches in one dense step, no mask."""
+
+from pecker_kernels import SaliencyMask
+from torch import nn
+
+from pecker_fast.config import Recipe
+from pecker_fast.methods.updates import Dense, UpdateRule
+
+
+class SFD:
+    """L_θ = g_r L_sd + g_f L_sfd, one Adam over all weights."""
+
+    uses_mask = False
+
+    @staticmethod
+    def updates(recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
+        return Dense(recipe, named, None)

@@ -1,0 +1,66 @@
+"""Shared fixtures: a tiny class-conditional model folder with a judge, random weights, that trains in milliseconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def write_tiny_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, judge: bool = True) -> Path:
+    """Three classes and a null class, 1×8×8 images; a few thousand random weights."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from pecker_fast.evaluate.judge import Reference, SmallClassifier, save_judge
+
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        num_class_embeds=4,
+    )
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type).save_pretrained(folder / "scheduler")
+    (folder / "model.json").write_text(json.dumps({"null_class": 3}))
+    if judge:
+        network = SmallClassifier(1, 8, 3, width=4, features=6)
+        labels = torch.arange(60) % 3
+        save_judge(folder / "judge", network, Reference(torch.rand(60, 6), labels), {"held_out_accuracy": 0.5})
+    return folder
+
+
+TINY_KEYS = {
+    "forget": 0,
+    "cover": 1,
+    "steps": 4,
+    "batch_size": 4,
+    "mask": {"samples": 8, "density": 0.3},
+    "evaluate": {"every": 2, "samples": 8, "final": 12, "teacher_steps": 2},
+    "checkpoint": {"every": 2, "keep": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture()
+def tiny_recipe(tiny_model, tmp_path):
+    """make(**keys) -> a Recipe over the tiny model with a fresh output folder; sections are merged."""
+    from pecker_fast.config import recipe_from
+
+    def make(**keys):
+        data = {**TINY_KEYS, "model": str(tiny_model), "output": str(tmp_path / "run")}
+        for key, value in keys.items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+        return recipe_from(data)
+
+    return make
