@@ -1,0 +1,243 @@
+"""The judge: a small classifier, and the features of real images that samples are compared with.
+
+Nothing here is tied to one network: `Judge` takes any module with `.features`, or any callable that returns features
+and logits, so a metric can be tested with a tiny network and used with a standard one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.errors import DataError, ModelError
+from pecker_fast.io_safe import read_json, read_tensors, write_json, write_tensors
+
+CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
+_SIZES = ("in_channels", "sample_size", "num_classes", "width", "features")
+
+
+class SmallClassifier(nn.Module):
+    """Convolutional classifier for small images.
+
+    One 3×3 convolution at full size; then, until the map is 4×4, a convolution that doubles the channels (at most
+    8 × `width`) and a 2×2 max pooling. A linear layer with ReLU gives the features, another the logits. `width` 16 and
+    `features` 64 at 1×8×8 have 38 k weights.
+
+    Args:
+        in_channels: image channels.
+        sample_size: side of the square image in pixels, at least 4.
+        num_classes: number of logits K.
+        width: channels of the first convolution.
+        features: length F of the penultimate layer.
+    """
+
+    def __init__(
+        self, in_channels: int, sample_size: int, num_classes: int, width: int = 16, features: int = 32
+    ) -> None:
+        super().__init__()
+        if sample_size < 4:
+            raise ModelError(f"the classifier needs images of at least 4 pixels a side, got {sample_size}")
+        self.config = dict(zip(_SIZES, (in_channels, sample_size, num_classes, width, features)))
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU()]
+        channels, size = width, sample_size
+        while size // 2 >= 4:
+            wider = min(2 * channels, 8 * width)
+            layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            channels, size = wider, size // 2
+        self.trunk = nn.Sequential(*layers)
+        self.penultimate = nn.Linear(channels * size * size, features)
+        self.head = nn.Linear(features, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate ReLU features [N, F] of images `x` [N, C, H, W] in [-1, 1]."""
+        return self.penultimate(self.trunk(x).flatten(1)).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, K] of images `x` [N, C, H, W] in [-1, 1]."""
+        return self.head(self.features(x))
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in one pass: [N, F] and [N, K]."""
+        features = self.features(x)
+        return features, self.head(features)
+
+
+class Judge:
+    """A frozen classifier.
+
+    Args:
+        network: a module with `.features(x) -> [N, F]` and `forward(x) -> [N, K]`, or any callable that returns the
+            pair (features, logits). A module is put into evaluation mode and its weights stop requiring gradients.
+        num_classes: number of classes K.
+        info: how good it is (`held_out_accuracy`, ...), as stored in judge/config.json.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Any], num_classes: int, info: dict[str, Any] | None = None) -> None:
+        self.network = network
+        self.num_classes = num_classes
+        self.info: dict[str, Any] = dict(info or {})
+        self._device: torch.device | None = None
+        if isinstance(network, nn.Module):
+            network.eval().requires_grad_(False)
+            weight = next(network.parameters(), None)
+            self._device = None if weight is None else weight.device
+
+    @torch.no_grad()
+    def judge(self, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+        """Features [N, F] and logits [N, K] of `images` [N, C, H, W] in [-1, 1]; both float32, on the CPU.
+
+        Raises:
+            ModelError: the images have not the size the network was made for, or its answer has not K columns.
+        """
+        config = getattr(self.network, "config", None)
+        if isinstance(self.network, SmallClassifier) and config:
+            expected = (config["in_channels"], config["sample_size"], config["sample_size"])
+            if tuple(images.shape[1:]) != expected:
+                raise ModelError(f"the judge was made for images of {expected}, got {tuple(images.shape[1:])}")
+        pairs = [self._pair(batch.to(self._device)) for batch in images.split(batch_size)]
+        features = torch.cat([pair[0].flatten(1).float().cpu() for pair in pairs])
+        logits = torch.cat([pair[1].float().cpu() for pair in pairs])
+        if logits.shape != (len(images), self.num_classes):
+            raise ModelError(
+                f"the judge has {self.num_classes} classes and was given {len(images)} images, "
+                f"but its logits have the shape {tuple(logits.shape)}"
+            )
+        return features, logits
+
+    def accuracy(self, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+        """Fraction of `images` [N, C, H, W] whose largest logit is at `labels` [N]."""
+        return (self.judge(images, batch_size)[1].argmax(1) == labels.cpu()).double().mean().item()
+
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = getattr(self.network, "features_and_logits", None)
+        if both is not None:
+            return both(x)
+        features = getattr(self.network, "features", None)
+        return (features(x), self.network(x)) if callable(features) else self.network(x)
+
+
+class Reference:
+    """Features of real images.
+
+    Args:
+        features: [M, F] floating point, from the same network that judges the samples; kept as float32.
+        labels: [M] integer classes.
+
+    Raises:
+        DataError: the shapes do not fit together, or a feature is not finite.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
+            raise DataError(
+                f"reference: [M, F] features and [M] labels expected, got {[*features.shape]} and {[*labels.shape]}"
+            )
+        if labels.is_floating_point():
+            raise DataError(f"reference labels must be integers, got {labels.dtype}")
+        self.features = features.float()
+        self.labels = labels.long()
+        if not self.features.isfinite().all():
+            raise DataError("reference features contain values that are not finite")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, classes: Iterable[int]) -> Reference:
+        """The part that belongs to `classes`; a class without a single feature raises DataError."""
+        wanted = sorted(set(classes))
+        missing = sorted(set(wanted) - set(self.labels.unique().tolist()))
+        if missing:
+            raise DataError(f"the reference holds no features of class {', '.join(map(str, missing))}")
+        keep = torch.isin(self.labels, torch.tensor(wanted, dtype=torch.long))
+        return Reference(self.features[keep], self.labels[keep])
+
+
+def save_judge(
+    folder: str | Path,
+    network: SmallClassifier,
+    reference: Reference | None,
+    info: dict[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write `folder`/config.json, model.safetensors and, with a reference, reference.safetensors.
+
+    Weights and features are stored as `dtype`. Rounding moves the features a little: make the reference with the judge
+    that `load_judge` gives back, so that both sides of a comparison come from the same weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {"type": "SmallClassifier", **network.config, "info": info})
+    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in network.state_dict().items()}
+    write_tensors(folder / WEIGHTS, weights)
+    if reference is not None:
+        labels = reference.labels
+        small = torch.uint8 if network.config["num_classes"] <= 256 else torch.int64
+        tensors = {"features": reference.features.to(dtype).contiguous(), "labels": labels.to(small).contiguous()}
+        write_tensors(folder / REFERENCE, tensors)
+
+
+def load_judge(folder: str | Path) -> tuple[Judge, Reference | None]:
+    """Read what `save_judge` wrote; the reference is None where the folder has none.
+
+    Raises:
+        ModelError: the folder or a file is missing, config.json does not describe a SmallClassifier, or the weights do
+            not fit it.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no judge here, {name} is missing")
+    config = read_json(folder / CONFIG, error=ModelError)
+    network = _build(config, folder)
+    info = config.get("info", {})
+    if not isinstance(info, dict):
+        raise ModelError(f"{folder / CONFIG}: info must be a mapping")
+    judge = Judge(network, network.config["num_classes"], info)
+    if not (folder / REFERENCE).is_file():
+        return judge, None
+    return judge, _read_reference(folder / REFERENCE, network)
+
+
+def _build(config: Any, folder: Path) -> SmallClassifier:
+    if not isinstance(config, dict) or config.get("type") != "SmallClassifier":
+        raise ModelError(f"{folder / CONFIG}: type must be SmallClassifier")
+    for key in _SIZES:
+        value = config.get(key)
+        if type(value) is not int or not 1 <= value <= 65536:
+            raise ModelError(f"{folder / CONFIG}: {key} must be a whole number from 1 to 65536, got {value!r}")
+    with torch.device("meta"):  # nothing is allocated and no random number drawn before the shapes are known to fit
+        network = SmallClassifier(*(config[key] for key in _SIZES))
+    stored, _ = read_tensors(folder / WEIGHTS, error=ModelError)
+    for name, empty in network.state_dict().items():
+        if name not in stored or stored[name].shape != empty.shape:
+            found = tuple(stored[name].shape) if name in stored else "nothing"
+            raise ModelError(f"{folder / WEIGHTS}: {name} must be {tuple(empty.shape)}, found {found}")
+        if not stored[name].is_floating_point() or not stored[name].isfinite().all():
+            raise ModelError(f"{folder / WEIGHTS}: {name} holds values that are not finite numbers")
+    extra = sorted(set(stored) - set(network.state_dict()))
+    if extra:
+        raise ModelError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}")
+    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()}, assign=True)
+    return network
+
+
+def _read_reference(path: Path, network: SmallClassifier) -> Reference:
+    tensors, _ = read_tensors(path, error=ModelError)
+    if not {"features", "labels"} <= set(tensors):
+        raise ModelError(f"{path}: features and labels expected, found {', '.join(sorted(tensors)) or 'nothing'}")
+    try:
+        reference = Reference(tensors["features"], tensors["labels"])
+    except DataError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if reference.features.shape[1] != network.config["features"]:
+        raise ModelError(
+            f"{path}: features of length {reference.features.shape[1]}, the judge makes {network.config['features']}"
+        )
+    labels = reference.labels
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < network.config["num_classes"]:
+        raise ModelError(f"{path}: labels outside 0..{network.config['num_classes'] - 1}")
+    return reference

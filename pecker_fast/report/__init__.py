@@ -1,0 +1,29 @@
+"""The report of a run: one self-contained page, read from the run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pecker_fast.io_safe import write_text
+from pecker_fast.report.mask import Mask, MaskRow, mask_table, plot_mask
+from pecker_fast.report.text import metrics_table
+
+__all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "plot_mask", "write_report"]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `run_dir`/report.html from recipe.yaml, run.jsonl, metrics.json, mask.safetensors and samples/*.png.
+
+    What is missing is left out; a damaged part is named on the page in place of its section.
+
+    Raises:
+        DataError: `run_dir` holds no run.
+        OutputError: the page cannot be written.
+    """
+    from pecker_fast.report.page import build_page  # matplotlib is imported when it is first needed
+    from pecker_fast.report.read import read_run
+
+    run = read_run(run_dir)
+    path = Path(run_dir) / "report.html"
+    write_text(path, build_page(run))
+    return path

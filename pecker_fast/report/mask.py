@@ -1,0 +1,89 @@
+"""Where a mask lets the forget gradient through: a table and a plot, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pecker_fast.io_safe import output_errors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Mask(Protocol):
+    """What is read of a `pecker_kernels.SaliencyMask`."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def shapes(self) -> Mapping[str, Sequence[int]]: ...
+    @property
+    def density(self) -> float: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def structure(self) -> str: ...
+    def density_of(self, name: str) -> float: ...
+
+
+class MaskRow(NamedTuple):
+    """One tensor: its name, shape, number of weights, how many the mask keeps, and their share."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    kept: int
+    density: float
+
+
+def mask_table(mask: Mask) -> list[MaskRow]:
+    """One row a tensor, in the order of the model."""
+    rows = []
+    for name in mask.names:
+        shape = tuple(int(n) for n in mask.shapes[name])
+        weights, density = math.prod(shape), float(mask.density_of(name))
+        rows.append(MaskRow(name, shape, weights, round(density * weights), density))
+    return rows
+
+
+def by_block(rows: Sequence[MaskRow]) -> list[MaskRow]:
+    """The rows added up by the part of the network they belong to: `down_blocks.0`, `mid_block`, `conv_in`, ..."""
+    blocks: dict[str, list[int]] = {}
+    for row in rows:
+        parts = row.name.split(".")
+        key = ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else parts[0]
+        total = blocks.setdefault(key, [0, 0])
+        total[0] += row.weights
+        total[1] += row.kept
+    return [MaskRow(key, (), n, kept, kept / n if n else 0.0) for key, (n, kept) in blocks.items()]
+
+
+def plot_mask(mask: Mask, path_png: str | Path) -> Path:
+    """Draw the density of each block and of each layer into a PNG; returns its path.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    from pecker_fast.report.figures import STYLE, draw_blocks, draw_layers, new_figure
+
+    rows, path = mask_table(mask), Path(path_png)
+    blocks = by_block(rows)
+    with rc_context(STYLE), output_errors(path):
+        height = 1.2 + 0.26 * len(blocks)
+        figure: Figure = new_figure(8.0, height + 2.6)
+        top, bottom = figure.subplots(2, 1, height_ratios=[height, 2.2])
+        draw_blocks(top, blocks, mask.density)
+        draw_layers(bottom, rows, mask.density)
+        figure.suptitle(
+            f"{mask.count:,} of {mask.total:,} weights ({mask.density:.1%}), structure {mask.structure}", fontsize=11
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=120)
+    return path
