@@ -1,0 +1,179 @@
+"""Pretraining: from a data set to a model folder with teacher, schedule, judge and perhaps a one-step generator."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pecker_fast import data as data_sets
+from pecker_fast import draws, io_safe
+from pecker_fast.data import Dataset
+from pecker_fast.errors import RecipeError
+from pecker_fast.pretrain import output as folders
+from pecker_fast.pretrain.judge import train_judge
+from pecker_fast.pretrain.settings import SETTINGS, Settings, settings_for, unet_config
+from pecker_fast.pretrain.train import TrainState, train_unet
+
+__all__ = ["SETTINGS", "Settings", "measure", "pretrain", "settings_for", "unet_config"]
+
+
+def pretrain(
+    name: str,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    distill_steps: int | None = None,
+    *,
+    size: int | None = None,
+    settings: Settings | None = None,
+) -> Path:
+    """Train a class-conditional teacher and its judge, and write them as a model folder.
+
+    name: "digits", "cifar10", "stl10" or "images".
+    data: path of the data set, see `pecker_fast.data`; the digits need none.
+    output: folder to write, new or empty; None = `runs/pretrain-NAME`. A folder in which the same command was
+        interrupted is continued from its last saved step.
+    steps: training steps of the teacher; None = the name's own.
+    distill_steps: steps of distilling a one-step generator beside the teacher, 0 = none; None = the name's own.
+    size: pixels that an image folder is resized to.
+    settings: replaces the name's own settings.
+
+    Returns the folder. Raises `DataError`, `OutputError`, `RecipeError`, `CheckpointError` and, after a signal,
+    `Interrupted`.
+    """
+    settings = settings_for(name, steps) if settings is None else settings
+    distill_steps = settings.distill_steps if distill_steps is None else distill_steps
+    for key, value, least in (("steps", settings.steps, 1), ("seed", seed, 0), ("distill_steps", distill_steps, 0)):
+        if value < least:
+            raise RecipeError(f"{key}: {value} is too small, at least {least} expected")
+        if value >= 1 << 63:
+            raise RecipeError(f"{key}: {value} is too large, less than 2^63 expected")
+    folder = Path(output) if output is not None else Path("runs") / f"pretrain-{name}"
+    folders.claim(folder)
+
+    begun = time.monotonic()
+    dataset = data_sets.open_data(name, data, size=size)
+    config = unet_config(settings, dataset.channels, dataset.sample_size, dataset.num_classes)
+    identity = {"name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()}
+    folders.claim_for(folder, identity)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    resumed_from = _teacher(folder, dataset, settings, config, seed, device)
+    judge_info = train_judge(folder / "judge", dataset, settings, seed, device)
+    card = {
+        "name": name,
+        "kind": "teacher",
+        "null_class": dataset.num_classes,
+        "num_classes": dataset.num_classes,
+        "command": _command(name, settings, seed, distill_steps, data is not None, size),
+        "seed": seed,
+        "settings": identity["settings"],
+        "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
+        "versions": _versions(),
+    }
+    io_safe.write_json(folder / folders.MODEL, card)
+    if distill_steps:
+        from pecker_fast.run import distill
+
+        distill(folder, steps=distill_steps, seed=seed, dtype=getattr(torch, settings.storage))
+        card = io_safe.read_json(folder / folders.MODEL) | card
+    figures = {"judge": judge_info, **measure(folder, settings, seed)}
+    card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
+    io_safe.write_json(folder / folders.MODEL, card)
+    folders.finish(folder)
+    return folder
+
+
+def _teacher(
+    folder: Path, dataset: Dataset, settings: Settings, config: dict[str, Any], seed: int, device: torch.device
+) -> int | None:
+    """Train the UNet, or go on training it, and write it. Returns the step an interrupted run was taken up from."""
+    from diffusers import UNet2DModel
+
+    from pecker_fast.denoiser import Denoiser
+    from pecker_fast.export import write_unet
+    from pecker_fast.schedule import load_schedule
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(draws.generator(seed, "init").initial_seed())
+        unet: Any = UNet2DModel(**config)
+    unet = unet.to(device=device, memory_format=torch.channels_last)
+    folders.write_scheduler(folder)
+    state = TrainState.fresh(unet, settings)
+    saved = folders.load_partial(folder)
+    if saved:
+        state.load(*saved)
+
+    schedule = load_schedule(folder / "scheduler")
+    train_unet(
+        state,
+        schedule,
+        dataset,
+        settings,
+        seed,
+        save=lambda tensors, step: folders.save_partial(folder, tensors, step),
+    )
+    write_unet(Denoiser(unet, schedule, dataset.num_classes), folder / "unet", getattr(torch, settings.storage))
+    folders.write_index(folder)
+    return saved[1] if saved else None
+
+
+def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
+    """How good the stored teacher is: its DDIM samples, conditioned on all classes in turn, before the stored judge.
+
+    `teacher_accuracy`: share judged as conditioned. `teacher_fid`: against all reference features. `fid_floor`: real
+    against real, halves. `one_step_accuracy`, `one_step_fid`: the same of the distilled generator, where there is one.
+    A FID is None where there are too few samples.
+    """
+    from pecker_fast.config import Recipe
+    from pecker_fast.denoiser import Denoiser, load_denoiser, load_unet
+    from pecker_fast.evaluate.judge import load_judge
+    from pecker_fast.evaluate.metrics import fid, fid_floor
+    from pecker_fast.sample import ddim_sample, one_step_sample
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = load_denoiser(folder).to(device)
+    classes = torch.tensor(teacher.classes)
+    labels = classes[torch.arange(settings.samples) % len(classes)]
+    judge, reference = load_judge(folder / "judge")
+    assert reference is not None, "the judge was written without reference features"
+    real = reference.features
+
+    def judged(who: str, images: Tensor) -> dict[str, Any]:
+        features, logits = judge.judge(images.cpu())
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        return {f"{who}_accuracy": accuracy, f"{who}_fid": fid(real, features) if len(labels) > 1 else None}
+
+    figures = judged("teacher", ddim_sample(teacher, labels, settings.sampler_steps, seed))
+    if (folder / "generator").is_dir():
+        generator = Denoiser(load_unet(folder / "generator"), teacher.schedule, teacher.null_class).to(device)
+        figures |= judged("one_step", one_step_sample(generator, labels, seed, Recipe().timesteps.init))
+    return figures | {
+        "samples": len(labels),
+        "sampler": f"DDIM, {settings.sampler_steps} steps",
+        "fid_floor": fid_floor(real, seed) if len(real) > 3 else None,
+        "reference_samples": len(real),
+    }
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+
+
+def _command(name: str, settings: Settings, seed: int, distill_steps: int, has_data: bool, size: int | None) -> str:
+    words = ["pecker-fast", "pretrain", name, *(["--data", "PATH"] if has_data else [])]
+    words += ["--steps", str(settings.steps), "--seed", str(seed), "--distill-steps", str(distill_steps)]
+    return " ".join(words + (["--size", str(size)] if size is not None else []))
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__}

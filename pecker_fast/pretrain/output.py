@@ -1,0 +1,86 @@
+"""The folder a pretraining run writes: who owns it, what is left of an interrupted run, and its parts on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pecker_fast import io_safe
+from pecker_fast.errors import CheckpointError, OutputError
+
+PARTIAL = "partial.json"
+PARTIAL_TENSORS = "partial.safetensors"
+MODEL = "model.json"
+
+
+def claim(folder: Path) -> None:
+    """Make the folder, or find that it is empty or holds an interrupted run; else raise `OutputError`."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file, a folder is needed")
+    with io_safe.output_errors(folder):
+        if folder.is_dir() and not (folder / PARTIAL).is_file() and any(folder.iterdir()):
+            what = "already holds a model" if (folder / MODEL).is_file() else "is not empty and not of this command"
+            raise OutputError(f"{folder}: {what}; nothing is overwritten, choose another output")
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def claim_for(folder: Path, identity: dict[str, Any]) -> None:
+    """Mark the claimed folder as this run's; raise `OutputError` where it is another run's unfinished one."""
+    if not (folder / PARTIAL).is_file():
+        io_safe.write_json(folder / PARTIAL, identity)
+        return
+    found = io_safe.read_json(folder / PARTIAL, error=OutputError)
+    if found != identity:
+        known = found if isinstance(found, dict) else {}
+        changed = [key for key in identity if known.get(key) != identity[key]]
+        raise OutputError(
+            f"{folder}: holds an unfinished run with other {', '.join(changed) or 'contents'}; choose another output"
+        )
+
+
+def save_partial(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
+    io_safe.write_tensors(folder / PARTIAL_TENSORS, tensors, {"step": str(step)})
+
+
+def load_partial(folder: Path) -> tuple[dict[str, Tensor], int] | None:
+    """Training state of an interrupted run, None where there is none. Raises `CheckpointError` where it is damaged."""
+    path = folder / PARTIAL_TENSORS
+    if not path.is_file():
+        return None
+    tensors, metadata = io_safe.read_tensors(path, error=CheckpointError)
+    if not metadata.get("step", "").isdecimal():
+        raise CheckpointError(f"{path}: damaged, the step is missing; delete the file to start over")
+    return tensors, int(metadata["step"])
+
+
+def finish(folder: Path) -> None:
+    """Remove what an interrupted run would need; the folder is a finished model from here on."""
+    with io_safe.output_errors(folder):
+        (folder / PARTIAL_TENSORS).unlink(missing_ok=True)
+        (folder / PARTIAL).unlink(missing_ok=True)
+
+
+def write_index(folder: Path) -> None:
+    """`model_index.json`, by which diffusers' users know the folder as a pipeline."""
+    import diffusers
+
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    io_safe.write_json(folder / "model_index.json", index)
+
+
+def write_scheduler(folder: Path) -> None:
+    """`scheduler/`: DDPM's linear schedule (arXiv 2006.11239), 1000 steps, noise prediction."""
+    from diffusers import DDPMScheduler
+
+    scheduler: Any = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon"
+    )
+    with io_safe.output_errors(folder / "scheduler"):
+        scheduler.save_pretrained(folder / "scheduler")

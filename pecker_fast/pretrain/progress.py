@@ -1,0 +1,53 @@
+"""How pretraining speaks to the console."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 5.0
+
+
+class Ticker(AbstractContextManager["Ticker"]):
+    """A progress bar on a terminal, one plain line every few seconds elsewhere (on standard error)."""
+
+    def __init__(self, what: str, total: int, start: int = 0) -> None:
+        self.what, self.total, self.start = what, total, start
+        self.begun = self.last = time.monotonic()
+        self.bar: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+            self.task = self.bar.add_task(what, total=total, completed=start, note="")
+
+    def __enter__(self) -> Ticker:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a `note`: asked first, because reading a loss may wait for the device."""
+        return step == self.total or time.monotonic() - self.last >= (0.5 if self.bar else LINE_EVERY_S)
+
+    def note(self, step: int, text: str) -> None:
+        """Show that `step` steps are done."""
+        self.last = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=step, note=text)
+            return
+        rate = (step - self.start) / max(self.last - self.begun, 1e-9)
+        left_s = (self.total - step) / max(rate, 1e-9)
+        done = f"{self.what}: step {step}/{self.total}"
+        print(f"{done}  {text}  {rate:.1f} steps/s  {left_s:.0f} s left", file=sys.stderr, flush=True)
