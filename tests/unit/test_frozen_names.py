@@ -1,0 +1,116 @@
+"""Names that users and their files depend on. Changing one is a decision, told in the changelog, not an accident."""
+
+import inspect
+
+import pytest
+import typer
+
+import pecker_fast
+from pecker_fast.cli import app
+from pecker_fast.config import Recipe, recipe_help
+
+KEYS_TEXT = """
+model model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score alpha
+timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher guidance.text_dropout
+detach_score weights.score_retain weights.score_forget weights.retain weights.forget mask.source mask.score
+mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope mask.reduction mask.samples mask.data
+mask.timesteps mask.refresh update_rule optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_value ema
+precision score engine.zero engine.offload engine.stall_s evaluate.every evaluate.samples evaluate.final
+evaluate.judge evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
+"""
+RECIPE_KEYS = KEYS_TEXT.split()
+
+CHOICES = {
+    "method": "pecker | sfd",
+    "mask.source": "saliency | random | none",
+    "mask.score": "mse | forget_loss",
+    "mask.structure": "element | row | tile | tensor",
+    "mask.scope": "global | tensor",
+    "mask.reduction": "sum | abs | square",
+    "mask.timesteps": "uniform | train | init",
+    "update_rule": "differentiated | salient_only | alternating",
+    "precision": "fp32 | bf16",
+    "score": "full | lora",
+    "engine.offload": "none | cpu",
+}
+
+DEFAULTS = {
+    "model": "digits", "method": "pecker", "forget": 0, "cover": 1, "retain": None, "steps": 500, "distill_steps": 0,
+    "batch_size": 64, "lr.generator": 1e-4, "lr.score": 1e-4, "alpha": 1.2, "timesteps.init": 440,
+    "timesteps.min": 38, "timesteps.max": 712, "weights.score_retain": 1, "weights.score_forget": 1,
+    "weights.retain": 1, "weights.forget": 1, "mask.source": "saliency", "mask.score": "mse", "mask.contrast": False,
+    "mask.density": 0.5, "mask.threshold": None, "mask.structure": "element", "mask.tile": [128, 128],
+    "mask.scope": "global", "mask.reduction": "sum", "mask.samples": 2048, "mask.data": "pseudo",
+    "mask.timesteps": "uniform", "mask.refresh": 0, "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
+    "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
+    "engine.stall_s": 600, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,
+    "checkpoint.every": 100, "checkpoint.keep": 2, "seed": 0, "output": "runs/digits", "resume": "auto",
+}  # fmt: skip
+
+COMMANDS = {
+    "train": {"recipe", "overrides", "--tensorboard", "--dry-run", "--quiet", "-q"},
+    "pretrain": {"name", "--data", "--output", "-o", "--steps", "--seed", "--distill-steps", "--size"},
+    "sample": {"run", "--classes", "--count", "--seed", "--output", "-o", "--before"},
+    "evaluate": {"run", "--samples", "--seed", "--judge"},
+    "report": {"run"},
+    "mask": {"run", "--plot"},
+    "export": {"run", "--output", "-o", "--weights"},
+    "doctor": {"recipe"},
+    "recipes list": set(),
+    "recipes show": {"name", "--all"},
+    "recipes copy": {"name", "destination"},
+    "recipes keys": set(),
+}
+
+
+def test_recipe_keys():
+    assert [row[0] for row in recipe_help()] == RECIPE_KEYS
+
+
+def test_recipe_choices_and_defaults():
+    rows = {row[0]: row for row in recipe_help()}
+    assert {key: rows[key][1] for key in CHOICES} == CHOICES
+    assert {key: rows[key][2] for key in DEFAULTS} == DEFAULTS
+    assert set(Recipe.model_fields) - {key.split(".")[0] for key in RECIPE_KEYS} == {"config_folder"}
+
+
+def command_names(group, prefix=""):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from command_names(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def test_commands_and_their_options():
+    found = {}
+    for name, command in command_names(typer.main.get_command(app)):
+        options = set()
+        for parameter in command.params:
+            options |= set(parameter.opts) - {"--help", "-h"}
+        found[name] = options
+    assert found == COMMANDS
+
+
+def test_public_names():
+    assert pecker_fast.__all__ == ["__version__", "unlearn"]
+    assert list(inspect.signature(pecker_fast.unlearn).parameters)[:6] == [
+        "model", "forget", "cover", "retain", "method", "output",
+    ]  # fmt: skip
+    with pytest.raises(AttributeError, match="no attribute 'unlern'"):
+        pecker_fast.unlern  # noqa: B018
+
+
+def test_the_python_functions_behind_the_commands():
+    from pecker_fast import pretrain, report, run, tools
+
+    first = {
+        run.train: ["recipe", "tensorboard", "quiet", "dry_run"],
+        tools.sample_run: ["run_dir", "classes", "count", "seed", "output", "before"],
+        tools.evaluate_run: ["run_dir", "samples", "seed", "judge"],
+        tools.export_run: ["run_dir", "output", "weights"],
+        report.write_report: ["run_dir"],
+        pretrain.pretrain: ["name", "data", "output", "steps", "seed"],
+    }
+    for function, names in first.items():
+        assert list(inspect.signature(function).parameters)[: len(names)] == names, function.__name__
