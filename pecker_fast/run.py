@@ -319,7 +319,7 @@ class Training:
         return {
             "held_out_accuracy": judge.info.get("held_out_accuracy"),
             "teacher_accuracy": sum(right) / len(right) if right else None,
-            "fid_floor": fid_floor(real.features, seed=0) if real is not None else None,
+            "fid_floor": fid_floor(real.features, real.labels, seed=0) if real is not None else None,
             "reference_samples": len(real) if real is not None else None,
         }
 

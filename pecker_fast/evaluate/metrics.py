@@ -43,14 +43,19 @@ def fid(real: Tensor, fake: Tensor) -> float:
     return max(0.0, metric.compute().item())
 
 
-def fid_floor(features: Tensor, seed: int) -> float:
-    """FID of real against real: two random disjoint halves of `features` [M, F], split by `seed`.
+def fid_floor(features: Tensor, labels: Tensor, seed: int) -> float:
+    """FID of real against real: two disjoint halves of `features` [M, F], every class of `labels` [M] split evenly.
 
     Halves carry about twice the bias of a comparison with all M samples on a side, so the floor errs on the high side.
     """
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-    half = len(features) // 2
-    return fid(features[order[:half]], features[order[half : 2 * half]])
+    generator = torch.Generator().manual_seed(seed)
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for c in labels.unique().tolist():
+        members = (labels == c).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        for half, part in zip(halves, members.chunk(2)):
+            half.append(part)
+    return fid(features[torch.cat(halves[0])], features[torch.cat(halves[1])])
 
 
 def inception_score(logits: Tensor, splits: int = 1) -> float:

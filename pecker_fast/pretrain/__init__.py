@@ -81,7 +81,8 @@ def pretrain(
     if distill_steps:
         from pecker_fast.run import distill
 
-        distill(folder, steps=distill_steps, seed=seed, dtype=getattr(torch, settings.storage))
+        keys = {"ema": settings.distill_ema}
+        distill(folder, steps=distill_steps, seed=seed, keys=keys, dtype=getattr(torch, settings.storage))
         card = io_safe.read_json(folder / folders.MODEL) | card
     figures = {"judge": judge_info, **measure(folder, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
@@ -143,7 +144,7 @@ def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     labels = classes[torch.arange(settings.samples) % len(classes)]
     judge, reference = load_judge(folder / "judge")
     assert reference is not None, "the judge was written without reference features"
-    real = reference.features
+    real = reference.features  # of all classes
 
     def judged(who: str, images: Tensor) -> dict[str, Any]:
         features, logits = judge.judge(images.cpu())
@@ -157,7 +158,7 @@ def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     return figures | {
         "samples": len(labels),
         "sampler": f"DDIM, {settings.sampler_steps} steps",
-        "fid_floor": fid_floor(real, seed) if len(real) > 3 else None,
+        "fid_floor": fid_floor(real, reference.labels, seed) if len(real) > 3 else None,
         "reference_samples": len(real),
     }
 

@@ -49,15 +49,16 @@ def test_fid_of_a_shift_is_its_square_and_of_itself_nothing():
     assert fid(real, real + 0.6) > fid(real, real + 0.5)
 
 
-def test_fid_floor_uses_disjoint_halves():
-    real = draw(401, 8, 4)
-    floor = fid_floor(real, seed=5)
-    assert floor == fid_floor(real, seed=5) != fid_floor(real, seed=6)
+def test_fid_floor_uses_disjoint_halves_with_equal_classes():
+    real, labels = draw(401, 8, 4), torch.arange(401) % 3
+    floor = fid_floor(real, labels, seed=5)
+    assert floor == fid_floor(real, labels, seed=5) != fid_floor(real, labels, seed=6)
     assert 0 < floor < 1
     twice = torch.cat([draw(1, 8, 0).expand(100, 8), draw(1, 8, 1).expand(100, 8)])
-    assert fid_floor(twice, seed=0) < fid(twice[:100], twice[100:])
+    assert fid_floor(twice, torch.arange(200) // 100, seed=0) == pytest.approx(0, abs=1e-6)  # 50 of each in each half
+    assert fid(twice[:100], twice[100:]) > 1
     state = torch.get_rng_state()
-    fid_floor(real, seed=5)
+    fid_floor(real, labels, seed=5)
     assert torch.equal(state, torch.get_rng_state())
 
 

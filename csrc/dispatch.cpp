@@ -1,0 +1,37 @@
+#include "pecker_cpu.h"
+
+#include <atomic>
+
+namespace {
+
+int detect() {
+#ifdef PECKER_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return 2;
+  if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+  return 0;
+}
+
+const int level_max = detect();
+std::atomic<int> level_now{level_max};
+
+}  // namespace
+
+namespace pecker {
+int level() { return level_now.load(std::memory_order_relaxed); }
+}  // namespace pecker
+
+PECKER_API int pecker_abi_version() { return 1; }
+
+PECKER_API int pecker_cpu_level() { return pecker::level(); }
+
+PECKER_API int pecker_cpu_level_max() { return level_max; }
+
+PECKER_API int pecker_set_cpu_level(int level) {
+  if (level < 0 || level > level_max) return -1;
+  level_now.store(level, std::memory_order_relaxed);
+  return 0;
+}

@@ -1,0 +1,24 @@
+"""Kernels for masked unlearning: saliency scores, exact thresholds, one-bit masks, a masked Adam. Needs torch alone."""
+
+from .adopt import adopt
+from .errors import MaskError, NativeLibraryError, PeckerKernelsError, ScoreError
+from .foreach import all_finite
+from .mask import SaliencyMask
+from .ops import masked_adam_
+from .optimizer import MaskedAdam
+from .saliency import SaliencyScores
+from .threshold import kth_largest
+
+__all__ = [
+    "MaskError",
+    "MaskedAdam",
+    "NativeLibraryError",
+    "PeckerKernelsError",
+    "SaliencyMask",
+    "SaliencyScores",
+    "ScoreError",
+    "adopt",
+    "all_finite",
+    "kth_largest",
+    "masked_adam_",
+]

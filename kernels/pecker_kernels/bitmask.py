@@ -1,0 +1,95 @@
+"""Bit masks as uint8 tensors: pack, unpack, popcount, union, intersection, apply; each chooses an implementation by
+name.
+
+impl: "auto" takes C++ where it can serve the tensors and torch otherwise; "cpu" and "reference" are used or raise;
+"triton" raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .errors import MaskError, PeckerKernelsError
+
+IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
+
+
+def check_impl(impl: str, *, built: tuple[str, ...]) -> str:
+    """Return `impl`; raise PeckerKernelsError for an unknown name or one the operation does not have."""
+    if impl not in IMPLEMENTATIONS:
+        raise PeckerKernelsError(f"unknown implementation impl={impl!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+    if impl not in built:
+        raise PeckerKernelsError(f"impl={impl!r} is not available for this operation: choose from {', '.join(built)}")
+    return impl
+
+
+def _native(impl: str, *tensors: Tensor) -> bool:
+    """Whether C++ serves this call."""
+    check_impl(impl, built=("auto", "cpu", "reference"))
+    if impl == "auto":
+        return all(t.device.type == "cpu" for t in tensors) and cpu.available()
+    return impl == "cpu"
+
+
+def check_bits(bits: Tensor, n: int, what: str = "bits") -> None:
+    """Raise MaskError unless `bits` is uint8 [ceil(n / 8)]."""
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != (n + 7) // 8:
+        raise MaskError(f"{what}: expected uint8 [{(n + 7) // 8}] for {n} weights, got {bits.dtype} {list(bits.shape)}")
+
+
+def pack_bits(keep: Tensor, impl: str = "auto") -> Tensor:
+    """bool or uint8 [any shape] (non-zero = one) -> uint8 [ceil(n / 8)] on the same device, least significant bit
+    first."""
+    if keep.dtype not in (torch.bool, torch.uint8):
+        raise MaskError(f"only bool and uint8 tensors can be packed, got {keep.dtype}")
+    return cpu.pack_bits(keep) if _native(impl, keep) else reference.pack_bits(keep)
+
+
+def unpack_bits(bits: Tensor, n: int, impl: str = "auto") -> Tensor:
+    """uint8 [ceil(n / 8)] -> bool [n]."""
+    check_bits(bits, n)
+    return cpu.unpack_bits(bits, n) if _native(impl, bits) else reference.unpack_bits(bits, n)
+
+
+def popcount(bits: Tensor, impl: str = "auto") -> int:
+    """Number of ones in a uint8 tensor; waits for the device."""
+    if bits.dtype != torch.uint8:
+        raise MaskError(f"popcount takes uint8 bits, got {bits.dtype}")
+    return cpu.popcount(bits) if _native(impl, bits) else reference.popcount(bits)
+
+
+def apply_(tensor: Tensor, bits: Tensor, impl: str = "auto") -> Tensor:
+    """t ⊙ m in place for floating tensors: masked-out elements become exactly +0, the others keep their bits."""
+    if not tensor.is_floating_point():
+        raise MaskError(f"a mask applies to floating tensors, got {tensor.dtype}")
+    check_bits(bits, tensor.numel())
+    served = tensor.is_contiguous() and tensor.element_size() in (2, 4, 8)
+    with torch.no_grad():
+        if _native(impl, tensor, bits) and (served or impl == "cpu"):
+            return cpu.apply_(tensor, bits)
+        return reference.apply_(tensor, bits.to(tensor.device))
+
+
+def union(a: Tensor, b: Tensor) -> Tensor:
+    """Weights kept by either mask."""
+    return a | b
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Weights kept by both masks."""
+    return a & b
+
+
+def full_bits(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [ceil(n / 8)] of ones, padding zero."""
+    bits = torch.full(((n + 7) // 8,), 255, dtype=torch.uint8, device=device)
+    if n % 8:
+        bits[-1] = (1 << n % 8) - 1
+    return bits
+
+
+def kept_indices(bits: Tensor, n: int) -> Tensor:
+    """int64 [popcount] flat positions of the ones, ascending."""
+    return unpack_bits(bits, n).nonzero().view(-1)

@@ -1,0 +1,139 @@
+"""What every operation takes, computes and moves; tests and benchmarks iterate over SPECS.
+
+n is the number of weights, d the mask's density. FLOPs count floating additions, multiplications, divisions, roots and
+comparisons as one each. Bytes are the floor: every value read or written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import bitmask, foreach, ops, reference, saliency, threshold
+
+_FLOATS = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operation: where its implementations are, what it takes and what it costs."""
+
+    name: str
+    inputs: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    implementations: tuple[str, ...]
+    public: Callable
+    truth: Callable
+    flops: Callable[[int, float], float]  # (n, d) -> floating operations
+    bytes_moved: Callable[[int, float], float]  # (n, d) -> bytes
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        OpSpec(
+            "pack_bits",
+            ("keep [n]",),
+            ("bool", "uint8"),
+            ("auto", "cpu", "reference"),
+            bitmask.pack_bits,
+            reference.pack_bits,
+            flops=lambda n, d: 0,
+            bytes_moved=lambda n, d: n + n / 8,
+        ),
+        OpSpec(
+            "unpack_bits",
+            ("bits [n / 8]", "n"),
+            ("uint8",),
+            ("auto", "cpu", "reference"),
+            bitmask.unpack_bits,
+            reference.unpack_bits,
+            flops=lambda n, d: 0,
+            bytes_moved=lambda n, d: n + n / 8,
+        ),
+        OpSpec(
+            "popcount",
+            ("bits [n / 8]",),
+            ("uint8",),
+            ("auto", "cpu", "reference"),
+            bitmask.popcount,
+            reference.popcount,
+            flops=lambda n, d: 0,
+            bytes_moved=lambda n, d: n / 8,
+        ),
+        OpSpec(
+            "apply_",
+            ("tensor [n]", "bits [n / 8]"),
+            _FLOATS,
+            ("auto", "cpu", "reference"),
+            bitmask.apply_,
+            reference.apply_,
+            flops=lambda n, d: 0,
+            # Unstructured mask: every cache line is read and written.
+            bytes_moved=lambda n, d: 8 * n + n / 8,
+        ),
+        OpSpec(
+            "kth_largest",
+            ("tensors [n]", "k"),
+            ("float32", "float16", "bfloat16"),
+            ("auto",),
+            threshold.kth_largest,
+            reference.kth_largest,
+            flops=lambda n, d: 0,
+            # Three passes; the later two re-read everything to find the few values of one bin.
+            bytes_moved=lambda n, d: 12 * n,
+        ),
+        OpSpec(
+            "keep_top_k",
+            ("tensors [n]", "k"),
+            ("float32", "float16", "bfloat16"),
+            ("auto",),
+            threshold.keep_top_k,
+            reference.keep_top_k,
+            flops=lambda n, d: 2 * n,
+            bytes_moved=lambda n, d: 12 * n + 4 * n + n,
+        ),
+        OpSpec(
+            "accumulate_",
+            ("score [n]", "grad [n]"),
+            ("float32",),
+            ("auto",),
+            saliency.SaliencyScores.accumulate,
+            reference.accumulate_,
+            flops=lambda n, d: 2 * n,
+            bytes_moved=lambda n, d: 12 * n,
+        ),
+        OpSpec(
+            "contrast_",
+            ("score [n]", "other_square_sum [n]"),
+            ("float32",),
+            ("auto",),
+            saliency.SaliencyScores.contrast_,
+            reference.contrast_,
+            flops=lambda n, d: 4 * n,
+            bytes_moved=lambda n, d: 12 * n,
+        ),
+        OpSpec(
+            "adam_",
+            ("param [n]", "grad [n]", "exp_avg [n]", "exp_avg_sq [n]", "step"),
+            ("float32", "float64"),
+            ("auto", "reference"),
+            foreach.adam_,
+            reference.adam_,
+            flops=lambda n, d: ops.ADAM_FLOPS * n,
+            bytes_moved=lambda n, d: 28 * n,
+        ),
+        OpSpec(
+            "masked_adam_",
+            ("params [n]", "grads [n]", "bits [n / 8]", "exp_avgs [d n]", "exp_avg_sqs [d n]", "step"),
+            ("float32", "float64"),
+            ("auto", "reference"),
+            ops.masked_adam_,
+            reference.adam_,
+            flops=lambda n, d: ops.ADAM_FLOPS * d * n,
+            # Compact moments are dense vectors; parameter and gradient lines of 64 bytes are moved whole where any lane
+            # is live.
+            bytes_moved=lambda n, d: 16 * d * n + 12 * n * (1 - (1 - d) ** 16) + n / 8,
+        ),
+    )
+}

@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import pecker_kernels as pk
+
+PUBLIC = {
+    "MaskError",
+    "MaskedAdam",
+    "NativeLibraryError",
+    "PeckerKernelsError",
+    "SaliencyMask",
+    "SaliencyScores",
+    "ScoreError",
+    "adopt",
+    "all_finite",
+    "kth_largest",
+    "masked_adam_",
+}
+
+
+def test_public_names_are_frozen():
+    assert set(pk.__all__) == PUBLIC
+    assert all(hasattr(pk, name) for name in PUBLIC)
+
+
+def test_errors_are_value_errors():
+    assert issubclass(pk.PeckerKernelsError, ValueError)
+    for error in (pk.MaskError, pk.NativeLibraryError, pk.ScoreError):
+        assert issubclass(error, pk.PeckerKernelsError)
+
+
+def test_import_needs_torch_only():
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport pecker_kernels\n"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(sorted(m for m in new if not m.startswith('_') and m not in ('torch', 'numpy', 'pecker_kernels')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"

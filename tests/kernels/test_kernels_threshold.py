@@ -1,0 +1,146 @@
+import socket
+
+import hypothesis.strategies as st
+import pecker_kernels as pk
+import pytest
+import torch
+from hypothesis import given, settings
+from pecker_kernels import reference, threshold
+
+SPECIAL = [0.0, -0.0, 1e-45, 1.17549435e-38, 1.0, 1.0000001, 0.5, 3.4028235e38]
+
+
+@st.composite
+def scores(draw):
+    """A few tensors of non-negative values with many ties, subnormals and the largest float among them."""
+    value = st.sampled_from(SPECIAL) | st.floats(0, 3.4028234663852886e38, width=32)
+    tensors = []
+    for _ in range(draw(st.integers(1, 4))):
+        values = draw(st.lists(value, max_size=40))
+        tensors.append(torch.tensor(values, dtype=torch.float32))
+    total = sum(t.numel() for t in tensors)
+    if total == 0:
+        tensors.append(torch.tensor([1.0]))
+        total = 1
+    return tensors, draw(st.integers(1, total))
+
+
+def check_exact(tensors, k):
+    expected = reference.kth_largest(tensors, k)
+    assert pk.kth_largest(tensors, k) == expected
+    keep, reached = threshold.keep_top_k(tensors, k)
+    assert reached == expected
+    assert sum(int(m.sum()) for m in keep) == k
+    assert all(torch.equal(a, b) for a, b in zip(keep, reference.keep_top_k(tensors, k)))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(scores())
+def test_exact_against_sort(case):
+    check_exact(*case)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5000, 123_456, 199_999, 200_000])
+def test_exact_over_chunks(monkeypatch, k):
+    monkeypatch.setattr(threshold, "CHUNK", 1 << 12)
+    generator = torch.Generator().manual_seed(k)
+    values = torch.randn(200_000, generator=generator).abs()
+    values[::3] = values[0]
+    check_exact([values[:70_000].view(100, 700), values[70_000:70_001], values[70_001:]], k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_scores(dtype):
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_exact([values[:400], values[400:]], 333)
+
+
+def test_strides_do_not_change_the_order_of_ties():
+    t = torch.ones(4, 6).t()
+    keep, _ = threshold.keep_top_k([t], 7)
+    assert keep[0].reshape(-1).nonzero().view(-1).tolist() == list(range(7))
+
+
+def test_ties_take_the_lowest_index_over_tensors():
+    keep, reached = threshold.keep_top_k([torch.zeros(5), torch.tensor([0.0, 2.0]), torch.zeros(3)], 4)
+    assert reached == 0.0
+    assert [m.tolist() for m in keep] == [[True, True, True, False, False], [False, True], [False] * 3]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(bad):
+    with pytest.raises(pk.ScoreError, match="'second' hold NaN or inf"):
+        threshold.select([torch.ones(3), torch.tensor([1.0, bad])], 1, names=["first", "second"])
+
+
+def test_refusals():
+    with pytest.raises(pk.ScoreError, match="tensor 0 hold negative"):
+        pk.kth_largest([torch.tensor([1.0, -1e-30])], 1)
+    for k in (0, 4, -1, 1.0, True):
+        with pytest.raises(pk.PeckerKernelsError, match="from 1 to"):
+            pk.kth_largest(torch.ones(3), k)
+    with pytest.raises(pk.PeckerKernelsError, match="float64"):
+        pk.kth_largest(torch.ones(3, dtype=torch.float64), 1)
+    with pytest.raises(pk.PeckerKernelsError, match="from 1 to"):
+        pk.kth_largest([], 1)
+
+
+def test_gate_fails_on_a_histogram_off_by_one_bin(monkeypatch):
+    real = threshold._digit_histogram
+    monkeypatch.setattr(threshold, "_digit_histogram", lambda *args: real(*args).roll(1))
+    with pytest.raises(AssertionError):
+        check_exact([torch.rand(100, generator=torch.Generator().manual_seed(0))], 30)
+
+
+def test_gate_fails_on_ties_from_the_wrong_end(monkeypatch):
+    real = threshold._ties_before
+    monkeypatch.setattr(threshold, "_ties_before", lambda ties, *rest: real(ties[::-1], *rest)[::-1])
+    with pytest.raises(AssertionError):
+        check_exact([torch.zeros(5), torch.zeros(5)], 3)
+
+
+def _rank(rank, port, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    whole = torch.rand(1001, generator=torch.Generator().manual_seed(5))
+    whole[100:900:2] = 0.25
+    group = torch.distributed.group.WORLD
+    mine = {"a": whole[:300], "b": whole[300:500]} if rank == 0 else {"c": whole[500:]}
+    out = [pk.SaliencyMask.from_scores(mine, density=d, group=group) for d in (0.02, 0.6, 1.0)]
+    # The same weights dealt out in stripes, with explicit offsets.
+    pieces = list(range(rank, 11, 2))
+    striped = threshold.keep_top_k(
+        [whole[i * 91 : (i + 1) * 91] for i in pieces], 601, group, offsets=[i * 91 for i in pieces]
+    )
+    results.put(
+        (
+            rank,
+            [(m.threshold, {n: m.bool(n).tolist() for n in m.names}) for m in out],
+            [(i, m.tolist()) for i, m in zip(pieces, striped[0])],
+        )
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_exact_over_two_ranks():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = sorted(results.get() for _ in workers)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    whole = torch.rand(1001, generator=torch.Generator().manual_seed(5))
+    whole[100:900:2] = 0.25
+    for i, density in enumerate((0.02, 0.6, 1.0)):
+        alone = pk.SaliencyMask.from_scores({"all": whole}, density=density)
+        keep = found[0][1][i][1]["a"] + found[0][1][i][1]["b"] + found[1][1][i][1]["c"]
+        assert keep == alone.bool("all").tolist()
+        assert {found[rank][1][i][0] for rank in (0, 1)} == {alone.threshold}
+    stripes = dict(found[0][2] + found[1][2])
+    assert [v for i in range(11) for v in stripes[i]] == reference.keep_top_k([whole], 601)[0].tolist()
