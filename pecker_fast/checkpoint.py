@@ -1,9 +1,9 @@
 """Checkpoints: a folder that is either whole or absent. Safetensors and JSON; a manifest with hashes is written last.
 
-    checkpoints/step-000100/
-        generator.safetensors  score.safetensors  ema.safetensors  optimizers.safetensors  mask.safetensors
-        state.json      counters, optimizer groups
-        manifest.json   format, version, step, recipe and base-model hashes, sha256 and size of every file
+checkpoints/step-000100/
+    generator.safetensors  score.safetensors  ema.safetensors  optimizers.safetensors  mask.safetensors
+    state.json      counters, optimizer groups
+    manifest.json   format, version, step, recipe and base-model hashes, sha256 and size of every file
 """
 
 import json
@@ -46,7 +46,10 @@ def save_checkpoint(state: TrainState, run_dir: Path, total_step: int, identity:
         try:
             temporary.mkdir(parents=True)
             _write_files(state, temporary)
-            files = {p.name: {"sha256": io_safe.sha256_file(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+            files = {
+                p.name: {"sha256": io_safe.sha256_file(p), "bytes": p.stat().st_size}
+                for p in sorted(temporary.iterdir())
+            }
             manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": files}
             io_safe.write_json(temporary / "manifest.json", manifest)
             if target.exists():  # the same step again: identical by construction
@@ -72,7 +75,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint. Raises CheckpointError naming the file that is missing, altered or too many."""
     manifest = io_safe.read_json(folder / "manifest.json", error=CheckpointError)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
         raise CheckpointError(f"{folder / 'manifest.json'}: not a checkpoint manifest")
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{folder}: checkpoint version {manifest.get('version')!r}, this release reads {VERSION}")
@@ -99,7 +106,9 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], object]) -> Path | No
             warn(f"checkpoint passed over: {error}")
             damaged = error
     if damaged is not None:
-        raise CheckpointError(f"{checkpoint_folder(run_dir)}: no checkpoint is whole ({damaged}); resume=never starts over")
+        raise CheckpointError(
+            f"{checkpoint_folder(run_dir)}: no checkpoint is whole ({damaged}); resume=never starts over"
+        )
     return None
 
 
@@ -121,8 +130,8 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
     load_network(state.score.unet, folder / "score.safetensors")
     if state.ema is not None:
         tensors, _ = io_safe.read_tensors(folder / "ema.safetensors", error=CheckpointError)
-        for name, value in state.ema.items():
-            value.copy_(tensors[name])
+        for name, average in state.ema.items():
+            average.copy_(tensors[name])
     stored = io_safe.read_json(folder / "state.json", error=CheckpointError)
     tensors, _ = io_safe.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
     for name, optimizer in named_optimizers(state).items():
@@ -166,7 +175,11 @@ def pack_optimizer(optimizer: Optimizer, name: str, tensors: dict[str, Tensor]) 
         if isinstance(value, dict):
             return {"items": [[key, pack(item, f"{path}/{key}")] for key, item in value.items()]}
         if isinstance(value, list | tuple):
-            return {"list" if isinstance(value, list) else "tuple": [pack(item, f"{path}/{i}") for i, item in enumerate(value)]}
+            return {
+                "list" if isinstance(value, list) else "tuple": [
+                    pack(item, f"{path}/{i}") for i, item in enumerate(value)
+                ]
+            }
         json.dumps(value)  # only plain values may be left
         return {"value": value}
 

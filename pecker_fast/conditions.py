@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def class_conditions(forget: object, cover: object, retain: object, classes: Seq
     if len(cover_list) == 1:
         cover_list *= len(forget_list)
     if len(cover_list) != len(forget_list):
-        raise RecipeError(f"cover: {len(cover_list)} classes for {len(forget_list)} forget classes; give one, or one for each")
+        raise RecipeError(
+            f"cover: {len(cover_list)} classes for {len(forget_list)} forget classes; give one, or one for each"
+        )
     for c in cover_list:
         if c in forget_list:
             raise RecipeError(f"cover: class {c} is to be forgotten itself; choose a cover class outside forget")
@@ -53,12 +56,14 @@ def class_conditions(forget: object, cover: object, retain: object, classes: Seq
 
 
 def _class_list(key: str, value: object, classes: Sequence[int]) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if not values:
         raise RecipeError(f"{key}: the list is empty; name at least one class")
     for v in values:
         if isinstance(v, bool) or not isinstance(v, int):
-            raise RecipeError(f"{key}: {v!r} is not a class number; this model is class-conditional (classes {_range(classes)})")
+            raise RecipeError(
+                f"{key}: {v!r} is not a class number; this model is class-conditional (classes {_range(classes)})"
+            )
         if v not in classes:
             raise RecipeError(f"{key}: class {v} is out of range; the model's classes are {_range(classes)}")
     if len(set(values)) != len(values) and key != "cover":

@@ -72,7 +72,9 @@ class Denoiser:
         if guidance == 1.0:
             return self._forward(x_t, t, c)
         if self.null_class is None:
-            raise ModelError(f"guidance {guidance:g} needs a model with a null class (trained with label dropout); use guidance 1")
+            raise ModelError(
+                f"guidance {guidance:g} needs a model with a null class (trained with label dropout); use guidance 1"
+            )
         null = torch.full_like(c, self.null_class)
         conditional, unconditional = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c, null])).chunk(2)
         return unconditional + guidance * (conditional - unconditional)
@@ -87,32 +89,58 @@ class Denoiser:
 
 
 def load_unet(folder: Path) -> nn.Module:
-    """A UNet2DModel in float32 from its folder (config.json and safetensors weights). Raises ModelError naming the folder."""
+    """A UNet2DModel in float32 from its folder (config.json and safetensors weights). Raises ModelError naming the folder.
+
+    The config is first built without memory and compared with the weights, so that one that lies about sizes costs nothing.
+    """
     from diffusers import UNet2DModel
 
-    config = io_safe.read_json(folder / "config.json", error=ModelError)
+    config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    tensors = io_safe.read_weights(folder)
     try:
-        unet = UNet2DModel.from_config({key: value for key, value in config.items() if not key.startswith("_")})
-    except (TypeError, ValueError, KeyError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"{folder / 'config.json'}: not a UNet2DModel diffusers can build ({_one_line(error)})") from error
-    load_weights(unet, io_safe.read_weights(folder), folder)
+        with torch.device("meta"):
+            planned = UNet2DModel.from_config(config)
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:
+        raise ModelError(
+            f"{folder / io_safe.CONFIG_NAME}: not a UNet2DModel diffusers can build ({_one_line(error)})"
+        ) from error
+    check_weights(planned, tensors, folder)
+    unet = UNet2DModel.from_config(config)
+    unet.load_state_dict(tensors)
     return unet
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy tensors into a module, every name and shape accounted for. Raises ModelError naming the first that does not fit."""
+    check_weights(module, tensors, where)
+    module.load_state_dict(tensors)
+
+
+def check_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Raises ModelError unless the tensors are exactly the module's, by name and shape, and finite."""
     own = module.state_dict()
-    for name in own:
+    for name, value in own.items():
         if name not in tensors:
             raise ModelError(f"{where}: tensor {name} is missing; the weights do not belong to this config")
-        if own[name].shape != tensors[name].shape:
-            raise ModelError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, the config wants {tuple(own[name].shape)}")
+        if value.shape != tensors[name].shape:
+            raise ModelError(
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, the config wants {tuple(value.shape)}"
+            )
         if not bool(torch.isfinite(tensors[name]).all()):
             raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the weights are damaged")
     extra = sorted(set(tensors) - set(own))
     if extra:
         raise ModelError(f"{where}: tensor {extra[0]} is unknown to the config; the weights do not belong to it")
-    module.load_state_dict(tensors)
 
 
 def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
@@ -125,15 +153,21 @@ def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     card = io_safe.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
     if card.get("kind") == "one-step generator":
-        raise ModelError(f"{folder}: a one-step generator cannot be the teacher; give the model it came from, or use it as generator=")
+        raise ModelError(
+            f"{folder}: a one-step generator cannot be the teacher; give the model it came from, or use it as generator="
+        )
     unet = load_unet(unet_folder)
     count = getattr(unet.config, "num_class_embeds", None)
     if not count:
-        raise ModelError(f"{folder}: the model is unconditional (num_class_embeds is empty), so there is no class to forget")
+        raise ModelError(
+            f"{folder}: the model is unconditional (num_class_embeds is empty), so there is no class to forget"
+        )
     if null_class is None:
         null_class = card.get("null_class")
     if null_class is not None and not 0 <= int(null_class) < count:
-        raise ModelError(f"{folder}: null_class {null_class} is out of range, the model has class embeddings 0 to {count - 1}")
+        raise ModelError(
+            f"{folder}: null_class {null_class} is out of range, the model has class embeddings 0 to {count - 1}"
+        )
     return Denoiser(unet, load_schedule(scheduler_folder), null_class)
 
 

@@ -1,8 +1,8 @@
 """The result as a diffusers folder that stock diffusers loads, with a model card. No custom code in it.
 
-    pipeline/  model_index.json  README.md  model.json
-               unet/       config.json, diffusion_pytorch_model.safetensors   the one-step generator θ
-               scheduler/  scheduler_config.json                              EulerDiscreteScheduler, trailing spacing
+pipeline/  model_index.json  README.md  model.json
+           unet/       config.json, diffusion_pytorch_model.safetensors   the one-step generator θ
+           scheduler/  scheduler_config.json                              EulerDiscreteScheduler, trailing spacing
 """
 
 import json
@@ -118,13 +118,19 @@ def model_card(
     metrics: dict[str, Any] | None,
 ) -> str:
     """Markdown card: what was forgotten, how to draw, how good it is, the recipe."""
-    pairs = ", ".join(f"class {f} (class {c} is drawn in its place)" for f, c in zip(conditions.forget, conditions.cover))
+    pairs = ", ".join(
+        f"class {f} (class {c} is drawn in its place)" for f, c in zip(conditions.forget, conditions.cover)
+    )
     rows = [
         f"| {name} | " + " | ".join(_figure(metrics[key].get(name)) for key in ("before", "after", "teacher")) + " |"
         for name in ("ua", "cover_rate", "retain_accuracy", "fid", "inception_score", "precision", "recall")
         if metrics and all(metrics.get(key) for key in ("before", "after", "teacher"))
     ]
-    table = "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows]) if rows else "Not evaluated."
+    table = (
+        "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
+        if rows
+        else "Not evaluated."
+    )
     return f"""---
 library_name: diffusers
 tags: [diffusion, unlearning, one-step]
@@ -132,7 +138,8 @@ tags: [diffusion, unlearning, one-step]
 # One-step generator that has forgotten {pairs}
 
 Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
-It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}. It is not a denoiser: do not run it over many steps.
+It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
+It is not a denoiser: do not run it over many steps.
 
 ## Draw with stock diffusers
 

@@ -50,7 +50,7 @@ def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | 
 
 
 def load_start(name: str, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
-    """(θ, ψ) of a distilled generator: its `generator/` and `score/`, or a pipeline folder's `unet/`; ψ from φ where it has none."""
+    """(θ, ψ) of a distilled generator: its `generator/` and `score/`, or a pipeline's `unet/`; ψ from φ where it has none."""
     folder = io_safe.resolve_model(name)
     source = folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
     generator = Denoiser(load_unet(source), teacher.schedule, teacher.null_class)
@@ -84,7 +84,9 @@ def _match_teacher(network: Denoiser, teacher: Denoiser, where: Path) -> None:
     theirs = {name: p.shape for name, p in network.named_parameters()}
     for name, p in teacher.named_parameters():
         if theirs.get(name) != p.shape:
-            raise ModelError(f"{where}: tensor {name} has shape {theirs.get(name)}, the teacher's has {tuple(p.shape)}; another model's")
+            raise ModelError(
+                f"{where}: tensor {name} has shape {theirs.get(name)}, the teacher's has {tuple(p.shape)}; another model's"
+            )
 
 
 def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:
@@ -93,7 +95,9 @@ def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:
     if spare == 1 and teacher.null_class is None:
         teacher.null_class = judge.num_classes
     if len(teacher.classes) != judge.num_classes:
-        raise ModelError(f"{folder}: the model has {len(teacher.classes)} classes and its judge {judge.num_classes}; give evaluate.judge")
+        raise ModelError(
+            f"{folder}: the model has {len(teacher.classes)} classes and its judge {judge.num_classes}; give evaluate.judge"
+        )
 
 
 def pick_device() -> torch.device:

@@ -61,7 +61,9 @@ def _explicit_checkpoint(path: Path) -> Path:
         return path
     found = latest_checkpoint(path, warn=_warn) if path.is_dir() and list_checkpoints(path) else None
     if found is None:
-        raise CheckpointError(f"resume: there is no checkpoint at {path}; give a checkpoints/step-… folder, or resume=never")
+        raise CheckpointError(
+            f"resume: there is no checkpoint at {path}; give a checkpoints/step-… folder, or resume=never"
+        )
     return found
 
 

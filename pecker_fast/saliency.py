@@ -1,6 +1,7 @@
 """Which weights carry the concept: gradient scores over the forget set, and the mask cut from them (PECKER Eq. 8-10)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pecker_kernels import SaliencyMask, SaliencyScores
@@ -33,11 +34,13 @@ def make_mask(
     options = recipe.mask
     if options.source == "none":
         return None
-    shape = {"structure": options.structure, "tile": tuple(options.tile), "scope": options.scope}
+    shape: dict[str, Any] = {"structure": options.structure, "tile": tuple(options.tile), "scope": options.scope}
     if options.source == "random":
         seed = draws.generator(recipe.seed, "random-mask", step).initial_seed()
         return SaliencyMask.random(generator.named_parameters(), density=options.density, seed=seed, **shape)
-    scores = saliency_scores(recipe, teacher, score, generator, conditions, "forget", options.reduction, step, forget_images)
+    scores = saliency_scores(
+        recipe, teacher, score, generator, conditions, "forget", options.reduction, step, forget_images
+    )
     if options.contrast:
         retain = saliency_scores(recipe, teacher, score, generator, conditions, "retain", "square", step)
         scores.contrast_(retain, floor=1e-3)

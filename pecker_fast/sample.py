@@ -20,7 +20,9 @@ def sample_noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def one_step_sample(generator: Denoiser, labels: Tensor, seed: int, t_init: int, batch_size: int = BATCH_SIZE) -> Tensor:
+def one_step_sample(
+    generator: Denoiser, labels: Tensor, seed: int, t_init: int, batch_size: int = BATCH_SIZE
+) -> Tensor:
     """Images of the one-step generator θ for labels [N]: x_g from z, [N, C, H, W]."""
     z = sample_noise(generator, labels.shape[0], seed)
     parts = zip(z.split(batch_size), labels.to(generator.device).split(batch_size))

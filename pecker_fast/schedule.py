@@ -65,7 +65,9 @@ def load_schedule(folder: Path) -> Schedule:
     config = io_safe.read_json(path, error=ModelError)
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
-        raise ModelError(f"{path}: prediction_type {prediction_type!r} is not supported (one of {', '.join(PREDICTION_TYPES)})")
+        raise ModelError(
+            f"{path}: prediction_type {prediction_type!r} is not supported (one of {', '.join(PREDICTION_TYPES)})"
+        )
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     betas = {key: config[key] for key in kept if config.get(key) is not None}
     try:

@@ -12,10 +12,9 @@ from pecker_fast.checkpoint import latest_checkpoint, load_network
 from pecker_fast.config import Recipe, load_recipe
 from pecker_fast.denoiser import Denoiser, load_unet
 from pecker_fast.errors import CheckpointError, OutputError, RecipeError
-from pecker_fast.evaluate import evaluate
 from pecker_fast.export import export_pipeline
+from pecker_fast.judging import EVALUATION_SEED, Judging
 from pecker_fast.parts import Parts, load_parts
-from pecker_fast.run import EVALUATION_SEED
 from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE
 from pecker_fast.sample import grid_labels, one_step_sample, save_grid
 
@@ -39,8 +38,12 @@ def load_run(path: str | Path) -> Run:
 def trained_generator(run: Run, parts: Parts) -> Denoiser:
     """θ as exported in `pipeline/`."""
     if not (run.folder / PIPELINE).is_dir():
-        raise OutputError(f"{run.folder}: the run has no {PIPELINE}/ yet; resume it, or `pecker-fast export` its last checkpoint")
-    return Denoiser(load_unet(run.folder / PIPELINE / "unet"), parts.teacher.schedule, parts.teacher.null_class).freeze()
+        raise OutputError(
+            f"{run.folder}: the run has no {PIPELINE}/ yet; resume it, or `pecker-fast export` its last checkpoint"
+        )
+    return Denoiser(
+        load_unet(run.folder / PIPELINE / "unet"), parts.teacher.schedule, parts.teacher.null_class
+    ).freeze()
 
 
 def sample_run(
@@ -82,12 +85,11 @@ def evaluate_run(
     parts = load_parts(recipe)
     if parts.judge is None:
         raise RecipeError("evaluate: the model folder has no judge/; give --judge FOLDER")
-    generator, c = trained_generator(run, parts), parts.conditions
-    after = evaluate(
-        lambda labels, s: one_step_sample(generator, labels, s, recipe.timesteps.init), parts.judge, parts.reference,
-        list(c.forget), list(c.cover), list(c.retain), samples or recipe.evaluate.final or 2000,
-        EVALUATION_SEED if seed is None else seed,
-    )  # fmt: skip
+    judging = Judging(recipe, parts)
+    sampler = judging.one_step(trained_generator(run, parts))
+    after = judging.figures(
+        sampler, samples or recipe.evaluate.final or 2000, EVALUATION_SEED if seed is None else seed
+    )
     recorded = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() and judge is None else {}
     return {"before": recorded.get("before"), "after": after, "teacher": recorded.get("teacher")}
 

@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_recipe(tiny_model, tmp_path):
     """make(**keys) -> a Recipe over the tiny model with a fresh output folder; sections are merged."""
     from pecker_fast.config import recipe_from

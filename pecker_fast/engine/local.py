@@ -52,7 +52,8 @@ class LocalEngine:
         c_g, c_p = self.conditions.draw(branch, n, rng)
         if role == "score" and recipe.guidance.text_dropout > 0:
             drop = torch.rand(n, generator=rng, device=device) < recipe.guidance.text_dropout
-            c_p = torch.where(drop, state.score.null_class, c_g)  # what ψ is told; θ draws under c_g all the same
+            null_class = torch.full_like(c_g, state.score.null_class or 0)
+            c_p = torch.where(drop, null_class, c_g)  # what ψ is told; θ draws under c_g all the same
         elif role == "score":
             c_p = c_g
         return Batch(z, e, t, c_g, c_p)
@@ -110,7 +111,8 @@ class LocalEngine:
     def branch_gradients(
         self, state: TrainState, weights: dict[str, float], separate: bool
     ) -> tuple[dict[str, Gradients], dict[str, Tensor]]:
-        """(gradients of θ, losses by branch). One pass of φ and ψ serves all branches; θ is differentiated per branch if `separate`.
+        """(gradients of θ, losses by branch). One pass of φ and ψ serves all branches; θ is differentiated per branch
+        if `separate`.
 
         The chain rule is cut at x_g: dL/dx_g comes from the shared pass, then each branch goes back through θ alone.
         """
@@ -142,14 +144,16 @@ class LocalEngine:
         means = per_sample.detach().view(len(weights), -1).mean(1)
         return gradients, {("retain" if b == "all" else b) + "_loss": mean for b, mean in zip(weights, means)}
 
-    def _check_finite(self, state: TrainState, what: str, grads: Gradients, named: list[tuple[str, nn.Parameter]]) -> None:
+    def _check_finite(
+        self, state: TrainState, what: str, grads: Gradients, named: list[tuple[str, nn.Parameter]]
+    ) -> None:
         """Raise before anything non-finite reaches a weight; the weights stay those of the last good step."""
         if all_finite([g for g in grads if g is not None]):
             return
         bad = next(name for (name, _), g in zip(named, grads) if g is not None and not bool(torch.isfinite(g).all()))
         raise NonFiniteError(
-            f"{state.stage} step {state.step}: the gradient of {what} tensor {bad} is not finite; the weights are those of the step "
-            "before; lower lr or optimizer.clip_value and resume"
+            f"{state.stage} step {state.step}: the gradient of {what} tensor {bad} is not finite; the weights are those of "
+            "the step before; lower lr or optimizer.clip_value and resume"
         )
 
 

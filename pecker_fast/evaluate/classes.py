@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from pecker_fast.errors import PeckerError, RecipeError
 from pecker_fast.evaluate.judge import Judge, Reference
 from pecker_fast.evaluate.metrics import fid, inception_score, precision_recall
 
-Sampler = Callable[[LongTensor, int], Tensor]
+Sampler = Callable[[Tensor, int], Tensor]
 """(labels [N] int64, seed) -> images [N, C, H, W] float32 in [-1, 1]; a pure function of its arguments."""
 
 _NEIGHBOURS = 3
@@ -97,7 +97,7 @@ def _draw(
     features, logits = [], []
     for block, wanted in enumerate(labels.split(_DRAW)):
         digest = hashlib.sha256(f"{seed}/{group}/{block}".encode()).digest()
-        images = sampler(torch.LongTensor(wanted), int.from_bytes(digest[:4]) >> 1)
+        images = sampler(wanted, int.from_bytes(digest[:4]) >> 1)
         if images.ndim != 4 or len(images) != len(wanted):
             raise PeckerError(f"the sampler was asked for {len(wanted)} images and returned {tuple(images.shape)}")
         if not images.isfinite().all():  # a judge would call them some class, and a broken model would look unlearned

@@ -15,5 +15,7 @@ def get_method(name: str) -> type[Pecker] | type[SFD]:
     """The method class called `name`. Raises RecipeError naming the methods there are."""
     if name not in METHODS:
         hint = closest(name, METHODS)
-        raise RecipeError(f"method: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(METHODS)})")
+        raise RecipeError(
+            f"method: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(METHODS)})"
+        )
     return METHODS[name]

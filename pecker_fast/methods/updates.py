@@ -15,14 +15,16 @@ from pecker_fast.config import Recipe
 Gradients = Sequence[Tensor | None]  # aligned with the parameters; None where no gradient arrives
 
 
-def adam(recipe: Recipe, named: list[tuple[str, nn.Parameter]], lr: float, mask: SaliencyMask | None = None) -> MaskedAdam:
+def adam(
+    recipe: Recipe, named: list[tuple[str, nn.Parameter]], lr: float, mask: SaliencyMask | None = None
+) -> MaskedAdam:
     """The recipe's Adam over named parameters; with a mask it keeps moments for the salient weights alone."""
     options = recipe.optimizer
     return MaskedAdam(
         named,
         mask=mask,
         lr=lr,
-        betas=tuple(options.betas),
+        betas=(options.betas[0], options.betas[1]),
         eps=options.eps,
         weight_decay=options.weight_decay,
         clip_value=options.clip_value,
@@ -40,7 +42,9 @@ class UpdateRule:
         self.mask = mask
         self.optimizers = self.build(recipe, named, mask)
 
-    def build(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> dict[str, MaskedAdam]:
+    def build(
+        self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None
+    ) -> dict[str, MaskedAdam]:
         raise NotImplementedError
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
@@ -62,7 +66,9 @@ class UpdateRule:
 class Dense(UpdateRule):
     """One dense Adam step on g_r∇L_sd + g_f∇L_sfd."""
 
-    def build(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> dict[str, MaskedAdam]:
+    def build(
+        self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None
+    ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator)}
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
@@ -75,7 +81,9 @@ class Differentiated(UpdateRule):
 
     separate = True
 
-    def build(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> dict[str, MaskedAdam]:
+    def build(
+        self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None
+    ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator, mask)}
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
@@ -86,7 +94,9 @@ class Differentiated(UpdateRule):
 class SalientOnly(UpdateRule):
     """Both branches masked: salient weights alone are stepped and have moments, all others stay bit-identical."""
 
-    def build(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> dict[str, MaskedAdam]:
+    def build(
+        self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None
+    ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator, mask)}
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
@@ -99,7 +109,9 @@ class Alternating(UpdateRule):
 
     phases = (("forget",), ("retain",))
 
-    def build(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> dict[str, MaskedAdam]:
+    def build(
+        self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None
+    ) -> dict[str, MaskedAdam]:
         lr = recipe.lr.generator
         return {"generator_forget": adam(recipe, named, lr, mask), "generator_retain": adam(recipe, named, lr)}
 
@@ -108,4 +120,8 @@ class Alternating(UpdateRule):
         self.optimizers[f"generator_{phase[0]}"].step()
 
 
-RULES: dict[str, type[UpdateRule]] = {"differentiated": Differentiated, "salient_only": SalientOnly, "alternating": Alternating}
+RULES: dict[str, type[UpdateRule]] = {
+    "differentiated": Differentiated,
+    "salient_only": SalientOnly,
+    "alternating": Alternating,
+}

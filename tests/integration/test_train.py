@@ -37,7 +37,7 @@ def test_run_folder_is_complete(tiny_recipe):
         assert (run / name).stat().st_size > 0, name
     metrics = json.loads((run / "metrics.json").read_text())
     for row in ("before", "after", "teacher"):
-        assert METRICS <= set(metrics[row])
+        assert set(metrics[row]) >= METRICS
     assert {"training_s", "images", "flops", "peak_memory_bytes"} <= set(metrics["cost"])
     assert metrics["cost"]["images"] == 4 * 4 * 4  # iterations · (two branches in each of two steps) · batch
     assert metrics["cost"]["flops"] > 0
@@ -103,7 +103,9 @@ def test_pipeline_draws_the_same_in_stock_diffusers(tiny_recipe, tmp_path, predi
         ours = generate(generator, names["z"], names["labels"], 440).clamp(-1, 1)
     assert names["labels"].tolist() == [0, 1, 2]
     assert float((ours - names["images"]).abs().max()) <= 1e-3
-    assert float((ours - generate(generator, names["z"], names["labels"], 300).detach().clamp(-1, 1)).abs().max()) > 1e-3
+    assert (
+        float((ours - generate(generator, names["z"], names["labels"], 300).detach().clamp(-1, 1)).abs().max()) > 1e-3
+    )
 
 
 def test_zero_steps_leave_the_weights_bit_identical(tiny_recipe, tiny_model):
@@ -190,7 +192,10 @@ def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
     rng = random.Random(0)
     for target in sorted(rng.sample(range(1, 11), 3)):
         process = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 120
         while not any(int(p.name[5:]) >= target for p in checkpoint.list_checkpoints(tmp_path / "run")):
@@ -206,7 +211,7 @@ def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_exits_cleanly(tiny_recipe, monkeypatch, signum, code):
-    import pecker_fast.run as run_module
+    import pecker_fast.training as run_module
 
     real = run_module.Training.log_step
 
@@ -256,7 +261,8 @@ def test_unlearn_takes_a_pipeline_object(tmp_path, tiny_model):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     pipeline = DDPMPipeline(
-        UNet2DModel.from_pretrained(tiny_model, subfolder="unet"), DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler")
+        UNet2DModel.from_pretrained(tiny_model, subfolder="unet"),
+        DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler"),
     )
     keys = {"steps": 2, "batch_size": 4, "mask": {"samples": 4}, "retain": [2]}
     result = unlearn(pipeline, forget=0, cover=1, output=tmp_path / "run", **keys)
@@ -268,7 +274,9 @@ def test_a_generator_cannot_be_a_teacher(tiny_recipe, tmp_path):
     run = train(tiny_recipe(evaluate={"final": 0}), quiet=True).run_dir
     with pytest.raises(PeckerError, match="one-step generator cannot be the teacher"):
         train(tiny_recipe(model=str(run / "pipeline"), output=str(tmp_path / "again")), quiet=True)
-    chained = tiny_recipe(generator=str(run / "pipeline"), forget=1, cover=2, output=str(tmp_path / "again"), evaluate={"final": 0})
+    chained = tiny_recipe(
+        generator=str(run / "pipeline"), forget=1, cover=2, output=str(tmp_path / "again"), evaluate={"final": 0}
+    )
     assert train(chained, quiet=True).report is not None
 
 

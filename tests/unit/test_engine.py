@@ -15,7 +15,7 @@ from pecker_fast.methods.updates import Dense, adam
 from pecker_fast.parts import load_parts
 
 
-@pytest.fixture()
+@pytest.fixture
 def setup(tiny_recipe):
     """make(mask density or None, **keys) -> (recipe, engine, state, mask); ψ and θ are moved off φ so that no loss is zero."""
 
@@ -78,7 +78,9 @@ def test_gradients_cut_at_x_g_equal_the_whole_graph(setup, separate):
     else:
         assert_close(gradients["sum"], [0.7 * r + 0.3 * f for r, f in zip(want["retain"], want["forget"])])
     for branch in ("retain", "forget"):
-        assert float(losses[f"{branch}_loss"]) == pytest.approx(branch_loss(recipe, engine, state, branch).item(), rel=1e-4)
+        assert float(losses[f"{branch}_loss"]) == pytest.approx(
+            branch_loss(recipe, engine, state, branch).item(), rel=1e-4
+        )
 
 
 def test_differentiated_is_one_dense_step_on_retain_plus_masked_forget(setup):
@@ -96,7 +98,9 @@ def test_differentiated_is_one_dense_step_on_retain_plus_masked_forget(setup):
 
 
 def test_salient_only_steps_the_mask_and_nothing_else(setup):
-    recipe, engine, state, mask = setup(update_rule="salient_only", **{**LINEAR, "optimizer": {"eps": 1.0, "weight_decay": 0.1, "clip_value": None}})
+    _recipe, engine, state, mask = setup(
+        update_rule="salient_only", **{**LINEAR, "optimizer": {"eps": 1.0, "weight_decay": 0.1, "clip_value": None}}
+    )
     start = weights(state.generator)
     for _ in range(3):
         engine.generator_step(state)
@@ -164,7 +168,9 @@ def test_each_step_writes_its_own_network_only(setup):
 
 
 def test_score_step_weighs_its_branches(setup):
-    recipe, engine, state, _ = setup(weights={"score_retain": 0.9, "score_forget": 0.2}, optimizer={"eps": 1.0, "clip_value": None}, lr=1e-2)
+    recipe, engine, state, _ = setup(
+        weights={"score_retain": 0.9, "score_forget": 0.2}, optimizer={"eps": 1.0, "clip_value": None}, lr=1e-2
+    )
     total = 0.0
     for branch, weight in (("retain", 0.9), ("forget", 0.2)):
         b = engine.draw(state, "score", branch)
@@ -191,7 +197,7 @@ def test_forget_branch_draws_forget_and_cover(setup):
 
 
 def test_value_clipping_bounds_the_gradient(setup):
-    recipe, engine, state, _ = setup(optimizer={"eps": 1.0, "clip_value": 1e-3}, lr=1e-2)
+    _recipe, engine, state, _ = setup(optimizer={"eps": 1.0, "clip_value": 1e-3}, lr=1e-2)
     start = weights(state.generator)
     engine.generator_step(state)
     largest = max(float((a - b).abs().max()) for a, b in zip(weights(state.generator), start))

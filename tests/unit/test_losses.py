@@ -28,7 +28,7 @@ def nets(request, tmp_path):
     return request.param, teacher, score, generator
 
 
-@pytest.fixture()
+@pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(5)
     z = torch.randn(N, 1, 8, 8, generator=g, dtype=torch.float64)
@@ -51,12 +51,16 @@ def truth_x0(kind, unet, x, t, c):
         ab = alpha_bar(t[i])
         a, b = math.sqrt(ab), math.sqrt(1 - ab)
         out = unet(x[i : i + 1], t[i : i + 1], class_labels=c[i : i + 1]).sample
-        rows.append({"epsilon": (x[i : i + 1] - b * out) / a, "v_prediction": a * x[i : i + 1] - b * out, "sample": out}[kind])
+        rows.append(
+            {"epsilon": (x[i : i + 1] - b * out) / a, "v_prediction": a * x[i : i + 1] - b * out, "sample": out}[kind]
+        )
     return torch.cat(rows)
 
 
 def truth_noise(x_0, e, t):
-    return torch.cat([math.sqrt(alpha_bar(k)) * x + math.sqrt(1 - alpha_bar(k)) * n for x, n, k in zip(x_0.split(1), e.split(1), t)])
+    return torch.cat(
+        [math.sqrt(alpha_bar(k)) * x + math.sqrt(1 - alpha_bar(k)) * n for x, n, k in zip(x_0.split(1), e.split(1), t)]
+    )
 
 
 def truth_generate(kind, unet, z, c):
@@ -104,7 +108,9 @@ def close(a, b, tolerance=1e-6):
 
 def test_one_step_generator(nets, batch):
     kind, _, _, generator = nets
-    assert close(losses.generate(generator, batch[0], batch[3], T_INIT), truth_generate(kind, generator.unet, batch[0], batch[3]))
+    assert close(
+        losses.generate(generator, batch[0], batch[3], T_INIT), truth_generate(kind, generator.unet, batch[0], batch[3])
+    )
 
 
 def test_score_loss_and_gradient(nets, batch):
@@ -136,7 +142,7 @@ def test_score_loss_is_the_snr_weighted_x0_error(nets, batch):
 
 
 def test_generator_loss_and_gradient_to_theta(nets, batch):
-    kind, teacher, score, generator = nets
+    _kind, teacher, score, generator = nets
     got, want = ours(teacher, score, generator, batch), truth_generator_loss(*nets, batch)
     assert close(got.detach(), want.detach())
     assert close(gradient(got, generator.unet), gradient(want, generator.unet))
@@ -144,7 +150,7 @@ def test_generator_loss_and_gradient_to_theta(nets, batch):
 
 def test_gradient_reaches_theta_through_both_frozen_nets(nets, batch):
     """The gate above must fail for a gradient through x_g alone, and for one through ω."""
-    kind, teacher, score, generator = nets
+    _kind, teacher, score, generator = nets
     want = gradient(truth_generator_loss(*nets, batch), generator.unet)
     direct_only = gradient(ours(teacher, score, generator, batch, detach_score=True), generator.unet)
     through_omega = gradient(truth_generator_loss(*nets, batch, omega_detached=False), generator.unet)
@@ -165,10 +171,12 @@ def test_detach_score_is_diff_instruct(nets, batch):
 
 
 def test_swapped_cover_class_is_seen(nets, batch):
-    kind, teacher, score, generator = nets
-    z, e, t, c_g, c_p = batch
+    _kind, teacher, score, generator = nets
+    z, e, t, c_g, _c_p = batch
     swapped = (z, e, t, c_g, c_g)
-    assert not close(ours(teacher, score, generator, swapped).detach(), ours(teacher, score, generator, batch).detach(), 1e-3)
+    assert not close(
+        ours(teacher, score, generator, swapped).detach(), ours(teacher, score, generator, batch).detach(), 1e-3
+    )
 
 
 def test_identity_of_the_loss(nets, batch):

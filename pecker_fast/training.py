@@ -1,0 +1,265 @@
+"""One run as it moves through its stages: distillation, mask, forgetting, figures, export."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pecker_kernels import SaliencyMask
+from torch.utils.flop_counter import FlopCounterMode
+
+from pecker_fast import hardware, io_safe
+from pecker_fast.checkpoint import load_checkpoint, read_checkpoint_stage, save_checkpoint
+from pecker_fast.config import Recipe
+from pecker_fast.denoiser import Denoiser
+from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.engine.state import start_ema
+from pecker_fast.errors import CheckpointError
+from pecker_fast.export import export_pipeline
+from pecker_fast.guard import StopFlag
+from pecker_fast.judging import Judging, outside_sha256
+from pecker_fast.loop import Losses, run_stage
+from pecker_fast.methods import get_method
+from pecker_fast.methods.updates import Dense, adam
+from pecker_fast.parts import Parts, load_parts, pick_device
+from pecker_fast.report import write_report
+from pecker_fast.run_folder import MASK, METRICS, PIPELINE, trajectory_sha256
+from pecker_fast.saliency import ForgetImages, make_mask
+from pecker_fast.track import Tracker
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `train` leaves: the run folder, its metrics (None when nothing was judged) and the report."""
+
+    run_dir: Path
+    metrics: dict[str, Any] | None
+    report: Path | None
+
+
+class Training:
+    """One run: the state as it moves through the stages, and the callbacks that watch it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parts: Parts,
+        tracker: Tracker,
+        stop: StopFlag,
+        forget_images: ForgetImages | None,
+        started: float,
+    ) -> None:
+        self.recipe, self.parts, self.tracker, self.stop = recipe, parts, tracker, stop
+        self.forget_images, self.started = forget_images, started
+        self.device = pick_device()
+        self.engine = LocalEngine(recipe, parts.conditions, self.device)
+        self.judging = Judging(recipe, parts)
+        self.run_dir = Path(recipe.output)
+        self.identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+        self.saved_step: int | None = None
+        self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
+
+    # -- stages -------------------------------------------------------------------------------------------------
+
+    def run(self, checkpoint: Path | None) -> RunResult:
+        state, total = (
+            self.resume(checkpoint) if checkpoint else (self.start(), self.recipe.distill_steps + self.recipe.steps)
+        )
+        if checkpoint and (self.run_dir / METRICS).is_file():
+            self.metrics = io_safe.read_json(self.run_dir / METRICS)
+            if self.metrics["after"] is not None and self.total_step(state) >= total:
+                self.tracker.say(f"{self.run_dir}: this run is finished; resume=never runs it again")
+                return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+        self.log_start(checkpoint, state)
+        if state.stage == "distill":
+            self.iterate(state, self.recipe.distill_steps)
+            state = self.enter_forget(state)
+        elif checkpoint is None:
+            state = self.enter_forget(state)
+        self.iterate(state, self.recipe.steps)
+        return self.finish(state)
+
+    def distilled(self, checkpoint: Path | None) -> TrainState:
+        """The plain distillation stage alone."""
+        state = self.resume(checkpoint)[0] if checkpoint else self.start()
+        self.log_start(checkpoint, state)
+        self.iterate(state, self.recipe.distill_steps)
+        return state
+
+    def start(self) -> TrainState:
+        """φ, ψ, θ on the device, in the first stage the recipe has."""
+        parts = self.parts
+        parts.teacher, parts.score, parts.generator = (
+            d.to(self.device) for d in (parts.teacher, parts.score, parts.generator)
+        )
+        teacher, score, generator = parts.teacher, parts.score, parts.generator
+        stage = "distill" if self.recipe.distill_steps else "forget"
+        return TrainState(
+            teacher, score, generator, adam(self.recipe, score.named_parameters(), self.recipe.lr.score),
+            Dense(self.recipe, generator.named_parameters(), None), start_ema(generator, self.recipe.ema), stage=stage,
+        )  # fmt: skip
+
+    def resume(self, checkpoint: Path) -> tuple[TrainState, int]:
+        """The state of a checkpoint and the step it ends at."""
+        state = self.start()
+        state.stage, mask = read_checkpoint_stage(checkpoint)
+        if state.stage == "forget":
+            state.updates = get_method(self.recipe.method).updates(
+                self.recipe, state.generator.named_parameters(), mask
+            )
+        load_checkpoint(state, checkpoint, self.identity)
+        self.saved_step = self.total_step(state)
+        return state, self.recipe.distill_steps + self.recipe.steps
+
+    def enter_forget(self, state: TrainState) -> TrainState:
+        """From the distilled (or given) θ to the forget stage: average becomes θ, ψ stays, mask, fresh optimizers."""
+        recipe = self.recipe
+        generator = state.averaged_generator() if state.stage == "distill" else state.generator
+        generator.unet.requires_grad_(True)
+        fresh = TrainState(
+            state.teacher, state.score, generator, adam(recipe, state.score.named_parameters(), recipe.lr.score),
+            state.updates, start_ema(generator, recipe.ema),
+            images=state.images, training_s=state.training_s, flops=state.flops, flops_per_iteration=state.flops_per_iteration,
+        )  # fmt: skip
+        self.judge_start(fresh)
+        mask = self.timed_mask(fresh) if get_method(recipe.method).uses_mask else None
+        fresh.updates = get_method(recipe.method).updates(recipe, generator.named_parameters(), mask)
+        self.log_mask(fresh)
+        return fresh
+
+    def iterate(self, state: TrainState, steps: int) -> None:
+        self.tracker.progress(state.stage, steps, self.total_step(state) - state.step)
+        callbacks = (self.log_step, self.evaluate_in_loop, self.checkpoint)
+        run_stage(self.recipe, self.engine, state, steps, self.refresh, callbacks, self.stop, self.save)
+
+    # -- mask ---------------------------------------------------------------------------------------------------
+
+    def timed_mask(self, state: TrainState) -> SaliencyMask | None:
+        """A mask at the present weights; its time and FLOPs count as training."""
+        start = time.perf_counter()
+        with FlopCounterMode(display=False) as counter, self.engine.autocast():
+            mask = make_mask(
+                self.recipe,
+                state.teacher,
+                state.score,
+                state.generator,
+                self.parts.conditions,
+                state.step,
+                self.forget_images,
+            )
+        state.training_s += time.perf_counter() - start
+        state.flops += counter.get_total_flops()
+        return mask
+
+    def refresh(self, state: TrainState) -> None:
+        mask = self.timed_mask(state)
+        assert mask is not None  # the loop refreshes a mask that is there
+        state.updates.set_mask(mask)
+        self.log_mask(state)
+
+    def log_mask(self, state: TrainState) -> None:
+        mask = state.mask
+        if mask is None:
+            return
+        mask.save(self.run_dir / MASK)
+        self.tracker.event(
+            "mask", self.total_step(state), source=self.recipe.mask.source, density=mask.density, count=mask.count,
+            total=mask.total, threshold=mask.threshold,
+        )  # fmt: skip
+
+    # -- callbacks ----------------------------------------------------------------------------------------------
+
+    def total_step(self, state: TrainState) -> int:
+        return state.step + (self.recipe.distill_steps if state.stage == "forget" else 0)
+
+    def log_start(self, checkpoint: Path | None, state: TrainState) -> None:
+        resumed = self.total_step(state) if checkpoint else None
+        self.tracker.event(
+            "start", self.total_step(state), **hardware.environment(), **self.identity, resumed_from=resumed
+        )
+
+    def log_step(self, state: TrainState, losses: Losses) -> None:
+        if state.step % 10 and state.step > 1:
+            self.tracker.tick(self.total_step(state))
+            return
+        values = {name: float(loss) for name, loss in losses.items()}
+        rate = state.images / max(state.training_s, 1e-9)
+        self.tracker.event(
+            "step", self.total_step(state), stage=state.stage, **values, images=state.images, images_per_s=rate
+        )
+
+    def evaluate_in_loop(self, state: TrainState, losses: Losses) -> None:
+        every = self.recipe.evaluate.every
+        if state.stage == "forget" and every and state.step % every == 0 and self.judging.possible:
+            result = self.judging.figures(
+                self.judging.one_step(state.averaged_generator()), self.recipe.evaluate.samples
+            )
+            del result["per_class"]
+            self.tracker.event("evaluate", self.total_step(state), **result)
+
+    def checkpoint(self, state: TrainState, losses: Losses) -> None:
+        every = self.recipe.checkpoint.every
+        if every and state.step % every == 0:
+            self.save(state)
+
+    def save(self, state: TrainState) -> Path:
+        self.saved_step = step = self.total_step(state)
+        folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep)
+        self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))
+        return folder
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def judge_start(self, state: TrainState) -> None:
+        """`before`: θ as forgetting finds it. Kept in metrics.json at once, since a resumed run cannot make it again."""
+        sampler = self.judging.one_step(state.generator)
+        self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
+        if self.judging.possible and self.recipe.evaluate.final:
+            self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
+        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+
+    def finish(self, state: TrainState) -> RunResult:
+        """Final checkpoint, figures, pipeline, report."""
+        if self.saved_step != self.total_step(state):
+            self.save(state)
+        generator = state.averaged_generator()
+        samplers = {"after": self.judging.one_step(generator), "teacher": self.judging.multi_step()}
+        for name, sampler in samplers.items():
+            self.judging.grid(sampler, self.run_dir / "samples" / f"{name}.png")
+            if self.judging.possible and self.recipe.evaluate.final:
+                self.metrics[name] = self.judging.figures(sampler, self.recipe.evaluate.final)
+                self.stop.check("training is done and saved; the same command finishes the figures")
+        self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
+        self.metrics["outside_mask"] = self.outside_mask(state, generator)
+        self.metrics["cost"] = {
+            "training_s": state.training_s,
+            "images": state.images,
+            "flops": state.flops,
+            "peak_memory_bytes": hardware.peak_memory_bytes(),
+        }
+        export_pipeline(
+            generator, self.recipe, self.parts.conditions, self.run_dir / PIPELINE,
+            base_sha256=self.parts.base_sha256, metrics=self.metrics,
+        )  # fmt: skip
+        self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
+        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+        self.tracker.event("end", self.total_step(state), training_s=state.training_s, images=state.images)
+        if not self.judging.possible:
+            self.tracker.say(
+                "not judged: the model folder has no judge/ (give evaluate.judge); metrics.json holds the cost alone"
+            )
+        return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+
+    def outside_mask(self, state: TrainState, generator: Denoiser) -> dict[str, Any] | None:
+        """Proof that weights outside the mask are the start's: their sha256 before and after (`salient_only`, one mask)."""
+        mask, recipe = state.mask, self.recipe
+        if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
+            return None
+        weights = mask.total - mask.count
+        before, after = outside_sha256(load_parts(recipe).generator, mask), outside_sha256(generator, mask)
+        if before != after:
+            raise CheckpointError(
+                f"weights outside the mask have changed ({before[:12]} is now {after[:12]}); please report this"
+            )
+        self.tracker.say(f"{weights} weights outside the mask are bit-identical to the start's (sha256 {after[:16]}…)")
+        return {"weights": weights, "before_sha256": before, "after_sha256": after}
