@@ -9,18 +9,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*) CMakeLists.txt
+# an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
+FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 
 .PHONY: demo test test-all bench lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt $(NATIVE)
+$(READY): pyproject.toml constraints.txt $(NATIVE) $(FOLDERS)
 	@echo "== setting up $(VENV): pinned packages, native kernels (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; run make PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable ".[test,track,eval]"
+	@$(BIN)/python -m compileall -q pecker_fast kernels
 	@touch $@
 
 demo: setup
@@ -42,7 +45,7 @@ test-all: lint
 	@$(BIN)/python bench/digits_table.py
 
 bench: setup
-	@$(BIN)/python -m pytest bench --benchmark-only
+	@$(BIN)/python -m pytest bench/test_bench_*.py --benchmark-json=bench/results/iteration_digits.json
 
 clean:
 	rm -rf $(VENV) build

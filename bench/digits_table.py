@@ -24,8 +24,7 @@ BARS = {"ua": 0.98, "cover_rate": 0.93}
 PAIRS = ((0, 1), (3, 8), (7, 1))
 CONTROLS = {
     "random mask": ["mask.source=random"],
-    "no mask": ["mask.source=none"],
-    "method sfd": ["method=sfd"],
+    "sfd": ["method=sfd"],
     "salient_only": ["update_rule=salient_only"],
     "alternating": ["update_rule=alternating"],
 }
@@ -43,9 +42,9 @@ def rows() -> dict[str, list[Row]]:
         return name, keys
 
     return {
-        "Each digit, the next one as cover": [run(d, (d + 1) % 10) for d in range(10)],
+        "Each digit": [run(d, dict(PAIRS).get(d, (d + 1) % 10)) for d in range(10)],
         "Three pairs, three seeds": [run(f, c, seed) for f, c in PAIRS for seed in range(3)],
-        "Controls and variants (0 → 1, seed 0, the same settings, not tuned for each)": [
+        "Controls and update rules (0 → 1, seed 0, the recipe's settings, not tuned for each)": [
             run(0, 1, 0, control) for control in CONTROLS.items()
         ],
     }

@@ -81,8 +81,7 @@ def pretrain(
     if distill_steps:
         from pecker_fast.run import distill
 
-        keys = {"ema": settings.distill_ema}
-        distill(folder, steps=distill_steps, seed=seed, keys=keys, dtype=getattr(torch, settings.storage))
+        distill(folder, steps=distill_steps, seed=seed, keys=settings.distill, dtype=getattr(torch, settings.storage))
         card = io_safe.read_json(folder / folders.MODEL) | card
     figures = {"judge": judge_info, **measure(folder, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pecker_fast.errors import DataError
@@ -23,6 +23,7 @@ class Settings:
     ema: decay at most; it warms up as min(ema, (1 + n) / (10 + n)).
     label_dropout: share of the labels replaced by the null class, the last index.
     judge_shift: pixels of random shift at most. judge_noise: standard deviation of the noise added to its input.
+    distill: recipe keys of the distillation, where they are not the recipe's defaults.
     steps: for the digits, where the noise-prediction error on held-out digits (a fifth of them, left out) stops falling:
         past that the teacher learns the training digits by heart.
     storage: dtype of the weights on disk. The stored weights are the model: it is rounded first and measured after.
@@ -60,7 +61,7 @@ class Settings:
     samples: int = 2000
     sampler_steps: int = 50
     distill_steps: int = 0
-    distill_ema: float = 0.995
+    distill: dict[str, Any] = field(default_factory=dict)
 
 
 SETTINGS: dict[str, Settings] = {
@@ -68,7 +69,8 @@ SETTINGS: dict[str, Settings] = {
         steps=4000, lr=1.5e-3, lr_warmup=0.05, lr_decay=True, weight_decay=1e-3, clip_norm=None, ema=0.999,
         flip=False, storage="float16", checkpoint_every=1000, channels=(32, 48), layers_per_block=1, attention_size=0,
         attention_head_dim=24, norm_num_groups=8, dropout=0.0, judge_steps=1500, judge_lr=4e-3, judge_width=16,
-        judge_features=32, judge_shift=1, judge_noise=0.1, judge_background=-1.0, distill_steps=1500,
+        judge_features=32, judge_shift=1, judge_noise=0.1, judge_background=-1.0, distill_steps=2000,
+        distill={"ema": 0.998, "alpha": 1.0, "lr": {"generator": 1e-4, "score": 1e-3}},
     ),
     "cifar10": Settings(steps=800_000),
     "stl10": Settings(steps=250_000),
