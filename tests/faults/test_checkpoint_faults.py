@@ -1,0 +1,128 @@
+"""A checkpoint is whole or absent: every write, fsync and rename of a save fails once, every file is damaged once."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from pecker_fast import checkpoint, io_safe
+from pecker_fast.engine import TrainState
+from pecker_fast.engine.state import start_ema
+from pecker_fast.errors import CheckpointError, OutputError
+from pecker_fast.methods.updates import Dense, adam
+from pecker_fast.parts import load_parts
+
+IDENTITY = {"recipe_sha256": "r", "base_sha256": "b"}
+
+
+@pytest.fixture
+def state(tiny_recipe):
+    recipe = tiny_recipe()
+    parts = load_parts(recipe)
+    state = TrainState(
+        parts.teacher, parts.score, parts.generator, adam(recipe, parts.score.named_parameters(), 1e-3),
+        Dense(recipe, parts.generator.named_parameters(), None), start_ema(parts.generator, 0.9),
+    )  # fmt: skip
+    for network, optimizer in ((parts.score, state.score_optimizer), (parts.generator, state.updates.optimizers["generator"])):
+        for _, p in network.named_parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    return state
+
+
+def save(state, folder, step):
+    state.step = step
+    return checkpoint.save_checkpoint(state, folder, step, IDENTITY, keep=2)
+
+
+def hashes(folder):
+    return {p.name: io_safe.sha256_file(p) for p in sorted(folder.iterdir())}
+
+
+def test_every_fault_point_leaves_the_old_or_the_new_checkpoint(state, tmp_path, monkeypatch):
+    old = hashes(save(state, tmp_path, 1))
+    calls: list[str] = []
+    monkeypatch.setattr(io_safe, "fault_point", calls.append)
+    new = hashes(save(state, tmp_path / "other", 2))
+    assert len(calls) > 15  # a save goes through the hooks at all
+    for k in range(len(calls)):
+        left = iter(range(len(calls) + 1))
+
+        def fail_at_k(name, left=left, k=k):
+            if next(left) == k:
+                raise OSError(errno.EIO, "injected")
+
+        monkeypatch.setattr(io_safe, "fault_point", fail_at_k)
+        with pytest.raises(OutputError, match="injected"):
+            save(state, tmp_path, 2)
+        monkeypatch.setattr(io_safe, "fault_point", lambda name: None)
+        found = checkpoint.latest_checkpoint(tmp_path, warn=lambda message: pytest.fail(message))
+        assert found is not None
+        assert hashes(found) == (old if found.name == "step-000001" else new), calls[k]
+        for leftover in checkpoint.list_checkpoints(tmp_path)[1:]:
+            for file in leftover.iterdir():
+                file.unlink()
+            leftover.rmdir()
+
+
+def test_no_space_is_one_clear_line_and_the_old_checkpoint_stays(state, tmp_path, monkeypatch):
+    old = hashes(save(state, tmp_path, 1))
+
+    def full(name):
+        if name.startswith("write:score"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(io_safe, "fault_point", full)
+    with pytest.raises(OutputError, match=r"No space left.*free some space"):
+        save(state, tmp_path, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert hashes(tmp_path / "checkpoints" / "step-000001") == old
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove", "swap"])
+def test_damage_to_any_file_is_seen(state, tmp_path, damage):
+    names = sorted(p.name for p in save(state, tmp_path / "names", 1).iterdir())
+    for i, name in enumerate(n for n in names if n != "manifest.json"):
+        folder = save(state, tmp_path / str(i), 1)
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        if damage == "flip":
+            data[len(data) * 2 // 3] ^= 1 << (i % 8)
+            path.write_bytes(data)
+        elif damage == "truncate":
+            path.write_bytes(data[:-1])
+        elif damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "remove":
+            path.unlink()
+        else:
+            other = folder / next(n for n in names if n not in (name, "manifest.json"))
+            path.write_bytes(other.read_bytes())
+        with pytest.raises(CheckpointError, match=name):
+            checkpoint.load_checkpoint(state, folder, IDENTITY)
+
+
+def test_round_trip_restores_every_tensor_and_counter(state, tmp_path):
+    state.images, state.flops, state.flops_per_iteration = 128, 5e9, {"forget": 2.5e9}
+    folder = save(state, tmp_path, 7)
+    want = {k: v.clone() for k, v in state.generator.unet.state_dict().items()}
+    moment = state.updates.optimizers["generator"].state_dict()["state"][0]["exp_avg_sq"].clone()
+    with torch.no_grad():
+        for p in state.generator.unet.parameters():
+            p.zero_()
+    state.ema["conv_in.weight"].zero_()
+    state.updates.optimizers["generator"].state_dict()["state"][0]["exp_avg_sq"].zero_()
+    state.step = state.images = 0
+    checkpoint.load_checkpoint(state, folder, IDENTITY)
+    assert all(torch.equal(v, want[k]) for k, v in state.generator.unet.state_dict().items())
+    assert torch.equal(state.updates.optimizers["generator"].state_dict()["state"][0]["exp_avg_sq"], moment)
+    assert float(state.ema["conv_in.weight"].abs().sum()) > 0
+    assert (state.step, state.images, state.flops_per_iteration) == (7, 128, {"forget": 2.5e9})
+
+
+def test_other_recipe_or_base_is_refused(state, tmp_path):
+    folder = save(state, tmp_path, 1)
+    for key, match in (("recipe_sha256", "another recipe"), ("base_sha256", "another base model")):
+        with pytest.raises(CheckpointError, match=match):
+            checkpoint.load_checkpoint(state, folder, {**IDENTITY, key: "x"})
