@@ -52,14 +52,13 @@ def save_checkpoint(state: TrainState, run_dir: Path, total_step: int, identity:
             }
             manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": files}
             io_safe.write_json(temporary / "manifest.json", manifest)
-            if target.exists():  # the same step again: identical by construction
-                shutil.rmtree(target)
-            io_safe.replace(temporary, target)
+            io_safe.replace_folder(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     verify_checkpoint(target)
-    for old in list_checkpoints(run_dir)[:-keep] if keep else []:
+    others = [folder for folder in list_checkpoints(run_dir) if folder != target]
+    for old in others[: max(0, len(others) - keep + 1)]:  # never the one just written, whatever steps lie beside it
         shutil.rmtree(old, ignore_errors=True)
     for torn in parent.glob(".tmp-*"):
         shutil.rmtree(torn, ignore_errors=True)
@@ -69,11 +68,12 @@ def save_checkpoint(state: TrainState, run_dir: Path, total_step: int, identity:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
     parent = checkpoint_folder(run_dir)
-    return sorted(p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)) if parent.is_dir() else []
+    found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)] if parent.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises CheckpointError naming the file that is missing, altered or too many."""
+    """The manifest of a whole checkpoint. Raises CheckpointError naming the file that is missing or altered."""
     manifest = io_safe.read_json(folder / "manifest.json", error=CheckpointError)
     if (
         not isinstance(manifest, dict)
@@ -119,13 +119,18 @@ def read_checkpoint_stage(folder: Path) -> tuple[str, SaliencyMask | None]:
     return stage, SaliencyMask.load(path) if path.is_file() else None
 
 
-def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
-    """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
+def check_identity(folder: Path, identity: dict[str, str]) -> None:
+    """Raises CheckpointError unless the checkpoint is whole and of this recipe and base model."""
     manifest = verify_checkpoint(folder)
     for key, value in identity.items():
         if manifest.get(key) != value:
             what = {"recipe_sha256": "another recipe", "base_sha256": "another base model"}.get(key, key)
             raise CheckpointError(f"{folder}: belongs to {what}; resume=never starts over, or give another output")
+
+
+def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
+    """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
+    check_identity(folder, identity)
     load_network(state.generator.unet, folder / "generator.safetensors")
     load_network(state.score.unet, folder / "score.safetensors")
     if state.ema is not None:

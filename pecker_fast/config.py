@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -137,7 +135,7 @@ class Mask(Section):
     tile: list[Positive] = _key([128, 128], "height and width of a tile", min_length=2, max_length=2)
     scope: Literal["global", "tensor"] = _key("global", "one threshold for the model, or one for each tensor")
     reduction: Literal["sum", "abs", "square"] = _key("sum", "how batches add up: |Σg|, Σ|g| or Σg²")
-    samples: Positive = _key(2048, "samples of the saliency pass")
+    samples: Positive = _key(2048, "samples of the saliency pass, rounded to whole batches")
     data: Name = _key("pseudo", "samples of the saliency pass: pseudo (of θ), teacher (multi-step), or an image folder")
     timesteps: Literal["uniform", "train", "init"] = _key("uniform", "timesteps of the saliency pass")
     refresh: Count = _key(0, "iterations between new masks; 0 = one mask, before the first step")
@@ -239,6 +237,13 @@ class Recipe(Section):
             raise ValueError(f"retain: class {shared[0]} is to be forgotten; take it out of retain or out of forget")
         if len(cover) not in (1, len(forget)):
             raise ValueError(f"cover: {len(cover)} classes for {len(forget)} forget classes; give one, or one for each")
+        w = self.weights
+        if self.steps and not (w.score_retain or w.score_forget):
+            raise ValueError("weights.score_retain: both score weights are 0, so ψ would learn nothing; raise one")
+        if self.steps and not (w.retain or w.forget):
+            raise ValueError("weights.retain: both generator weights are 0, so θ would learn nothing; raise one")
+        if self.distill_steps and not (w.retain and w.score_retain):
+            raise ValueError("weights.retain: distillation needs weights.retain and weights.score_retain above 0")
         for key, value, instead in (
             ("score", self.score == "lora", "full"),
             ("engine.zero", self.engine.zero > 0, 0),
@@ -337,11 +342,33 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     )
 
 
-def recipe_sha256(recipe: Recipe) -> str:
-    """Hex sha256 of everything that decides the result: all keys but `output` and `resume`."""
-    data = recipe_to_dict(recipe)
-    del data["output"], data["resume"]
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def idle_keys(recipe: Recipe) -> list[str]:
+    """Keys set to something else than their default that do nothing in this recipe, one line each with the reason."""
+    random = ("score", "contrast", "reduction", "samples", "data", "timesteps", "threshold")
+    rules: list[tuple[bool, str, tuple[str, ...]]] = [
+        (recipe.method == "sfd", "method=sfd", ("mask.source", "mask.density", "mask.structure", "update_rule")),
+        (recipe.method != "sfd" and recipe.mask.source == "none", "mask.source=none", ("mask.density", "update_rule")),
+        (recipe.mask.source == "random", "mask.source=random", tuple(f"mask.{key}" for key in random)),
+        (recipe.mask.source != "random" and recipe.mask.threshold is not None, "mask.threshold", ("mask.density",)),
+        (recipe.mask.score == "forget_loss", "mask.score=forget_loss", ("mask.data", "mask.timesteps")),
+        (recipe.mask.structure != "tile", f"mask.structure={recipe.mask.structure}", ("mask.tile",)),
+        (recipe.engine.zero == 0, "engine.zero=0", ("engine.stall_s",)),
+    ]
+    values, defaults = _flat(recipe), _flat(Recipe())
+    return [
+        f"{key} has no effect with {cause}"
+        for applies, cause, keys in rules
+        if applies
+        for key in keys
+        if values[key] != defaults[key]
+    ]
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in recipe_to_dict(recipe).items():
+        flat |= {f"{key}.{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def recipe_help() -> list[tuple[str, str, Any, str]]:

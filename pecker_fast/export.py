@@ -79,11 +79,7 @@ def export_pipeline(
             )
             card = model_card(generator, recipe, conditions, base_sha256, weights_sha256, metrics)
             io_safe.write_text(temporary / "README.md", card)
-            old = folder.with_name(f".{folder.name}.old-{secrets.token_hex(4)}")
-            if folder.exists():
-                folder.rename(old)
-            io_safe.replace(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
+            io_safe.replace_folder(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -95,8 +91,9 @@ def scheduler_config(generator: Denoiser) -> dict[str, Any]:
     from diffusers import EulerDiscreteScheduler
 
     schedule = generator.schedule
-    betas = {key: value for key, value in schedule.config.items() if key != "rescale_betas_zero_snr"}
-    scheduler = EulerDiscreteScheduler(**betas, prediction_type=schedule.prediction_type, timestep_spacing="trailing")
+    scheduler = EulerDiscreteScheduler(
+        **schedule.config, prediction_type=schedule.prediction_type, timestep_spacing="trailing"
+    )
     return json.loads(scheduler.to_json_string())
 
 

@@ -8,7 +8,7 @@ from pecker_fast.errors import Interrupted
 
 
 class StopFlag:
-    """Context manager: SIGINT and SIGTERM set `signum` and nothing else; a second signal acts at once.
+    """Context manager: SIGINT and SIGTERM set `signum` and nothing else; a second signal ends the process at once.
 
     Outside the main thread (where Python allows no handlers) it stays a plain flag.
     """
@@ -31,7 +31,7 @@ class StopFlag:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
-            raise Interrupted(signum)
+            raise SystemExit(128 + signum)  # not Interrupted: nothing may be saved from the middle of a step
         self.signum = signum
 
     def check(self, where: str) -> None:

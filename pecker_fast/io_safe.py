@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -147,6 +148,23 @@ def replace(source: str | Path, target: str | Path) -> None:
     fault_point(f"replace:{Path(target).name}")
     os.replace(source, target)
     fsync_folder(Path(target).parent)
+
+
+def replace_folder(source: str | Path, target: str | Path) -> None:
+    """Put folder `source` in the place of `target`, which stays (or comes back) if that fails; raises OSError."""
+    target = Path(target)
+    if not target.exists():
+        replace(source, target)
+        return
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    os.replace(target, old)
+    try:
+        replace(source, target)
+    except BaseException:
+        if not target.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(path: str | Path) -> None:

@@ -1,9 +1,11 @@
 """Judging a run: samplers of its networks, figures and image grids at fixed seeds, proof of what stayed untouched."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pecker_kernels import SaliencyMask
+from torch import Tensor
 
 from pecker_fast import io_safe
 from pecker_fast.config import Recipe
@@ -22,20 +24,27 @@ EVALUATION_SEED = 1_000_003  # apart from every training seed a user is likely t
 class Judging:
     """Figures and grids of one recipe's networks; every row sees the same noise."""
 
-    def __init__(self, recipe: Recipe, parts: Parts) -> None:
-        self.recipe, self.parts = recipe, parts
+    def __init__(self, recipe: Recipe, parts: Parts, poll: Callable[[], object] = lambda: None) -> None:
+        self.recipe, self.parts, self.poll = recipe, parts, poll  # poll is called before every draw and may raise
 
     @property
     def possible(self) -> bool:
         return self.parts.judge is not None
 
     def one_step(self, generator: Denoiser) -> Sampler:
-        return lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init)
+        return self._polled(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
 
     def multi_step(self) -> Sampler:
         """The teacher's own sampler, the reference row."""
         steps = self.recipe.evaluate.teacher_steps
-        return lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed)
+        return self._polled(lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed))
+
+    def _polled(self, sampler: Sampler) -> Sampler:
+        def sample(labels: Tensor, seed: int) -> Tensor:
+            self.poll()
+            return sampler(labels, seed)
+
+        return sample
 
     def figures(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
         """UA, cover rate, retain figures of `samples` forget and `samples` retain images; see `evaluate`."""

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast.config import Recipe
 from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.errors import Interrupted
 from pecker_fast.guard import StopFlag
 
 Losses = dict[str, Tensor]
@@ -43,16 +44,19 @@ def run_stage(
     save: Callable[[TrainState], object],
 ) -> None:
     """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised."""
+    again = "" if recipe.resume != "never" else " with resume=auto"
     while state.step < steps:
         start = time.perf_counter()
-        if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
-            refresh(state)
-        first = state.stage not in state.flops_per_iteration
-        losses = (counted_iteration if first else iteration)(engine, state)
-        state.flops += state.flops_per_iteration[state.stage]
-        state.training_s += time.perf_counter() - start
-        for callback in callbacks:
-            callback(state, losses)
-        if stop.signum is not None:
+        try:
+            if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
+                refresh(state)
+            first = state.stage not in state.flops_per_iteration
+            losses = (counted_iteration if first else iteration)(engine, state)
+            state.flops += state.flops_per_iteration[state.stage]
+            state.training_s += time.perf_counter() - start
+            for callback in callbacks:
+                callback(state, losses)
+            stop.check(f"the checkpoint is written; the same command{again} resumes")
+        except Interrupted:  # only ever raised between iterations, so the state is whole
             save(state)
-            stop.check("the checkpoint is written; the same command resumes")
+            raise

@@ -24,7 +24,8 @@ class Parts:
     conditions: Conditions
     judge: Judge | None
     reference: Reference | None
-    base_sha256: str  # of the weights of φ, and of θ and ψ where they start from others
+    teacher_sha256: str  # of the weights of φ, in named_parameters order
+    base_sha256: str  # of φ, θ and ψ together: what the run starts from
 
 
 def load_parts(recipe: Recipe) -> Parts:
@@ -39,7 +40,10 @@ def load_parts(recipe: Recipe) -> Parts:
     generator, score = load_start(recipe.generator, teacher) if recipe.generator else (teacher.clone(), teacher.clone())
     networks = (("teacher", teacher), ("generator", generator), ("score", score))
     tensors = ((f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters())
-    return Parts(folder, teacher, score, generator, conditions, judge, reference, io_safe.sha256_tensors(tensors))
+    return Parts(
+        folder, teacher, score, generator, conditions, judge, reference,
+        io_safe.sha256_tensors(teacher.named_parameters()), io_safe.sha256_tensors(tensors),
+    )  # fmt: skip
 
 
 def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | None]:
@@ -69,6 +73,8 @@ def check_schedule(recipe: Recipe, teacher: Denoiser) -> None:
         value = getattr(recipe.timesteps, key)
         if value > last - (key != "max"):
             raise RecipeError(f"timesteps.{key}: {value} is beyond the model's schedule of {last} timesteps")
+    if recipe.evaluate.teacher_steps > last:
+        raise RecipeError(f"evaluate.teacher_steps: {recipe.evaluate.teacher_steps} is beyond the schedule of {last}")
     if float(teacher.schedule.a[: recipe.timesteps.max].min()) <= 0:
         raise RecipeError(f"timesteps.max: the schedule has no signal left below {recipe.timesteps.max}; lower it")
     if teacher.null_class is None:
@@ -94,6 +100,7 @@ def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:
     spare = teacher.num_class_embeds - judge.num_classes
     if spare == 1 and teacher.null_class is None:
         teacher.null_class = judge.num_classes
+    judge.judge(torch.zeros(1, *teacher.sample_shape))  # raises where it was made for images of another size
     if len(teacher.classes) != judge.num_classes:
         raise ModelError(
             f"{folder}: the model has {len(teacher.classes)} classes and its judge {judge.num_classes}; give evaluate.judge"

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from pecker_fast.config import Recipe, load_recipe, recipe_from
+from pecker_fast.denoiser import load_unet
+from pecker_fast.errors import ModelError, OutputError
 from pecker_fast.export import write_unet
 from pecker_fast.guard import StopFlag
+from pecker_fast.io_safe import output_errors, sha256_tensors, write_json
 from pecker_fast.methods import get_method
 from pecker_fast.parts import Parts, load_parts
-from pecker_fast.run_folder import BASE, open_run_folder
+from pecker_fast.run_folder import BASE, is_run_folder, locked, open_run_folder, plan_run_folder, trajectory_sha256
 from pecker_fast.saliency import ForgetImages
-from pecker_fast.track import Tracker
+from pecker_fast.track import Tracker, require_tensorboard
 from pecker_fast.training import RunResult, Training
 
 __all__ = ["RunResult", "distill", "train", "unlearn"]
@@ -29,11 +32,17 @@ def train(recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry
     get_method(recipe.method)
     parts = load_parts(recipe)
     forget_images = _forget_images(recipe, parts)
+    identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+    plan = plan_run_folder(recipe, identity)
+    if tensorboard:
+        require_tensorboard()
     if dry_run:
-        return RunResult(Path(recipe.output), None, None)
-    checkpoint = open_run_folder(recipe)
-    with Tracker(recipe.output, tensorboard, "none" if quiet else "auto") as tracker, StopFlag() as stop:
-        return Training(recipe, parts, tracker, stop, forget_images, started).run(checkpoint)
+        return RunResult(plan.run_dir, None, None)
+    console = "none" if quiet else "auto"
+    with locked(plan.run_dir), StopFlag() as stop:
+        open_run_folder(recipe, plan)
+        with Tracker(plan.run_dir, tensorboard, console) as tracker:
+            return Training(recipe, parts, identity, tracker, stop, forget_images, started).run(plan.checkpoint)
 
 
 def unlearn(
@@ -41,31 +50,29 @@ def unlearn(
     forget: int | list[int],
     cover: int | list[int],
     retain: list[int] | None = None,
-    method: str = "pecker",
-    output: str | Path = "runs/unlearn",
+    method: str | None = None,
+    output: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
     quiet: bool = True,
+    null_class: int | None = None,
     **keys: Any,
 ) -> RunResult:
     """Make a class-conditional diffusion model forget classes, from Python.
 
     model: shipped name, diffusers folder, hub name, or an object with `.unet` and `.scheduler` (a diffusers pipeline).
+    method: "pecker" or "sfd"; None = the recipe's (pecker by default). output: None = the recipe's, or runs/unlearn.
     recipe: what the other settings come from (name, file or Recipe); keys: recipe keys, sections as dicts.
+    null_class: index of the label-dropout embedding of a model given as an object, if it has one.
     Raises PeckerError subclasses, one line each.
     """
-    if not isinstance(model, str | Path):
-        model = _write_base(model, Path(output) / BASE)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    given = {
-        "model": str(model),
-        "forget": forget,
-        "cover": cover,
-        "retain": retain,
-        "method": method,
-        "output": str(output),
-        **keys,
-    }
     data = base.model_dump(by_alias=True)
+    if output is None:
+        output = "runs/unlearn" if recipe is None else base.output
+    if not isinstance(model, str | Path):
+        model = _write_base(model, Path(output), null_class)
+    given = {"model": str(model), "forget": forget, "cover": cover, "output": str(output), **keys}
+    given |= {key: value for key, value in (("method", method), ("retain", retain)) if value is not None}
     for key, value in given.items():
         data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
     return train(recipe_from(data, "unlearn"), quiet=quiet)
@@ -95,10 +102,13 @@ def distill(
     }
     recipe = recipe_from({**given, "evaluate": {"every": 0, "final": 0}, **(keys or {})}, "distill")
     parts = load_parts(recipe)
-    checkpoint = open_run_folder(recipe)
-    with Tracker(run_dir, console="none" if quiet else "auto") as tracker, StopFlag() as stop:
-        training = Training(recipe, parts, tracker, stop, None, time.perf_counter())
-        state = training.distilled(checkpoint)
+    identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+    plan = plan_run_folder(recipe, identity)
+    with locked(run_dir), StopFlag() as stop:
+        open_run_folder(recipe, plan)
+        with Tracker(run_dir, console="none" if quiet else "auto") as tracker:
+            training = Training(recipe, parts, identity, tracker, stop, None, time.perf_counter())
+            state = training.distilled(plan.checkpoint)
     for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
         write_unet(network, folder / name, dtype)
     shutil.rmtree(run_dir)
@@ -113,8 +123,23 @@ def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:
     return forget_images(recipe.mask.data, parts.teacher.sample_shape, parts.conditions.forget)
 
 
-def _write_base(model: Any, folder: Path) -> Path:
-    """An in-memory pipeline (or anything with `.unet` and `.scheduler`) as a model folder."""
-    model.unet.save_pretrained(folder / "unet", safe_serialization=True)
-    model.scheduler.save_pretrained(folder / "scheduler")
+def _write_base(model: Any, output: Path, null_class: int | None) -> Path:
+    """An in-memory pipeline (anything with `.unet` and `.scheduler`) as the model folder `output`/base."""
+    unet, scheduler = getattr(model, "unet", None), getattr(model, "scheduler", None)
+    if unet is None or scheduler is None:
+        raise ModelError(
+            f"model: {type(model).__name__} has no .unet and .scheduler; give a pipeline, a folder or a name"
+        )
+    folder = output / BASE
+    if output.is_dir() and any(output.iterdir()) and not is_run_folder(output) and not folder.is_dir():
+        raise OutputError(f"{output}: is not empty and not a run folder; give another output")
+    if folder.is_dir():
+        mine, theirs = (sha256_tensors(network.named_parameters()) for network in (unet, load_unet(folder / "unet")))
+        if mine != theirs:
+            raise OutputError(f"{folder}: holds another model; give another output")
+    with output_errors(folder):
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
+    if null_class is not None:
+        write_json(folder / "model.json", {"null_class": null_class})
     return folder

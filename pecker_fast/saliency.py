@@ -26,10 +26,12 @@ def make_mask(
     conditions: Conditions,
     step: int = 0,
     forget_images: ForgetImages | None = None,
+    poll: Callable[[], object] = lambda: None,
 ) -> SaliencyMask | None:
     """The recipe's mask over the generator's weights at this step; None for `mask.source=none`.
 
-    `step` numbers the refresh, so that each one draws fresh samples. forget_images serves `mask.data=PATH`.
+    `step` numbers the refresh, so that each one draws fresh samples. forget_images serves `mask.data=PATH`; poll is
+    called before every batch and may raise.
     """
     options = recipe.mask
     if options.source == "none":
@@ -39,10 +41,10 @@ def make_mask(
         seed = draws.generator(recipe.seed, "random-mask", step).initial_seed()
         return SaliencyMask.random(generator.named_parameters(), density=options.density, seed=seed, **shape)
     scores = saliency_scores(
-        recipe, teacher, score, generator, conditions, "forget", options.reduction, step, forget_images
+        recipe, teacher, score, generator, conditions, "forget", options.reduction, step, forget_images, poll
     )
     if options.contrast:
-        retain = saliency_scores(recipe, teacher, score, generator, conditions, "retain", "square", step)
+        retain = saliency_scores(recipe, teacher, score, generator, conditions, "retain", "square", step, None, poll)
         scores.contrast_(retain, floor=1e-3)
     if options.threshold is not None:
         return SaliencyMask.from_scores(scores, threshold=options.threshold, **shape)
@@ -59,6 +61,7 @@ def saliency_scores(
     reduction: str,
     step: int = 0,
     forget_images: ForgetImages | None = None,
+    poll: Callable[[], object] = lambda: None,
 ) -> SaliencyScores:
     """Scores of ∇_θ ℓ over `mask.samples` samples of the branch; θ is only differentiated, never written.
 
@@ -68,6 +71,7 @@ def saliency_scores(
     scores = SaliencyScores(named, reduction=reduction)
     batches = max(1, round(options.samples / recipe.batch_size))
     for index in range(batches):
+        poll()
         rng = draws.generator(recipe.seed, f"saliency-{branch}-{step}", index, generator.device)
         n = recipe.batch_size
         c_g, c_p = conditions.draw(branch, n, rng)
@@ -77,6 +81,7 @@ def saliency_scores(
         for _, p in named:
             p.grad = None
         if options.score == "forget_loss":
+            score.unet.requires_grad_(False)  # as in the generator step: through ψ, not to its weights
             x_g = generate(generator, z, c_g, recipe.timesteps.init)
             per_sample = generator_loss(
                 teacher, score, x_g, e, t, c_g, c_p, alpha=recipe.alpha, detach_score=recipe.detach_score,
@@ -90,6 +95,7 @@ def saliency_scores(
         scores.accumulate(last=index == batches - 1)
     for _, p in named:
         p.grad = None
+    score.unet.requires_grad_(True)
     return scores
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from pecker_fast import io_safe
-from pecker_fast.checkpoint import latest_checkpoint, load_network
+from pecker_fast.checkpoint import latest_checkpoint, load_network, read_checkpoint_stage, verify_checkpoint
 from pecker_fast.config import Recipe, load_recipe
 from pecker_fast.denoiser import Denoiser, load_unet
 from pecker_fast.errors import CheckpointError, OutputError, RecipeError
 from pecker_fast.export import export_pipeline
 from pecker_fast.judging import EVALUATION_SEED, Judging
 from pecker_fast.parts import Parts, load_parts
-from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE
+from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE, warn
 from pecker_fast.sample import grid_labels, one_step_sample, save_grid
 
 
@@ -99,17 +99,28 @@ def export_run(run_dir: str | Path, output: str | Path | None = None, weights: s
     run = load_run(run_dir)
     if weights not in ("ema", "raw"):
         raise RecipeError(f"weights: {weights!r}; give ema or raw")
-    checkpoint = latest_checkpoint(run.folder, warn=lambda message: None)
+    target = Path(output) if output else run.folder / PIPELINE
+    if weights == "raw" and output is None:
+        raise RecipeError("weights: raw weights do not replace the run's pipeline/; give --output FOLDER")
+    if target.exists() and not _is_export(target):
+        raise OutputError(f"{target}: exists and is no exported generator; give another output")
+    checkpoint = latest_checkpoint(run.folder, warn=warn)
     if checkpoint is None:
         raise CheckpointError(f"{run.folder}: there is no checkpoint to export")
+    if read_checkpoint_stage(checkpoint)[0] != "forget":
+        raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
     parts = load_parts(run.recipe)
     name = "ema" if weights == "ema" and (checkpoint / "ema.safetensors").is_file() else "generator"
     load_network(parts.generator.unet, checkpoint / f"{name}.safetensors")
-    metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else None
-    target = Path(output) if output else run.folder / PIPELINE
-    if target.exists() and not (target / "model_index.json").is_file():
-        raise OutputError(f"{target}: exists and is not a pipeline folder; give another output")
+    metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
+    judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
     with torch.no_grad():
         return export_pipeline(
-            parts.generator, run.recipe, parts.conditions, target, base_sha256=parts.base_sha256, metrics=metrics
-        )
+            parts.generator, run.recipe, parts.conditions, target, base_sha256=parts.teacher_sha256,
+            metrics=metrics if judged else None,
+        )  # fmt: skip
+
+
+def _is_export(folder: Path) -> bool:
+    card = folder / "model.json"
+    return card.is_file() and io_safe.read_json(card).get("kind") == "one-step generator"

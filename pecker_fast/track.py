@@ -178,17 +178,22 @@ class Tracker:
             self._progress = None
 
 
+def require_tensorboard() -> Any:
+    """torch's SummaryWriter class; raises PeckerError, naming the extra, where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise PeckerError(
+            "TensorBoard was asked for and is not installed; pip install 'pecker-fast[track]', or leave it out"
+        ) from None
+    return SummaryWriter
+
+
 class _Board:
     """TensorBoard, opened at the first number so that a resumed run can hide what it will write again."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise PeckerError(
-                "TensorBoard was asked for and is not installed; pip install 'pecker-fast[track]', or leave it out"
-            ) from None
-        self._make, self._folder = SummaryWriter, folder
+        self._make, self._folder = require_tensorboard(), folder
         self._writer: Any = None
 
     def add(self, name: str, step: int, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast import hardware, io_safe
 from pecker_fast.checkpoint import load_checkpoint, read_checkpoint_stage, save_checkpoint
-from pecker_fast.config import Recipe
+from pecker_fast.config import Recipe, idle_keys
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.state import start_ema
@@ -23,14 +23,14 @@ from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import Dense, adam
 from pecker_fast.parts import Parts, load_parts, pick_device
 from pecker_fast.report import write_report
-from pecker_fast.run_folder import MASK, METRICS, PIPELINE, trajectory_sha256
+from pecker_fast.run_folder import MASK, METRICS, PIPELINE
 from pecker_fast.saliency import ForgetImages, make_mask
 from pecker_fast.track import Tracker
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `train` leaves: the run folder, its metrics (None when nothing was judged) and the report."""
+    """What `train` leaves: the run folder, its metrics (None after a dry run) and the report."""
 
     run_dir: Path
     metrics: dict[str, Any] | None
@@ -44,32 +44,41 @@ class Training:
         self,
         recipe: Recipe,
         parts: Parts,
+        identity: dict[str, str],
         tracker: Tracker,
         stop: StopFlag,
         forget_images: ForgetImages | None,
         started: float,
     ) -> None:
-        self.recipe, self.parts, self.tracker, self.stop = recipe, parts, tracker, stop
+        self.recipe, self.parts, self.identity, self.tracker, self.stop = recipe, parts, identity, tracker, stop
         self.forget_images, self.started = forget_images, started
         self.device = pick_device()
         self.engine = LocalEngine(recipe, parts.conditions, self.device)
-        self.judging = Judging(recipe, parts)
+        self.judging = Judging(recipe, parts, lambda: stop.check("the same command takes the figures up again"))
         self.run_dir = Path(recipe.output)
-        self.identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
         self.saved_step: int | None = None
         self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
 
     # -- stages -------------------------------------------------------------------------------------------------
 
     def run(self, checkpoint: Path | None) -> RunResult:
-        state, total = (
-            self.resume(checkpoint) if checkpoint else (self.start(), self.recipe.distill_steps + self.recipe.steps)
-        )
-        if checkpoint and (self.run_dir / METRICS).is_file():
-            self.metrics = io_safe.read_json(self.run_dir / METRICS)
-            if self.metrics["after"] is not None and self.total_step(state) >= total:
+        total = self.recipe.distill_steps + self.recipe.steps
+        for key in idle_keys(self.recipe):
+            self.tracker.say(f"note: {key}")
+        if checkpoint is None:
+            state = self.start()
+        else:
+            state = self.resume(checkpoint)
+            self.take_over(checkpoint, state)
+            if self.total_step(state) > total:
+                raise CheckpointError(
+                    f"{self.run_dir}: has done {self.total_step(state)} steps, the recipe wants {total}; "
+                    "raise steps, or resume=never to start over"
+                )
+            if self.is_finished(total):
                 self.tracker.say(f"{self.run_dir}: this run is finished; resume=never runs it again")
                 return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+            self.metrics |= {"after": None, "step": None}
         self.log_start(checkpoint, state)
         if state.stage == "distill":
             self.iterate(state, self.recipe.distill_steps)
@@ -79,9 +88,29 @@ class Training:
         self.iterate(state, self.recipe.steps)
         return self.finish(state)
 
+    def is_finished(self, total: int) -> bool:
+        """Whether metrics.json holds the figures of this very length and evaluation."""
+        wanted = {"step": total, "evaluate": self.recipe.evaluate.model_dump()}
+        return all(self.metrics.get(key) == value for key, value in wanted.items())
+
+    def take_over(self, checkpoint: Path, state: TrainState) -> None:
+        """What else a resumed run needs from the folder of its checkpoint: figures and grid of `before`, the mask."""
+        source = checkpoint.resolve().parents[1]
+        if (source / METRICS).is_file():
+            self.metrics |= io_safe.read_json(source / METRICS)
+        if source != self.run_dir.resolve():
+            self.metrics |= {"after": None, "teacher": None, "step": None}
+            grid = Path("samples") / "before.png"
+            if (source / grid).is_file():
+                io_safe.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
+            io_safe.write_json(self.run_dir / METRICS, self.metrics)
+        else:
+            self.saved_step = self.total_step(state)
+        self.save_mask(state)
+
     def distilled(self, checkpoint: Path | None) -> TrainState:
         """The plain distillation stage alone."""
-        state = self.resume(checkpoint)[0] if checkpoint else self.start()
+        state = self.resume(checkpoint) if checkpoint else self.start()
         self.log_start(checkpoint, state)
         self.iterate(state, self.recipe.distill_steps)
         return state
@@ -99,8 +128,8 @@ class Training:
             Dense(self.recipe, generator.named_parameters(), None), start_ema(generator, self.recipe.ema), stage=stage,
         )  # fmt: skip
 
-    def resume(self, checkpoint: Path) -> tuple[TrainState, int]:
-        """The state of a checkpoint and the step it ends at."""
+    def resume(self, checkpoint: Path) -> TrainState:
+        """The state of a checkpoint."""
         state = self.start()
         state.stage, mask = read_checkpoint_stage(checkpoint)
         if state.stage == "forget":
@@ -108,8 +137,7 @@ class Training:
                 self.recipe, state.generator.named_parameters(), mask
             )
         load_checkpoint(state, checkpoint, self.identity)
-        self.saved_step = self.total_step(state)
-        return state, self.recipe.distill_steps + self.recipe.steps
+        return state
 
     def enter_forget(self, state: TrainState) -> TrainState:
         """From the distilled (or given) θ to the forget stage: average becomes θ, ψ stays, mask, fresh optimizers."""
@@ -122,14 +150,14 @@ class Training:
             images=state.images, training_s=state.training_s, flops=state.flops, flops_per_iteration=state.flops_per_iteration,
         )  # fmt: skip
         self.judge_start(fresh)
-        mask = self.timed_mask(fresh) if get_method(recipe.method).uses_mask else None
+        mask = self.timed_mask(fresh) if recipe.uses_mask else None
         fresh.updates = get_method(recipe.method).updates(recipe, generator.named_parameters(), mask)
         self.log_mask(fresh)
         return fresh
 
     def iterate(self, state: TrainState, steps: int) -> None:
         self.tracker.progress(state.stage, steps, self.total_step(state) - state.step)
-        callbacks = (self.log_step, self.evaluate_in_loop, self.checkpoint)
+        callbacks = (self.log_step, self.checkpoint, self.evaluate_in_loop)
         run_stage(self.recipe, self.engine, state, steps, self.refresh, callbacks, self.stop, self.save)
 
     # -- mask ---------------------------------------------------------------------------------------------------
@@ -146,6 +174,7 @@ class Training:
                 self.parts.conditions,
                 state.step,
                 self.forget_images,
+                lambda: self.stop.check("stopped in the saliency pass; the same command goes on"),
             )
         state.training_s += time.perf_counter() - start
         state.flops += counter.get_total_flops()
@@ -161,11 +190,16 @@ class Training:
         mask = state.mask
         if mask is None:
             return
-        mask.save(self.run_dir / MASK)
+        self.save_mask(state)
         self.tracker.event(
             "mask", self.total_step(state), source=self.recipe.mask.source, density=mask.density, count=mask.count,
             total=mask.total, threshold=mask.threshold,
         )  # fmt: skip
+
+    def save_mask(self, state: TrainState) -> None:
+        if state.mask is not None:
+            with io_safe.output_errors(self.run_dir / MASK):
+                state.mask.save(self.run_dir / MASK)
 
     # -- callbacks ----------------------------------------------------------------------------------------------
 
@@ -202,11 +236,13 @@ class Training:
         if every and state.step % every == 0:
             self.save(state)
 
-    def save(self, state: TrainState) -> Path:
-        self.saved_step = step = self.total_step(state)
+    def save(self, state: TrainState) -> None:
+        step = self.total_step(state)
+        if self.saved_step == step:
+            return
         folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep)
+        self.saved_step = step
         self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))
-        return folder
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -220,15 +256,13 @@ class Training:
 
     def finish(self, state: TrainState) -> RunResult:
         """Final checkpoint, figures, pipeline, report."""
-        if self.saved_step != self.total_step(state):
-            self.save(state)
+        self.save(state)
         generator = state.averaged_generator()
         samplers = {"after": self.judging.one_step(generator), "teacher": self.judging.multi_step()}
         for name, sampler in samplers.items():
             self.judging.grid(sampler, self.run_dir / "samples" / f"{name}.png")
             if self.judging.possible and self.recipe.evaluate.final:
                 self.metrics[name] = self.judging.figures(sampler, self.recipe.evaluate.final)
-                self.stop.check("training is done and saved; the same command finishes the figures")
         self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
         self.metrics["outside_mask"] = self.outside_mask(state, generator)
         self.metrics["cost"] = {
@@ -239,8 +273,9 @@ class Training:
         }
         export_pipeline(
             generator, self.recipe, self.parts.conditions, self.run_dir / PIPELINE,
-            base_sha256=self.parts.base_sha256, metrics=self.metrics,
+            base_sha256=self.parts.teacher_sha256, metrics=self.metrics,
         )  # fmt: skip
+        self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
         self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
         io_safe.write_json(self.run_dir / METRICS, self.metrics)
         self.tracker.event("end", self.total_step(state), training_s=state.training_s, images=state.images)

@@ -152,8 +152,8 @@ class LocalEngine:
             return
         bad = next(name for (name, _), g in zip(named, grads) if g is not None and not bool(torch.isfinite(g).all()))
         raise NonFiniteError(
-            f"{state.stage} step {state.step}: the gradient of {what} tensor {bad} is not finite; the weights are those of "
-            "the step before; lower lr or optimizer.clip_value and resume"
+            f"{state.stage} step {state.step}: the gradient of {what} tensor {bad} is not finite; it was not "
+            "applied and checkpoints are as they were; start over (resume=never) with a lower lr or optimizer.clip_value"
         )
 
 

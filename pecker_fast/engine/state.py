@@ -45,7 +45,10 @@ class TrainState:
         copy = self.generator.clone().freeze()
         if self.ema is not None:
             for name, p in copy.named_parameters():
-                p.copy_(self.ema[name])
+                average = self.ema[name]
+                p.copy_(
+                    torch.where(average == p, p, average)
+                )  # a weight that never moved keeps its very bits, −0.0 too
         return copy
 
 

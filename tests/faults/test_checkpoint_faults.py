@@ -24,7 +24,10 @@ def state(tiny_recipe):
         parts.teacher, parts.score, parts.generator, adam(recipe, parts.score.named_parameters(), 1e-3),
         Dense(recipe, parts.generator.named_parameters(), None), start_ema(parts.generator, 0.9),
     )  # fmt: skip
-    for network, optimizer in ((parts.score, state.score_optimizer), (parts.generator, state.updates.optimizers["generator"])):
+    for network, optimizer in (
+        (parts.score, state.score_optimizer),
+        (parts.generator, state.updates.optimizers["generator"]),
+    ):
         for _, p in network.named_parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()

@@ -9,13 +9,13 @@ from pecker_fast.config import (
     load_recipe,
     recipe_from,
     recipe_help,
-    recipe_sha256,
     recipe_to_dict,
     recipe_to_yaml,
     shipped_recipes,
 )
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe_errors import closest, suggest_key
+from pecker_fast.run_folder import trajectory_sha256
 
 
 def refusal(source, overrides=()):
@@ -240,16 +240,16 @@ def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
 
 def test_the_hash_follows_every_key_but_the_place_of_the_run():
     base = load_recipe("digits")
-    assert recipe_sha256(base) == recipe_sha256(load_recipe("digits", ["output=elsewhere", "resume=never"]))
-    assert recipe_sha256(base) == recipe_sha256(recipe_from({**recipe_to_dict(base), "alpha": 1.2}))
+    assert trajectory_sha256(base) == trajectory_sha256(load_recipe("digits", ["output=elsewhere", "resume=never"]))
+    assert trajectory_sha256(base) == trajectory_sha256(recipe_from({**recipe_to_dict(base), "alpha": 1.2}))
     for override in ("steps=501", "mask.density=0.51", "lr=2e-4", "seed=1"):
-        assert recipe_sha256(base) != recipe_sha256(load_recipe("digits", [override]))
+        assert trajectory_sha256(base) != trajectory_sha256(load_recipe("digits", [override]))
 
 
 def test_whole_numbers_serve_as_numbers_and_are_stored_as_such():
     recipe = load_recipe(None, ["alpha=1", "mask.density=1"])
     assert isinstance(recipe.alpha, float)
-    assert recipe_sha256(recipe) == recipe_sha256(load_recipe(None, ["alpha=1.0", "mask.density=1.0"]))
+    assert trajectory_sha256(recipe) == trajectory_sha256(load_recipe(None, ["alpha=1.0", "mask.density=1.0"]))
 
 
 def test_recipes_cannot_be_changed_after_the_fact():
