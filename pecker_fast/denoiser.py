@@ -162,7 +162,8 @@ def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
         raise ModelError(
             f"{folder}: the model is unconditional (num_class_embeds is empty), so there is no class to forget"
         )
-    if unet.config.sample_size is None or unet.config.out_channels != unet.config.in_channels:
+    config: Any = unet.config
+    if config.sample_size is None or config.out_channels != config.in_channels:
         raise ModelError(f"{folder}: the UNet's config needs a sample_size, and as many output as input channels")
     if null_class is None:
         null_class = card.get("null_class")

@@ -181,7 +181,7 @@ def test_score_step_weighs_its_branches(setup):
     start = weights(state.score)
     grads = torch.autograd.grad(total, [p for _, p in state.score.named_parameters()])
     losses = engine.score_step(state)
-    assert float(losses["score_loss"]) == pytest.approx(float(total), rel=1e-5)
+    assert float(losses["score_loss"]) == pytest.approx(total.item(), rel=1e-5)
     moved = [first_adam_step(p, g) - p for p, g in zip(start, grads)]
     assert_close([a - b for a, b in zip(weights(state.score), start)], moved, 1e-3)
 

@@ -183,8 +183,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
 def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, int]] = []
 
-    def distill(folder: Path, *, steps: int, seed: int, dtype: torch.dtype) -> None:
+    def distill(folder: Path, *, steps: int, seed: int, keys: dict[str, Any], dtype: torch.dtype) -> None:
         assert dtype == torch.float16
+        assert keys == SHORT.distill
         card = io_safe.read_json(folder / "model.json")
         assert "figures" not in card
         io_safe.write_json(folder / "model.json", {**card, "generator": {"t_init": 440}})
