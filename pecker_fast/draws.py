@@ -1,6 +1,6 @@
 """Randomness as a pure function of (seed, stream, step): nothing to save, nothing to skip on resume.
 
-The habit is edm2's. Every rank draws the global batch and takes its slice, so the samples do not depend on the number of ranks.
+The habit is edm2's. Draws are of the whole batch, so that a sharded engine can slice them and see the same samples.
 """
 
 import hashlib
