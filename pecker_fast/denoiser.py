@@ -1,6 +1,8 @@
 """One interface over the denoising networks: noise and x_0 predictions at (x_t, t, condition)."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,15 @@ class Denoiser:
     def freeze(self) -> "Denoiser":
         self.unet.requires_grad_(False)
         return self
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, gradients flow through the network and not to its weights; afterwards it is trainable again."""
+        self.unet.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.unet.requires_grad_(True)
 
     def clone(self) -> "Denoiser":
         """An independent trainable copy of the network; the schedule is shared."""

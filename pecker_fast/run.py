@@ -13,7 +13,6 @@ from pecker_fast.errors import ModelError, OutputError
 from pecker_fast.export import write_unet
 from pecker_fast.guard import StopFlag
 from pecker_fast.io_safe import output_errors, sha256_tensors, write_json
-from pecker_fast.methods import get_method
 from pecker_fast.parts import Parts, load_parts
 from pecker_fast.run_folder import BASE, is_run_folder, locked, open_run_folder, plan_run_folder, trajectory_sha256
 from pecker_fast.saliency import ForgetImages
@@ -29,7 +28,6 @@ def train(recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry
     dry_run loads and checks everything, and writes nothing.
     """
     started = time.perf_counter()
-    get_method(recipe.method)
     parts = load_parts(recipe)
     forget_images = _forget_images(recipe, parts)
     identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}

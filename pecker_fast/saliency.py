@@ -81,12 +81,12 @@ def saliency_scores(
         for _, p in named:
             p.grad = None
         if options.score == "forget_loss":
-            score.unet.requires_grad_(False)  # as in the generator step: through ψ, not to its weights
             x_g = generate(generator, z, c_g, recipe.timesteps.init)
-            per_sample = generator_loss(
-                teacher, score, x_g, e, t, c_g, c_p, alpha=recipe.alpha, detach_score=recipe.detach_score,
-                guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
-            )  # fmt: skip
+            with score.frozen():  # as in the generator step: through ψ, not to its weights
+                per_sample = generator_loss(
+                    teacher, score, x_g, e, t, c_g, c_p, alpha=recipe.alpha, detach_score=recipe.detach_score,
+                    guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
+                )  # fmt: skip
         else:
             x_0 = _forget_set(recipe, teacher, generator, z, c_g, index, branch, step, forget_images)
             x_t = generator.schedule.add_noise(x_0, e, t)
@@ -95,7 +95,6 @@ def saliency_scores(
         scores.accumulate(last=index == batches - 1)
     for _, p in named:
         p.grad = None
-    score.unet.requires_grad_(True)
     return scores
 
 

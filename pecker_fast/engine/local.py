@@ -93,8 +93,7 @@ class LocalEngine:
         """θ: the phases of the update rule in order, each at the weights the one before left behind."""
         weights = self.branch_weights(state.stage, "generator")
         losses: dict[str, Tensor] = {}
-        state.score.unet.requires_grad_(False)  # ψ's parameters are frozen here, the gradient flows through it to x_t
-        try:
+        with state.score.frozen():  # the gradient flows through ψ to x_t
             phases = (tuple(weights),) if state.stage == "distill" else state.updates.phases
             for phase in phases:
                 branches = {branch: weights[branch] for branch in phase if branch in weights}
@@ -102,8 +101,6 @@ class LocalEngine:
                     gradients, values = self.branch_gradients(state, branches, separate=state.updates.separate)
                     state.updates.apply(phase, gradients)
                     losses |= values
-        finally:
-            state.score.unet.requires_grad_(True)
         for p in state.updates.parameters:
             p.grad = None
         return losses

@@ -1,4 +1,4 @@
-"""The unlearning methods by name. A method says whether there is a mask and how gradients become an update of θ."""
+"""The unlearning methods by name. A method says how gradients become an update of θ."""
 
 from pecker_fast.config import closest
 from pecker_fast.errors import RecipeError

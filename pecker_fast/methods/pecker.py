@@ -10,8 +10,6 @@ from pecker_fast.methods.updates import RULES, Dense, UpdateRule
 class Pecker:
     """The update rule of the recipe under the saliency mask; without a mask (`mask.source=none`) it is SFD."""
 
-    uses_mask = True
-
     @staticmethod
     def updates(recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
         rule = Dense if mask is None else RULES[recipe.update_rule]

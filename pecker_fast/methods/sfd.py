@@ -10,8 +10,6 @@ from pecker_fast.methods.updates import Dense, UpdateRule
 class SFD:
     """L_θ = g_r L_sd + g_f L_sfd, one Adam over all weights."""
 
-    uses_mask = False
-
     @staticmethod
     def updates(recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
         return Dense(recipe, named, None)

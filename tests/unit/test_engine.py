@@ -230,3 +230,16 @@ def test_non_finite_gradient_stops_before_any_weight_is_written(setup):
     with pytest.raises(NonFiniteError, match=r"step 0.*generator tensor"):
         engine.generator_step(state)
     assert all(torch.equal(a, b) for a, b in zip(weights(state.generator), start))
+
+
+def test_saliency_of_the_forgetting_loss_leaves_the_score_network_alone(setup):
+    """Gradients flow through ψ to θ: ψ gets none of its own, and is trainable again afterwards."""
+    from pecker_fast.saliency import make_mask
+
+    recipe, engine, state, _ = setup(mask={"score": "forget_loss", "contrast": True, "density": 0.3})
+    before = weights(state.generator)
+    mask = make_mask(recipe, state.teacher, state.score, state.generator, engine.conditions)
+    assert mask.count == round(0.3 * mask.total)
+    assert all(p.grad is None and p.requires_grad for _, p in state.score.named_parameters())
+    assert all(p.grad is None for _, p in state.generator.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights(state.generator), before))
