@@ -9,14 +9,17 @@
 #if defined(__x86_64__)
 #define PECKER_X86 1
 #include <immintrin.h>
-#define PECKER_AVX2 __attribute__((target("avx2")))
-#define PECKER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define PECKER_AVX2 __attribute__((target("avx2,f16c")))
+#define PECKER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,popcnt,bmi,bmi2")))
 #endif
 
 // Bumped whenever a signature below changes; the Python door refuses another number.
 PECKER_API int pecker_abi_version();
 
-// 0 scalar, 1 AVX2, 2 AVX-512 (F, BW, VL, DQ).
+// GOMP_parallel of the OpenMP runtime that the process already uses, or null: then every call starts its own threads.
+PECKER_API void pecker_set_openmp(void* gomp_parallel);
+
+// 0 scalar, 1 AVX2 (and F16C), 2 AVX-512 (F, BW, VL, DQ).
 PECKER_API int pecker_cpu_level();
 PECKER_API int pecker_cpu_level_max();
 // Returns 0, or -1 when this machine does not have the level.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .bitmask import check_impl
+from .dispatch import check_impl
 from .errors import PeckerKernelsError
 
 # What torch.optim.Adam keeps in a group, at its defaults.

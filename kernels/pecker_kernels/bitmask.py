@@ -1,9 +1,6 @@
 """Bit masks as uint8 tensors: pack, unpack, popcount, union, intersection, apply; each chooses an implementation by
-name.
-
-impl: "auto" takes C++ where it can serve the tensors and torch otherwise; "cpu" and "reference" are used or raise;
-"triton" raises.
-"""
+name
+(see dispatch.resolve)."""
 
 from __future__ import annotations
 
@@ -11,26 +8,10 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .errors import MaskError, PeckerKernelsError
+from .dispatch import resolve
+from .errors import MaskError
 
-IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
-
-
-def check_impl(impl: str, *, built: tuple[str, ...]) -> str:
-    """Return `impl`; raise PeckerKernelsError for an unknown name or one the operation does not have."""
-    if impl not in IMPLEMENTATIONS:
-        raise PeckerKernelsError(f"unknown implementation impl={impl!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    if impl not in built:
-        raise PeckerKernelsError(f"impl={impl!r} is not available for this operation: choose from {', '.join(built)}")
-    return impl
-
-
-def _native(impl: str, *tensors: Tensor) -> bool:
-    """Whether C++ serves this call."""
-    check_impl(impl, built=("auto", "cpu", "reference"))
-    if impl == "auto":
-        return all(t.device.type == "cpu" for t in tensors) and cpu.available()
-    return impl == "cpu"
+BUILT = ("auto", "cpu", "reference")
 
 
 def check_bits(bits: Tensor, n: int, what: str = "bits") -> None:
@@ -44,20 +25,20 @@ def pack_bits(keep: Tensor, impl: str = "auto") -> Tensor:
     first."""
     if keep.dtype not in (torch.bool, torch.uint8):
         raise MaskError(f"only bool and uint8 tensors can be packed, got {keep.dtype}")
-    return cpu.pack_bits(keep) if _native(impl, keep) else reference.pack_bits(keep)
+    return cpu.pack_bits(keep) if resolve(impl, keep, built=BUILT) == "cpu" else reference.pack_bits(keep)
 
 
 def unpack_bits(bits: Tensor, n: int, impl: str = "auto") -> Tensor:
     """uint8 [ceil(n / 8)] -> bool [n]."""
     check_bits(bits, n)
-    return cpu.unpack_bits(bits, n) if _native(impl, bits) else reference.unpack_bits(bits, n)
+    return cpu.unpack_bits(bits, n) if resolve(impl, bits, built=BUILT) == "cpu" else reference.unpack_bits(bits, n)
 
 
 def popcount(bits: Tensor, impl: str = "auto") -> int:
     """Number of ones in a uint8 tensor; waits for the device."""
     if bits.dtype != torch.uint8:
         raise MaskError(f"popcount takes uint8 bits, got {bits.dtype}")
-    return cpu.popcount(bits) if _native(impl, bits) else reference.popcount(bits)
+    return cpu.popcount(bits) if resolve(impl, bits, built=BUILT) == "cpu" else reference.popcount(bits)
 
 
 def apply_(tensor: Tensor, bits: Tensor, impl: str = "auto") -> Tensor:
@@ -67,7 +48,7 @@ def apply_(tensor: Tensor, bits: Tensor, impl: str = "auto") -> Tensor:
     check_bits(bits, tensor.numel())
     served = tensor.is_contiguous() and tensor.element_size() in (2, 4, 8)
     with torch.no_grad():
-        if _native(impl, tensor, bits) and (served or impl == "cpu"):
+        if resolve(impl, tensor, bits, built=BUILT) == "cpu" and (served or impl == "cpu"):
             return cpu.apply_(tensor, bits)
         return reference.apply_(tensor, bits.to(tensor.device))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NativeLibraryError
 
 LIBRARY = "libpecker_cpu.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 LEVELS = ("scalar", "avx2", "avx512")
 
 
@@ -51,6 +51,7 @@ def library() -> ctypes.CDLL:
         ("pecker_cpu_level", i32, []),
         ("pecker_cpu_level_max", i32, []),
         ("pecker_set_cpu_level", i32, [i32]),
+        ("pecker_set_openmp", None, [pointer]),
         ("pecker_pack", None, [pointer, i64, pointer, i32]),
         ("pecker_unpack", None, [pointer, i64, pointer, i32]),
         ("pecker_popcount", i64, [pointer, i64, i32]),
@@ -58,7 +59,20 @@ def library() -> ctypes.CDLL:
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
+    lib.pecker_set_openmp(openmp_of_torch())
     return lib
+
+
+def openmp_of_torch() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch runs on, None where it has none.
+
+    A second runtime would ignore torch.set_num_threads and spin on the cores torch wants next.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def available() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import bitmask, foreach, reference
+from .dispatch import check_impl
 from .errors import MaskError, PeckerKernelsError
 from .lanes import Lanes
 
@@ -112,7 +113,7 @@ def masked_adam_(
 
     Raises PeckerKernelsError for lists that do not match and MaskError for bits or moments of the wrong size.
     """
-    bitmask.check_impl(impl, built=("auto", "reference"))
+    check_impl(impl, built=("auto", "reference"))
     _check_lists(params, grads, bits, exp_avgs, exp_avg_sqs, beta1)
     if step < 1:
         raise PeckerKernelsError(f"step counts from 1, got {step}")

@@ -210,13 +210,21 @@ def test_library_operations_trace_and_run():
     assert torch.equal(torch.ops.pecker.unpack_bits(bits, 21), keep)
 
 
-def test_no_thread_outlives_a_call():
-    """A second thread pool would spin on the cores that torch wants next."""
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_runtime_of_our_own(shared):
+    """With torch's OpenMP its threads are used; without, no thread outlives a call. A second pool would spin on the
+    cores that torch wants next."""
+    library, threads = cpu.library(), torch.get_num_threads() if shared else 4
     data = torch.ones(1 << 23)
-    bits = reference.pack_bits(torch.ones(1 << 23, dtype=torch.bool))
+    bits = reference.pack_bits(data.exp() > 0)  # torch's own threads are up after this
     before = len(os.listdir("/proc/self/task"))
-    cpu.library().pecker_apply(data.data_ptr(), data.numel(), 4, bits.data_ptr(), 4)
-    assert cpu.library().pecker_popcount(bits.data_ptr(), bits.numel(), 4) == 1 << 23
+    if not shared:
+        library.pecker_set_openmp(None)
+    try:
+        library.pecker_apply(data.data_ptr(), data.numel(), 4, bits.data_ptr(), threads)
+        assert library.pecker_popcount(bits.data_ptr(), bits.numel(), threads) == 1 << 23
+    finally:
+        library.pecker_set_openmp(cpu.openmp_of_torch())
     assert len(os.listdir("/proc/self/task")) == before
 
 
