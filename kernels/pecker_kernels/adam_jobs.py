@@ -3,6 +3,7 @@ write them, each implementation carries them out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,6 +25,7 @@ class AdamJob:
         All of the work dtype: float64 for float64 weights, float32 else.
     step: 0-dim float32 on the parameter's device, already counting this step, from 1.
     first_index: flat index of the tensor's first weight in the model, for stochastic rounding.
+    rank: int64 prefix counts of bits for the C++ kernels (cpu_adam.rank_of), made when first asked for.
     """
 
     param: Tensor
@@ -38,6 +40,7 @@ class AdamJob:
     ema: Tensor | None
     step: Tensor
     first_index: int
+    rank: Callable[[], Tensor] | None = None
 
 
 @dataclass(slots=True)

@@ -56,6 +56,9 @@ def library() -> ctypes.CDLL:
         ("pecker_unpack", None, [pointer, i64, pointer, i32]),
         ("pecker_popcount", i64, [pointer, i64, i32]),
         ("pecker_apply", i32, [pointer, i64, i32, pointer, i32]),
+        ("pecker_rank", None, [pointer, i64, pointer]),
+        ("pecker_adam", None, [pointer, i64, pointer, i32]),
+        ("pecker_grad_stats", None, [pointer, i64, pointer, pointer, i32]),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

@@ -1,0 +1,181 @@
+"""The door to csrc/adam.cpp: one call for all tensors of an Adam step."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cpu
+from .adam_jobs import AdamJob, AdamStep
+from .errors import NativeLibraryError
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_HALF = (torch.bfloat16, torch.float16)
+_MODE_WHOLE, _MODE_COMPACT = 12, 13
+# The columns of AdamTensor in csrc/adam.h.
+_GRAD, _MASKED_GRAD, _COLUMNS = 1, 2, 17
+BLOCK = 4096
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, ctypes.c_double) for name in ("clip_value", "grad_factor", "grad_scale", "ema_weight")),
+        ("decoupled", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = (("square_sum", ctypes.c_double), ("finite", ctypes.c_int64))
+
+
+def rank_of(bits: Tensor, n: int) -> Tensor:
+    """int64 [ceil(n / 4096) + 1]: ones before each block of 4096 weights, and in all."""
+    rank = torch.empty((n + BLOCK - 1) // BLOCK + 1, dtype=torch.int64)
+    cpu.library().pecker_rank(bits.data_ptr(), n, rank.data_ptr())
+    return rank
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike, so that both can be walked as flat arrays together."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def _state(job: AdamJob) -> list[Tensor]:
+    return [t for t in (job.exp_avg, job.exp_avg_sq, job.master, job.ema) if t is not None]
+
+
+def refusal(jobs: Iterable[AdamJob]) -> str | None:
+    """Why the C++ step cannot serve these jobs; None where it can."""
+    for job in jobs:
+        p = job.param
+        given = [t for t in (p, job.grad, job.masked_grad, job.bits, *_state(job)) if t is not None]
+        if any(t.device.type != "cpu" for t in given):
+            return f"takes CPU tensors, got {sorted({str(t.device) for t in given})}"
+        if any(t.dtype not in _DTYPES for t in given if t is not job.bits):
+            return f"does not know {sorted({str(t.dtype) for t in given if t.dtype not in _DTYPES})}"
+        if not p.is_contiguous() and (job.bits is not None or not torch.ops.aten.is_non_overlapping_and_dense(p)):
+            return "takes contiguous weights under a mask, and weights that are dense in memory without one"
+        work = torch.float64 if p.dtype == torch.float64 else torch.float32
+        if any(t.dtype != work for t in _state(job)):
+            return f"keeps the state of {p.dtype} weights in {work}"
+        if any(not (t.is_contiguous() if job.compact else alike(t, p)) for t in _state(job)):
+            return "takes state that lies in memory like its weights"
+        if p.dtype == torch.float16 and job.master is None:
+            return "steps on float16 weights with a float32 master only"
+    return None
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _fixed_row(job: AdamJob) -> list[int]:
+    rank = None if job.bits is None else job.rank()
+    return [
+        _pointer(job.param), 0, 0, _pointer(job.bits), _pointer(rank),
+        _pointer(job.exp_avg), _pointer(job.exp_avg_sq), _pointer(job.master), _pointer(job.ema), _pointer(job.step),
+        job.param.numel(), job.first_index, int(job.whole), int(job.compact), _DTYPES[job.param.dtype], 0, 0,
+    ]  # fmt: skip
+
+
+class _Table:
+    """The rows of a list of jobs; what does not change from step to step is kept."""
+
+    def __init__(self, jobs: Sequence[AdamJob]) -> None:
+        self.jobs = list(jobs)
+        self.held = [(job.param.data_ptr(), *(id(t) for t in self._parts(job))) for job in jobs]
+        self.rows = np.array([_fixed_row(job) for job in jobs], dtype=np.int64).reshape(-1, _COLUMNS)
+        self.parts = [self._parts(job) for job in jobs]  # keeps alive what the rows point to
+
+    @staticmethod
+    def _parts(job: AdamJob) -> tuple[Any, ...]:
+        return job.bits, job.exp_avg, job.exp_avg_sq, job.master, job.ema, job.step, job.whole, job.compact
+
+    def fits(self, jobs: Sequence[AdamJob]) -> bool:
+        return len(jobs) == len(self.held) and all(
+            held == (job.param.data_ptr(), *(id(t) for t in self._parts(job))) for held, job in zip(self.held, jobs)
+        )
+
+    def fill(self, jobs: Sequence[AdamJob]) -> list[Tensor]:
+        """Point the rows at this step's gradients; returns the copies that must live until the call is done."""
+        copies: list[Tensor] = []
+
+        def laid_out(g: Tensor, p: Tensor) -> Tensor:
+            if alike(g, p):
+                return g
+            copies.append(torch.empty_like(p, dtype=g.dtype).copy_(g))
+            return copies[-1]
+
+        for column, which in ((_GRAD, "grad"), (_MASKED_GRAD, "masked_grad")):
+            grads = [getattr(job, which) for job in jobs]
+            ready = [None if g is None else laid_out(g, job.param) for g, job in zip(grads, jobs)]
+            self.rows[:, column] = [0 if g is None else g.data_ptr() for g in ready]
+            self.rows[:, _COLUMNS - 3 + column] = [0 if g is None else _DTYPES[g.dtype] for g in ready]
+        return copies
+
+
+def _settings(s: AdamStep, factor: float = 1.0) -> _Settings:
+    return _Settings(
+        float(s.lr), s.beta1, s.beta2, s.eps, s.weight_decay,
+        math.inf if s.clip_value is None else s.clip_value, factor,
+        1.0 if s.grad_scale is None else float(s.grad_scale), 0.0 if s.ema is None else 1.0 - s.ema,
+        int(s.decoupled_weight_decay), s.seed,
+    )  # fmt: skip
+
+
+def _table(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> _Table:
+    table = cache.get("cpu")
+    if table is None or not table.fits(jobs):
+        reason = refusal(jobs)
+        if reason is not None:
+            raise NativeLibraryError(f"the C++ Adam {reason}")
+        table = cache["cpu"] = _Table(jobs)
+    return table
+
+
+def _stats(table: _Table, settings: _Settings) -> _Stats:
+    result = _Stats()
+    cpu.library().pecker_grad_stats(
+        table.rows.ctypes.data, len(table.rows), ctypes.byref(settings), ctypes.byref(result), torch.get_num_threads()
+    )
+    return result
+
+
+def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> tuple[float, bool]:
+    """(sum of squares, all finite) of the gradients that `step` would take on the updated weights, clamped but not yet
+    scaled. The sum is in float64 and the same on any number of threads."""
+    table = _table(jobs, cache)
+    copies = table.fill(jobs)
+    result = _stats(table, _settings(settings))
+    del copies
+    return result.square_sum, bool(result.finite)
+
+
+def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> None:
+    """Carry out the jobs. cache: a dict the caller keeps for these jobs between steps.
+
+    Raises NativeLibraryError where `refusal` gives a reason.
+    """
+    if settings.found_inf is not None and float(settings.found_inf) != 0:
+        return
+    table = _table(jobs, cache)
+    copies = table.fill(jobs)
+    factor = 1.0
+    if settings.clip_norm is not None:
+        norm = math.sqrt(_stats(table, _settings(settings)).square_sum)
+        factor = min(1.0, settings.clip_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
+    cpu.library().pecker_adam(
+        table.rows.ctypes.data, len(table.rows), ctypes.byref(_settings(settings, factor)), torch.get_num_threads()
+    )
+    del copies
+    for job in jobs:
+        # The write happened behind autograd's back.
+        torch.autograd.graph.increment_version(job.param)
