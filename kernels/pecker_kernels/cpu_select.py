@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cpu import library
 from .errors import NativeLibraryError
-from .select_backend import ALL_TIES, FIRST_BITS, SECOND_BITS, SECOND_SHIFT, THIRD_BITS, Census, grid
+from .select_backend import FIRST_BITS, SECOND_BITS, SECOND_SHIFT, THIRD_BITS, Census, grid
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _REDUCTIONS = ("sum", "abs", "square")
@@ -41,7 +41,6 @@ class _Table:
                     f"the C++ selection takes float32, bfloat16 and float16 CPU tensors, got {t.dtype} on {t.device}"
                 )
         self.tensors = [t.detach().contiguous() for t in tensors]
-        self.total = sum(t.numel() for t in tensors)
         self.arguments = (
             _pointers(self.tensors),
             _longs(t.numel() for t in self.tensors),
@@ -215,7 +214,5 @@ def block_bits(kept: Tensor, shape: Sequence[int], height: int, width: int) -> T
     if kept.device.type != "cpu" or kept.numel() != -(-rows // height) * -(-columns // width):
         raise NativeLibraryError(f"kept is [{kept.numel()}] on {kept.device}: one CPU flag per block is expected")
     kept, bits = kept.contiguous(), torch.empty((rows * columns + 7) // 8, dtype=torch.uint8)
-    library().pecker_block_bits(
-        kept.data_ptr(), rows, columns, height, width, bits.data_ptr(), torch.get_num_threads()
-    )
+    library().pecker_block_bits(kept.data_ptr(), rows, columns, height, width, bits.data_ptr(), torch.get_num_threads())
     return bits

@@ -11,12 +11,16 @@ the reference; results stay there. Nothing needs to wait for the device: callers
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, float64
 
+from . import gpu
+from .dispatch import resolve
 from .errors import PeckerKernelsError
 
 FIRST_BITS, SECOND_BITS, THIRD_BITS = 11, 10, 10
@@ -31,7 +35,7 @@ class Census:
 
     counts: int64 [2048] of the top 11 bits of the keys, over all tensors together; what faulty values count is open.
     faults: uint8 [number of tensors], NOT_FINITE if a tensor holds NaN or inf, NEGATIVE if it holds a value below -0.0
-    (never with magnitude), or both.
+    (never with magnitude; open where NOT_FINITE is set).
     """
 
     counts: Tensor
@@ -87,8 +91,8 @@ class Backend(Protocol):
         in flat order, or every one for ALL_TIES.
 
         bits: uint8 [ceil(n / 8)] per tensor, least significant bit first, padding zero. counts: int64 [number of
-        tensors], ones in each. faults: as in Census, of use where no census was taken. `threshold` is rounded to each
-        tensor's dtype first, as torch rounds a Python number in a comparison.
+        tensors], ones in each. faults: as in Census, of use where no census was taken. `threshold` ≥ 0 is rounded to
+        each tensor's dtype first, as torch rounds a Python number in a comparison.
         """
 
     def block_sums(self, tensor: Tensor, height: int, width: int, magnitude: bool) -> Tensor:
@@ -100,19 +104,28 @@ class Backend(Protocol):
         """uint8 [ceil(n / 8)] of a non-empty tensor's shape: the blocks that `kept`, bool [blocks], has as True."""
 
 
+def serving(impl: str, *tensors: Tensor) -> Backend:
+    """The functions that serve a call on these tensors; `impl` as in dispatch.resolve.
+
+    "auto" turns to torch for what the others do not take: float64, and CUDA tensors where their kernels are absent.
+    """
+    name = resolve(impl, *tensors)
+    if impl == "auto" and (
+        any(t.dtype == float64 for t in tensors)
+        or (name == "triton" and importlib.util.find_spec(f"{gpu.__name__}.select") is None)
+    ):
+        name = "reference"
+    return backend(name)
+
+
 def backend(name: str) -> Backend:
     """The functions of "triton", "cpu" or "reference" (a name from dispatch.resolve)."""
-    found: Any
-    if name == "triton":
-        try:
-            from .gpu import select as found
-        except ImportError as error:
-            raise PeckerKernelsError(f"impl='triton' has no selection kernels here: {error}") from error
-    elif name == "cpu":
-        from . import cpu_select as found
-    else:
-        from . import torch_select as found
-    return cast(Backend, found)
+    # By name at the first call: the kernels of another device may not be importable here.
+    module = {"triton": ".gpu.select", "cpu": ".cpu_select", "reference": ".torch_select"}[name]
+    try:
+        return cast(Backend, importlib.import_module(module, __package__))
+    except ImportError as error:
+        raise PeckerKernelsError(f"impl={name!r} has no selection kernels here: {error}") from error
 
 
 def grid(shape: Sequence[int]) -> tuple[int, int]:
