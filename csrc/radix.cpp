@@ -74,7 +74,7 @@ PECKER_API void pecker_census(const void* const* data, const int64_t* n, const i
 
 PECKER_API int64_t pecker_digit(const void* const* data, const int64_t* n, const int32_t* kinds, int64_t count, int shift,
                                 uint32_t prefix, int64_t* counts, uint32_t* pool, int64_t room, int threads) {
-  int64_t pooled = 0;
+  int64_t seen = 0;
   parallel_groups(pieces(n, count), 4 * total(n, count), threads, [&](const Piece* first, const Piece* last) {
     Histogram histogram;
     float block[block_size];
@@ -84,11 +84,10 @@ PECKER_API int64_t pecker_digit(const void* const* data, const int64_t* n, const
         const int64_t m = std::min(block_size, p->end - begin);
         const int64_t hits = match(widened(data[p->tensor], kinds[p->tensor], begin, m, block), m, shift + 10, prefix, found);
         histogram.add(found, hits, shift, 0x3ff);
-        if (!pool) continue;
-        const int64_t at = __atomic_fetch_add(&pooled, hits, __ATOMIC_RELAXED);
-        if (at + hits <= room) std::memcpy(pool + at, found, static_cast<size_t>(hits) * 4);
+        const int64_t at = __atomic_fetch_add(&seen, hits, __ATOMIC_RELAXED);
+        if (pool && at + hits <= room) std::memcpy(pool + at, found, static_cast<size_t>(hits) * 4);
       }
     histogram.flush(counts, 1 << 10);
   });
-  return pooled;
+  return seen;
 }
