@@ -6,38 +6,35 @@ namespace {
 using namespace pecker;
 
 // Sixteen partial sums at every level, so that all levels add in the same order.
-PECKER_INLINE double sum_body(const float* values, int64_t n, uint32_t mask) {
+PECKER_INLINE double sum_body(const float* values, int64_t n, bool magnitude) {
   double lanes[16] = {};
-  float part[16];
   int64_t i = 0;
-  for (; i < n; i += 16) {
-    const int64_t m = std::min<int64_t>(16, n - i);
-    uint32_t raw[16] = {};
-    if (m == 16)
-      std::memcpy(raw, values + i, 64);
-    else
-      std::memcpy(raw, values + i, static_cast<size_t>(m) * 4);
-    for (int j = 0; j < 16; ++j) raw[j] &= mask;
-    std::memcpy(part, raw, 64);
-    for (int j = 0; j < 16; ++j) lanes[j] += static_cast<double>(part[j]);
+  if (magnitude) {
+    for (; i + 16 <= n; i += 16)
+      for (int j = 0; j < 16; ++j) lanes[j] += static_cast<double>(__builtin_fabsf(values[i + j]));
+    for (int j = 0; i + j < n; ++j) lanes[j] += static_cast<double>(__builtin_fabsf(values[i + j]));
+  } else {
+    for (; i + 16 <= n; i += 16)
+      for (int j = 0; j < 16; ++j) lanes[j] += static_cast<double>(values[i + j]);
+    for (int j = 0; i + j < n; ++j) lanes[j] += static_cast<double>(values[i + j]);
   }
   double sum = 0;
   for (double lane : lanes) sum += lane;
   return sum;
 }
-PECKER_AT_EACH_LEVEL(double, sum, sum_body, (const float* values, int64_t n, uint32_t mask), (values, n, mask))
+PECKER_AT_EACH_LEVEL(double, sum, sum_body, (const float* values, int64_t n, bool magnitude), (values, n, magnitude))
 
 struct Scores {
   const void* data;
   int32_t kind;
-  uint32_t mask;
+  bool magnitude;
 
   double sum_of(int64_t begin, int64_t end) const {
     float block[block_size];
     double total = 0;
     for (; begin < end; begin += block_size) {
       const int64_t m = std::min(block_size, end - begin);
-      total += sum(widened(data, kind, begin, m, block), m, mask);
+      total += sum(widened(data, kind, begin, m, block), m, magnitude);
     }
     return total;
   }
@@ -60,7 +57,7 @@ void set_bits(uint8_t* bits, int64_t begin, int64_t end) {
 
 PECKER_API void pecker_block_sums(const void* data, int32_t kind, int64_t rows, int64_t columns, int64_t height,
                                   int64_t width, int magnitude, double* sums, int threads) {
-  const Scores scores{data, kind, magnitude ? magnitude_bits : ~uint32_t{0}};
+  const Scores scores{data, kind, magnitude != 0};
   const int64_t down = (rows + height - 1) / height, across = (columns + width - 1) / width, n_bytes = 4 * rows * columns;
   if (down * across == 1) {
     // One block: pieces of a fixed length are summed side by side, then added in order.

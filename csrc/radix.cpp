@@ -18,6 +18,22 @@ int64_t match_scalar(const float* values, int64_t n, int shift, uint32_t prefix,
 }
 
 #ifdef PECKER_X86
+// For each set of 8 lanes, their indices packed to the front, one per byte.
+struct Packing {
+  uint64_t lanes[256];
+  uint8_t count[256];
+};
+
+constexpr Packing packing() {
+  Packing p{};
+  for (unsigned set = 0; set < 256; ++set)
+    for (uint64_t lane = 0; lane < 8; ++lane)
+      if ((set >> lane) & 1) p.lanes[set] |= lane << (8 * p.count[set]++);
+  return p;
+}
+constexpr Packing packed = packing();
+
+// Branch-free: `out` has room for 8 more.
 PECKER_AVX2 int64_t match_avx2(const float* values, int64_t n, int shift, uint32_t prefix, uint32_t* out) {
   const __m256i low = _mm256_set1_epi32(0x7fffffff), wanted = _mm256_set1_epi32(static_cast<int32_t>(prefix));
   const __m128i by = _mm_cvtsi32_si128(shift);
@@ -25,8 +41,11 @@ PECKER_AVX2 int64_t match_avx2(const float* values, int64_t n, int shift, uint32
   for (; i + 8 <= n; i += 8) {
     const __m256i key = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)), low);
     const __m256i hit = _mm256_cmpeq_epi32(_mm256_srl_epi32(key, by), wanted);
-    unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(hit)));
-    for (; mask; mask &= mask - 1) out[found++] = bits_of(values[i + __builtin_ctz(mask)]) & magnitude_bits;
+    const int set = _mm256_movemask_ps(_mm256_castsi256_ps(hit));
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed.lanes + set));
+    const __m256i front = _mm256_permutevar8x32_epi32(key, _mm256_cvtepu8_epi32(lanes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + found), front);
+    found += packed.count[set];
   }
   return found + match_scalar(values + i, n - i, shift, prefix, out + found);
 }

@@ -40,7 +40,8 @@ const float* widened(const void* data, int32_t kind, int64_t begin, int64_t n, f
 struct Histogram {
   uint32_t bins[4][1 << 11] = {};
 
-  // Adds ((key >> shift) & mask) of n values (float32 or keys); the caller stays below 2^32 values between two flushes.
+  // Adds ((raw >> shift) & mask) of n values (float32 or keys), which leaves the sign out; the caller stays below 2^32 values between
+  // two flushes.
   void add(const void* values, int64_t n, int shift, uint32_t mask);
   void flush(int64_t* counts, int64_t length);
 };
