@@ -1,4 +1,5 @@
-// Scores -> packed bits: 4 bytes read and 1/8 written per weight; a tensor whose ties are kept in part is read twice.
+// Scores -> packed bits: 4 bytes read and 1/8 written per weight; pieces whose ties are kept in part are read
+// twice.
 #include "select.h"
 
 namespace {
@@ -97,35 +98,33 @@ int64_t keep(const float* values, int64_t n, Rule r, uint8_t* bits) {
   return keep_scalar(values, n, r, r.ties ? n : 0, bits);
 }
 
-// How many ties each piece keeps: -1 all of them.
-std::vector<int64_t> rooms_of(const Tensors& t, const std::vector<Piece>& all, const uint32_t* thresholds, bool magnitude,
-                              const int64_t* rooms, int threads) {
-  std::vector<int64_t> room(all.size()), unsure;
-  int64_t n_bytes = 0;
-  for (size_t i = 0; i < all.size(); ++i) {
-    room[i] = rooms[all[i].tensor];
-    if (room[i] <= 0) continue;
-    unsure.push_back(static_cast<int64_t>(i));
-    n_bytes += 4 * (all[i].end - all[i].begin);
-  }
-  std::vector<int64_t> ties(unsure.size());
-  parallel_tasks(static_cast<int64_t>(unsure.size()), n_bytes, threads, [&](int64_t u) {
-    const Piece& p = all[unsure[u]];
-    float block[block_size];
-    for (int64_t begin = p.begin; begin < p.end; begin += block_size) {
-      const int64_t m = std::min(block_size, p.end - begin);
-      ties[u] += count_ties(widened(t.data[p.tensor], t.kinds[p.tensor], begin, m, block), m,
-                            rule(thresholds[p.tensor], magnitude, true));
+// What keeping a piece found.
+struct Kept {
+  int64_t ones = 0, ties = 0;
+  uint8_t faults = 0;
+};
+
+// room: ties kept, negative for all. Ties are only counted on request.
+Kept keep_piece(const Tensors& t, const Piece& p, uint32_t threshold, bool magnitude, int64_t room, bool count,
+                uint8_t* bits) {
+  const Rule r = rule(threshold, magnitude, room < 0);
+  float block[block_size];
+  Kept kept;
+  for (int64_t begin = p.begin; begin < p.end; begin += block_size) {
+    const int64_t m = std::min(block_size, p.end - begin);
+    const float* values = widened(t.data[p.tensor], t.kinds[p.tensor], begin, m, block);
+    uint8_t* const out = bits + (begin >> 3);
+    kept.faults |= faults(values, m, magnitude);
+    const int64_t ties = count || room > 0 ? count_ties(values, m, r) : 0;
+    kept.ties += ties;
+    if (room > 0 && ties) {
+      kept.ones += keep_scalar(values, m, r, room, out);
+      room = std::max<int64_t>(0, room - ties);
+    } else {
+      kept.ones += keep(values, m, r, out);
     }
-  });
-  int64_t left = 0;
-  for (size_t u = 0; u < unsure.size(); ++u) {
-    const Piece& p = all[unsure[u]];
-    if (p.begin == 0) left = rooms[p.tensor];
-    room[unsure[u]] = left >= ties[u] ? -1 : left;
-    left -= std::min(left, ties[u]);
   }
-  return room;
+  return kept;
 }
 
 }  // namespace
@@ -146,27 +145,37 @@ PECKER_API void pecker_tie_counts(const void* const* data, const int64_t* n, con
 PECKER_API void pecker_keep_bits(const void* const* data, const int64_t* n, const int32_t* kinds, int64_t count,
                                  int magnitude, const uint32_t* thresholds, const int64_t* rooms, uint8_t* const* bits,
                                  int64_t* ones, uint8_t* faults_of, int threads) {
+  const Tensors tensors{data, n, kinds, count};
   const auto all = pieces(n, count);
-  const auto room = rooms_of({data, n, kinds, count}, all, thresholds, magnitude, rooms, threads);
+  std::vector<Kept> kept(all.size());
+  // First as if all ties fitted; then the pieces that get fewer are written again. Where ties are rare, hardly any is.
   parallel_tasks(static_cast<int64_t>(all.size()), 4 * total(n, count), threads, [&](int64_t i) {
     const Piece& p = all[i];
-    const Rule r = rule(thresholds[p.tensor], magnitude, room[i] < 0);
-    float block[block_size];
-    int64_t left = room[i], found = 0;
-    uint8_t bad = 0;
-    for (int64_t begin = p.begin; begin < p.end; begin += block_size) {
-      const int64_t m = std::min(block_size, p.end - begin);
-      const float* values = widened(data[p.tensor], kinds[p.tensor], begin, m, block);
-      uint8_t* const out = bits[p.tensor] + (begin >> 3);
-      bad |= faults(values, m, magnitude);
-      if (left > 0) {
-        found += keep_scalar(values, m, r, left, out);
-        left = std::max<int64_t>(0, left - count_ties(values, m, r));
-      } else {
-        found += keep(values, m, r, out);
-      }
-    }
-    add_to(ones + p.tensor, found);
-    add_to(faults_of + p.tensor, bad);
+    const int64_t room = rooms[p.tensor];
+    kept[i] = keep_piece(tensors, p, thresholds[p.tensor], magnitude, room > 0 ? -1 : room, room > 0, bits[p.tensor]);
   });
+  struct Again {
+    size_t piece;
+    int64_t room;
+  };
+  std::vector<Again> again;
+  int64_t left = 0, n_bytes = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (rooms[all[i].tensor] <= 0) continue;
+    if (all[i].begin == 0) left = rooms[all[i].tensor];
+    if (kept[i].ties > left) {
+      again.push_back({i, left});
+      n_bytes += 4 * (all[i].end - all[i].begin);
+    }
+    left -= std::min(left, kept[i].ties);
+  }
+  parallel_tasks(static_cast<int64_t>(again.size()), n_bytes, threads, [&](int64_t a) {
+    const Piece& p = all[again[a].piece];
+    kept[again[a].piece] =
+        keep_piece(tensors, p, thresholds[p.tensor], magnitude, again[a].room, false, bits[p.tensor]);
+  });
+  for (size_t i = 0; i < all.size(); ++i) {
+    ones[all[i].tensor] += kept[i].ones;
+    faults_of[all[i].tensor] |= kept[i].faults;
+  }
 }

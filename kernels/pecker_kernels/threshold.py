@@ -7,8 +7,10 @@ over the ranks keeps the answer exact and independent of the order. The passes a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,12 +53,10 @@ def _summed(counts: Tensor, group: Any) -> list[int]:
 def find_digit(counts: Sequence[int], rank: int) -> tuple[int, int]:
     """(bin, rank inside it) of the value with this rank, 1 the largest, in a histogram whose last bin is the
     largest."""
-    assert sum(counts) >= rank, "a histogram lost values"
-    digit = len(counts) - 1
-    while rank > counts[digit]:
-        rank -= counts[digit]
-        digit -= 1
-    return digit, rank
+    above = list(accumulate(reversed(counts)))
+    assert above[-1] >= rank, "a histogram lost values"
+    at = bisect_left(above, rank)
+    return len(counts) - 1 - at, rank - (above[at - 1] if at else 0)
 
 
 def run(
