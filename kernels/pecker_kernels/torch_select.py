@@ -16,15 +16,13 @@ from .select_backend import ALL_TIES, FIRST_BITS, FIRST_SHIFT, NEGATIVE, NOT_FIN
 from .select_backend import grid as grid_of
 
 CHUNK = 1 << 22
-_FIRST_NON_FINITE = 0x7F800000 >> FIRST_SHIFT  # top 11 bits of inf; NaN lies above
+_INFINITY = 0x7F800000  # NaN lies above
 
 
-def _keys(tensor: Tensor, magnitude: bool) -> Iterator[Tensor]:
-    """The tensor's values as int32 bit patterns, a bounded number at a time."""
-    for part in tensor.detach().reshape(-1).split(CHUNK):
-        # A view of the bits, not abs(): flushed denormals would not come through arithmetic.
-        raw = part.float().view(torch.int32)
-        yield raw & 0x7FFFFFFF if magnitude else torch.where(raw == -(1 << 31), 0, raw)
+def _chunks(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(float32 values, their int32 keys), a bounded number at a time."""
+    for part in map(Tensor.float, tensor.detach().reshape(-1).split(CHUNK)):
+        yield part, part.view(torch.int32) & 0x7FFFFFFF
 
 
 def _home(tensors: Sequence[Tensor]) -> torch.device:
@@ -66,39 +64,36 @@ def contrast_(
 
 
 def census(tensors: Sequence[Tensor], magnitude: bool) -> Census:
-    length = 1 << FIRST_BITS
-    counts, faults = _zeros(tensors, length), _zeros(tensors, len(tensors), torch.uint8)
+    counts = _zeros(tensors, 1 << FIRST_BITS)
+    faults = _zeros(tensors, len(tensors), torch.uint8)
     for i, tensor in enumerate(tensors):
-        total = torch.zeros(2 * length, dtype=torch.int64, device=tensor.device)
-        bad = torch.zeros((), dtype=torch.bool, device=tensor.device)
-        for keys in _keys(tensor, magnitude):
-            # An arithmetic shift keeps the sign: negative values land in the lower half.
-            total += torch.bincount((keys >> FIRST_SHIFT) + length, minlength=2 * length)
-            bad |= ((keys & 0x7F800000) == 0x7F800000).any()
-        negative = total[:length].sum() > 0
-        counts += total[length:].to(counts.device)
-        faults[i] = bad * NOT_FINITE + negative * NEGATIVE
+        for values, keys in _chunks(tensor):
+            counts += torch.bincount(keys >> FIRST_SHIFT, minlength=1 << FIRST_BITS).to(counts.device)
+            if keys.numel():
+                wild = (keys.max() >= _INFINITY) * NOT_FINITE
+                below_zero = (values.min() < 0) * NEGATIVE * (not magnitude)
+                faults[i] |= (wild | below_zero).to(faults.device, torch.uint8)
     return Census(counts, faults)
 
 
 _take_census = census  # `census` is an argument of accumulate_
 
 
-def _digit_histogram(tensors: Sequence[Tensor], magnitude: bool, prefix: int, shift: int, bits: int) -> Tensor:
+def _digit_histogram(tensors: Sequence[Tensor], prefix: int, shift: int, bits: int) -> Tensor:
     total = _zeros(tensors, 1 << bits)
     for tensor in tensors:
-        for keys in _keys(tensor, magnitude):
+        for _, keys in _chunks(tensor):
             chosen = keys[(keys >> (shift + bits)) == prefix]
             total += torch.bincount((chosen >> shift) & ((1 << bits) - 1), minlength=1 << bits).to(total.device)
     return total
 
 
 def second_histogram(tensors: Sequence[Tensor], magnitude: bool, prefix: int, expected: int) -> tuple[Tensor, Any]:
-    return _digit_histogram(tensors, magnitude, prefix, SECOND_SHIFT, SECOND_BITS), None
+    return _digit_histogram(tensors, prefix, SECOND_SHIFT, SECOND_BITS), None
 
 
 def third_histogram(tensors: Sequence[Tensor], magnitude: bool, prefix: int, pool: Any) -> Tensor:
-    return _digit_histogram(tensors, magnitude, prefix, 0, SECOND_SHIFT)
+    return _digit_histogram(tensors, prefix, 0, SECOND_SHIFT)
 
 
 def _values(tensor: Tensor, magnitude: bool) -> Tensor:
