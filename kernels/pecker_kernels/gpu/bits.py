@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import MaskError, PeckerKernelsError
 from .registry import KernelBuild
+from .table import on_device_of
 
 # Bytes of mask per block: 4096 weights.
 ROWS = 512
@@ -135,7 +136,8 @@ def pack_bits(keep: Tensor) -> Tensor:
     n = flat.numel()
     bits = torch.empty((n + 7) // 8, dtype=torch.uint8, device=keep.device)
     if n:
-        pack_kernel[(triton.cdiv(n, ROWS * 8),)](flat, bits, n, ROWS, num_warps=WARPS)
+        with on_device_of([bits]):
+            pack_kernel[(triton.cdiv(n, ROWS * 8),)](flat, bits, n, ROWS, num_warps=WARPS)
     return bits
 
 
@@ -153,7 +155,8 @@ def popcount(bits: Tensor) -> int:
     total = torch.zeros(1, dtype=torch.int64, device=bits.device)
     if bits.numel():
         grid = (triton.cdiv(bits.numel(), POPCOUNT_BYTES),)
-        popcount_kernel[grid](bits, total, bits.numel(), POPCOUNT_BYTES, num_warps=WARPS)
+        with on_device_of([bits]):
+            popcount_kernel[grid](bits, total, bits.numel(), POPCOUNT_BYTES, num_warps=WARPS)
     return int(total)
 
 
@@ -170,7 +173,9 @@ def apply_(tensor: Tensor, bits: Tensor) -> Tensor:
     n = tensor.numel()
     if n:
         values = tensor.detach().view(-1).view(_INTEGERS[tensor.element_size()])
-        apply_kernel[(triton.cdiv(n, ROWS * 8),)](values, bits.contiguous(), n, ROWS, num_warps=WARPS)
+        grid = (triton.cdiv(n, ROWS * 8),)
+        with on_device_of([tensor]):
+            apply_kernel[grid](values, bits.contiguous(), n, ROWS, num_warps=WARPS)
         # The write happened behind autograd's back.
         torch.autograd.graph.increment_version(tensor)
     return tensor

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if not (gpu.available() and (gpu.interpreted() or torch.cuda.is_available())):
     collect_ignore_glob = ["test_*.py"]
+elif gpu.interpreted():
+    collect_ignore = ["test_gpu_large.py"]
 
 
 @pytest.fixture(scope="session")

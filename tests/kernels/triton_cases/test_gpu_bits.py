@@ -2,17 +2,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_gates import block_sizes
 from pecker_kernels import MaskError, PeckerKernelsError, bitmask, reference
 from pecker_kernels.gpu import bits as kernels
 
-RAGGED = (0, 1, 7, 8, 9, 64, 1023, 1024, 1025, 4097)
+RAGGED = (0, 1, 7, 8, 9, 64, 1023, 1024, 1025)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=[8, 512], ids=["small blocks", "as launched"], autouse=True)
+@pytest.fixture(params=block_sizes(), autouse=True)
 def rows(request, monkeypatch):
-    monkeypatch.setattr(kernels, "ROWS", request.param)
-    monkeypatch.setattr(kernels, "POPCOUNT_BYTES", 8 * request.param)
+    if request.param == "small blocks":
+        monkeypatch.setattr(kernels, "ROWS", 16)
+        monkeypatch.setattr(kernels, "POPCOUNT_BYTES", 128)
 
 
 def keeps(n, device):
