@@ -26,6 +26,8 @@ def complaints(build: registry.KernelBuild, report: registry.BuildReport) -> lis
         width, least = getattr(report, f"widest_{what}_bits"), getattr(build, f"widest_{what}_bits")
         if width < least:
             found.append(f"its widest {what} is {width} bits wide, {least} are declared")
+    if build.scalar and report.vector_accesses:
+        found.append("it takes several values at once from addresses that may not be aligned")
     return [f"{report.kernel} for {report.arch}: {text}" for text in found]
 
 

@@ -36,7 +36,10 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(tmp_path):
     assert {arch for _, arch in names} == {"sm_80", "sm_90"}
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("spills", "spills"), ("narrow", "bits wide"), ("wrong", "compile")])
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("spills", "spills"), ("narrow", "bits wide"), ("hopeful", "not be aligned"), ("wrong", "does not compile")],
+)
 def test_the_gate_sees_a_broken_kernel(tmp_path, name, complaint):
     done = compiled("--module", f"triton_broken:{name}", "--output", str(tmp_path / "table.json"))
     assert done.returncode == 1, done.stdout + done.stderr

@@ -20,6 +20,12 @@ def narrow_kernel(x, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def hopeful_kernel(addresses, BLOCK: tl.constexpr):
+    x = tl.multiple_of(tl.load(addresses).to(tl.pointer_type(tl.float32)), 16) + tl.arange(0, BLOCK)
+    tl.store(x, tl.load(x) + 1)
+
+
+@triton.jit
 def wrong_kernel(x, out):
     tl.store(out, tl.load(x) @ tl.load(x))
 
@@ -27,4 +33,5 @@ def wrong_kernel(x, out):
 POINTERS = {"x": "*fp32", "out": "*fp32"}
 spills = [KernelBuild("spilling", spilling_kernel, POINTERS, {"SIDE": 256}, 4)]
 narrow = [KernelBuild("narrow", narrow_kernel, {**POINTERS, "n": "i32"}, {"BLOCK": 1024}, 4, 128, 128)]
+hopeful = [KernelBuild("hopeful", hopeful_kernel, {"addresses": "*i64"}, {"BLOCK": 1024}, 4, scalar=True)]
 wrong = [KernelBuild("wrong", wrong_kernel, POINTERS, {}, 4)]

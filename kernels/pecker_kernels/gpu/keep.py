@@ -165,4 +165,12 @@ COMPILE = [
         )
         for kind, ranked in ((tl.float32, False), (tl.float32, True), (tl.bfloat16, True), (tl.float16, True))
     ),
+    KernelBuild(
+        "keep_fp32_ranked_unaligned",
+        keep_kernel,
+        _KEEP,
+        {"KIND": tl.float32, "MAGNITUDE": False, "RANKED": True, "ALIGNED": False, "BLOCK": BLOCK},
+        WARPS,
+        scalar=True,
+    ),
 ]

@@ -24,6 +24,7 @@ class KernelBuild:
     pointer}, without the constexpr arguments. constants: {constexpr argument: value}. num_warps: as launched.
     widest_load_bits, widest_store_bits: the least that the widest access of global memory must reach.
     unaligned: pointer arguments that may be at any address; all others are launched at multiples of 16 bytes.
+    scalar: no access of global memory may take several values at once: the kernel's tensors may be at any address.
     """
 
     name: str
@@ -34,12 +35,14 @@ class KernelBuild:
     widest_load_bits: int = 0
     widest_store_bits: int = 0
     unaligned: tuple[str, ...] = ()
+    scalar: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What the compiler made of a kernel. shared_bytes: shared memory per block; spill_bytes: stores and loads."""
+    """What the compiler made of a kernel. spill_bytes: stores and loads. shared_bytes: shared memory per block.
+    vector_accesses: loads and stores of several values of global memory at once."""
 
     kernel: str
     arch: str
@@ -48,6 +51,7 @@ class BuildReport:
     shared_bytes: int
     widest_load_bits: int
     widest_store_bits: int
+    vector_accesses: int
 
 
 def builds() -> Iterator[KernelBuild]:
@@ -88,6 +92,7 @@ def compile_build(build: KernelBuild, arch: int) -> BuildReport:
         compiled.metadata.shared,
         widest_access_bits(ptx, "ld"),
         widest_access_bits(ptx, "st"),
+        len(re.findall(r"\b(?:ld|st)\.global[\w.:]*\.v\d", ptx)),
     )
 
 

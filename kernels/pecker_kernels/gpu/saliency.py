@@ -176,6 +176,14 @@ COMPILE = [
             ("square", tl.float16, True),
         )
     ),
+    KernelBuild(
+        "accumulate_square_bf16_census_unaligned",
+        accumulate_kernel,
+        _CENSUS,
+        {"KIND": tl.bfloat16, "REDUCTION": 2, "CENSUS": True, "ALIGNED": False, **_COUNTING},
+        WARPS,
+        scalar=True,
+    ),
     *(
         KernelBuild(
             f"contrast{'_magnitude' if magnitude else ''}",

@@ -49,10 +49,11 @@ def add_digits(counts, digit, live, FEW: tl.constexpr, WINDOW: tl.constexpr):
     below the largest digit are counted in the block. So equal scores cost one addition a block and spread ones at most
     bins / WINDOW rounds, whatever the data.
     """
-    zeros = tl.sum((live & (digit == 0)).to(tl.int32), axis=0)
+    # Two counts in one sum: a block has fewer than 2**16 lanes.
+    both = tl.sum(tl.where(live, tl.where(digit == 0, 1 << 16, 1), 0), axis=0)
+    zeros, left = both >> 16, both & 0xFFFF
     tl.atomic_add(counts, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
     live = live & (digit != 0)
-    left = tl.sum(live.to(tl.int32), axis=0)
     while left > FEW:
         top = tl.max(tl.where(live, digit, 0), axis=0)
         below = top - digit
@@ -61,7 +62,7 @@ def add_digits(counts, digit, live, FEW: tl.constexpr, WINDOW: tl.constexpr):
         bins = top - tl.arange(0, WINDOW)
         tl.atomic_add(counts + bins, found.to(tl.int64), mask=found > 0, sem="relaxed")
         live = live & (below >= WINDOW)
-        left = tl.sum(live.to(tl.int32), axis=0)
+        left -= tl.sum(found, axis=0)
     if left > 0:
         tl.atomic_add(counts + digit, tl.full(digit.shape, 1, tl.int64), mask=live, sem="relaxed")
 
@@ -74,15 +75,13 @@ def replica(counts, BINS: tl.constexpr, REPLICAS: tl.constexpr):
 @triton.jit
 def faults_of(raw, live, MAGNITUDE: tl.constexpr):
     """NOT_FINITE and NEGATIVE of a block of float32 patterns."""
-    key = raw & 0x7FFFFFFF
-    fault = tl.where(key >= 0x7F800000, _NOT_FINITE, 0)
-    if not MAGNITUDE:
-        fault |= tl.where((raw < 0) & (key != 0), _NEGATIVE, 0)
-    fault = tl.where(live, fault, 0)
-    bad = tl.max(fault & _NOT_FINITE, axis=0)
-    if not MAGNITUDE:
-        bad |= tl.max(fault & _NEGATIVE, axis=0)
-    return bad
+    key = tl.where(live, raw & 0x7FFFFFFF, 0)
+    if MAGNITUDE:
+        return tl.where(tl.max(key, axis=0) >= 0x7F800000, _NOT_FINITE, 0)
+    else:
+        # Two counts in one sum, as in add_digits.
+        both = tl.sum(tl.where(key >= 0x7F800000, 1, 0) + tl.where((raw < 0) & (key != 0), 1 << 16, 0), axis=0)
+        return tl.where((both & 0xFFFF) != 0, _NOT_FINITE, 0) | tl.where(both >> 16 != 0, _NEGATIVE, 0)
 
 
 @triton.jit
@@ -208,5 +207,13 @@ COMPILE = [
             (_FP32, 0, False),
             *((kind, SECOND_SHIFT, True) for kind in _OTHERS),
         )
+    ),
+    KernelBuild(
+        "digits_fp32_10_pool_unaligned",
+        digits_kernel,
+        _DIGITS,
+        {"KIND": _FP32, "SHIFT": SECOND_SHIFT, "POOL": True, "ALIGNED": False, **_COUNTING},
+        WARPS,
+        scalar=True,
     ),
 ]
