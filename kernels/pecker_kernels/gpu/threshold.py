@@ -49,7 +49,7 @@ def add_digits(counts, digit, live, FEW: tl.constexpr, WINDOW: tl.constexpr):
     below the largest digit are counted in the block. So equal scores cost one addition a block and spread ones at most
     bins / WINDOW rounds, whatever the data.
     """
-    # Two counts in one sum: a block has fewer than 2**16 lanes.
+    # Two counts in one sum: a block has fewer than 2**15 lanes.
     both = tl.sum(tl.where(live, tl.where(digit == 0, 1 << 16, 1), 0), axis=0)
     zeros, left = both >> 16, both & 0xFFFF
     tl.atomic_add(counts, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
