@@ -35,6 +35,34 @@ PECKER_API int64_t pecker_popcount(const uint8_t* bits, int64_t n_bytes, int thr
 // Returns 0, or -1 for another element size.
 PECKER_API int pecker_apply(void* data, int64_t n, int element_size, const uint8_t* bits, int threads);
 
+// Scoring and selection. A table of `count` tensors: data[i] points to n[i] values of kinds[i], 0 float32, 1 bfloat16, 2 float16.
+// counts [2048] and ones, ties [count] are added to, faults [count] or-ed: 1 NaN or inf, 2 below zero (never with magnitude).
+// See select_backend.py for what each computes.
+PECKER_API void pecker_accumulate(float* const* scores, const void* const* grads, const int64_t* n, const int32_t* kinds,
+                                  int64_t count, int reduction, int64_t* counts, uint8_t* faults, int threads);
+PECKER_API void pecker_rms_sums(const float* const* squares, const int64_t* n, int64_t count, int64_t accumulations,
+                                double* sums, int threads);
+PECKER_API void pecker_contrast(float* const* scores, const float* const* squares, const int64_t* n, int64_t count,
+                                int64_t accumulations, float floor, int magnitude, int64_t* counts, uint8_t* faults,
+                                int threads);
+PECKER_API void pecker_census(const void* const* data, const int64_t* n, const int32_t* kinds, int64_t count, int magnitude,
+                              int64_t* counts, uint8_t* faults, int threads);
+// counts [1024] of the 10 key bits from `shift` up, among keys whose bits above those equal prefix; the keys go to pool [room] unless
+// it is null. Returns how many there were: more than room means that pool is not complete.
+PECKER_API int64_t pecker_digit(const void* const* data, const int64_t* n, const int32_t* kinds, int64_t count, int shift,
+                                uint32_t prefix, int64_t* counts, uint32_t* pool, int64_t room, int threads);
+// thresholds [count]: bits of a float32 ≥ 0. rooms [count]: ties kept in flat order, negative for all.
+PECKER_API void pecker_tie_counts(const void* const* data, const int64_t* n, const int32_t* kinds, int64_t count,
+                                  int magnitude, const uint32_t* thresholds, int64_t* ties, int threads);
+PECKER_API void pecker_keep_bits(const void* const* data, const int64_t* n, const int32_t* kinds, int64_t count,
+                                 int magnitude, const uint32_t* thresholds, const int64_t* rooms, uint8_t* const* bits,
+                                 int64_t* ones, uint8_t* faults, int threads);
+// The blocks of a matrix that is not empty, row-major, edges ragged: sums of float64; kept [blocks] bytes -> bits.
+PECKER_API void pecker_block_sums(const void* data, int32_t kind, int64_t rows, int64_t columns, int64_t height,
+                                  int64_t width, int magnitude, double* sums, int threads);
+PECKER_API void pecker_block_bits(const uint8_t* kept, int64_t rows, int64_t columns, int64_t height, int64_t width,
+                                  uint8_t* bits, int threads);
+
 namespace pecker {
 struct AdamTensor;
 struct AdamSettings;

@@ -46,7 +46,8 @@ def library() -> ctypes.CDLL:
         raise NativeLibraryError(f"{path} cannot be loaded: {error}; reinstall the package") from error
     if version != ABI_VERSION:
         raise NativeLibraryError(f"{path} has ABI version {version}, expected {ABI_VERSION}: reinstall the package")
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, i64, i32, u32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32, ctypes.c_float
+    table = [pointer, pointer, pointer, i64]  # data, n, kinds, count
     for name, result, arguments in (
         ("pecker_cpu_level", i32, []),
         ("pecker_cpu_level_max", i32, []),
@@ -59,6 +60,15 @@ def library() -> ctypes.CDLL:
         ("pecker_rank", None, [pointer, i64, pointer]),
         ("pecker_adam", None, [pointer, i64, pointer, i32]),
         ("pecker_grad_stats", None, [pointer, i64, pointer, pointer, i32]),
+        ("pecker_accumulate", None, [pointer, *table, i32, pointer, pointer, i32]),
+        ("pecker_rms_sums", None, [pointer, pointer, i64, i64, pointer, i32]),
+        ("pecker_contrast", None, [pointer, pointer, pointer, i64, i64, f32, i32, pointer, pointer, i32]),
+        ("pecker_census", None, [*table, i32, pointer, pointer, i32]),
+        ("pecker_digit", i64, [*table, i32, u32, pointer, pointer, i64, i32]),
+        ("pecker_tie_counts", None, [*table, i32, pointer, pointer, i32]),
+        ("pecker_keep_bits", None, [*table, i32, pointer, pointer, pointer, pointer, pointer, i32]),
+        ("pecker_block_sums", None, [pointer, i32, i64, i64, i64, i64, i32, pointer, i32]),
+        ("pecker_block_bits", None, [pointer, i64, i64, i64, i64, pointer, i32]),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

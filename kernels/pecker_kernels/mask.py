@@ -14,6 +14,7 @@ from torch import Tensor
 from . import bitmask, maskfile, selection
 from .errors import MaskError
 from .saliency import SaliencyScores
+from .select_backend import serving
 
 NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -36,7 +37,8 @@ class SaliencyMask:
     bits: {name: uint8 [ceil(n / 8)]}, least significant bit first, padding zero; in named_parameters order.
     shapes: {name: torch.Size}. structure: "element" | "row" | "tile" | "tensor". scope: "global" | "tensor".
     threshold: the score of the last weight (or block) kept, None where there is no single one. provenance: free
-    strings.
+    strings. counts: {name: ones}, given by a maker of the bits who vouches for them; without it they are counted and
+    the padding is checked.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -51,6 +53,7 @@ class SaliencyMask:
         tile: tuple[int, int] = (128, 128),
         threshold: float | None = None,
         provenance: Mapping[str, str] | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
         selection.check_choice(structure, scope, tile)
         self.bits = dict(bits)
@@ -58,10 +61,12 @@ class SaliencyMask:
         self.structure, self.scope, self.tile = structure, scope, (int(tile[0]), int(tile[1]))
         self.threshold = threshold
         self.provenance = dict(provenance or {})
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int] = dict(counts or {})
         for name, packed in self.bits.items():
             n = self.shapes[name].numel()
             bitmask.check_bits(packed, n, f"mask of {name!r}")
+            if counts is not None:
+                continue
             if n % 8 and int(packed[-1]) >> (n % 8):
                 raise MaskError(f"mask of {name!r} has ones in the padding behind its {n} weights")
             self._counts[name] = bitmask.popcount(packed)
@@ -78,6 +83,7 @@ class SaliencyMask:
         tile: tuple[int, int] = (128, 128),
         group: Any = None,
         provenance: Mapping[str, str] | None = None,
+        impl: str = "auto",
     ) -> SaliencyMask:
         """Keep the most salient weights.
 
@@ -86,16 +92,21 @@ class SaliencyMask:
         by itself. An element mask keeps exactly round(N · density) weights, equal scores decided by the lowest flat
         index; block structures keep the best blocks by mean score until that many weights are covered, the last block
         whole. group: torch.distributed group whose ranks hold the scores of different tensors, consecutive in rank
-        order (element masks); every rank gets the mask of its own tensors.
+        order (element masks); every rank gets the mask of its own tensors. impl: "auto" | "triton" | "cpu" | "reference".
 
         Raises ScoreError for scores that are not finite (naming the tensor), MaskError for arguments out of range or an
         empty result.
         """
-        pairs = list(scores.named_scores()) if isinstance(scores, SaliencyScores) else _pairs(scores)
-        names = [name for name, _ in pairs]
-        keep, reached = selection.choose(
-            [s for _, s in pairs],
-            names,
+        pairs = scores.accumulators() if isinstance(scores, SaliencyScores) else _pairs(scores)
+        names, tensors = [name for name, _ in pairs], [s for _, s in pairs]
+        ops = serving(impl, *tensors)
+        if isinstance(scores, SaliencyScores):
+            # Signed sums are ranked as they stand, without a copy of |s|.
+            scored = selection.Scored(tensors, names, ops, scores.reduction == "sum", scores.census())
+        else:
+            scored = selection.Scored(tensors, names, ops)
+        choice = selection.choose(
+            scored,
             density=density,
             threshold=threshold,
             scope=scope,
@@ -104,13 +115,14 @@ class SaliencyMask:
             group=group,
         )
         return cls(
-            {name: bitmask.pack_bits(k) for name, k in zip(names, keep)},
+            dict(zip(names, choice.bits)),
             {name: s.shape for name, s in pairs},
             structure=structure,
             scope=scope,
             tile=tile,
-            threshold=reached,
+            threshold=choice.threshold,
             provenance=provenance,
+            counts=dict(zip(names, choice.counts)),
         )
 
     @classmethod

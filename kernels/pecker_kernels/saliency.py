@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import PeckerKernelsError, ScoreError
+from .select_backend import Census, serving
 
 REDUCTIONS = ("sum", "abs", "square")
 
@@ -20,10 +21,14 @@ class SaliencyScores:
     reduction: "sum" |Σ g| (SalUn), "abs" Σ |g| (SPARE), "square" Σ g² (Fisher); g is the gradient at one call of
     `accumulate`.
 
-    The accumulators are float32, on the parameter's device.
+    impl: "auto" | "triton" | "cpu" | "reference", who does the arithmetic.
+
+    The accumulators are float32, on the parameter's device. Implementations agree to the bit on "sum" and "abs"; on
+    "square" the C++ kernels round g·g before they add it, as reference.accumulate_ does, while torch's addcmul may fuse
+    the two: each is at least as accurate as the other to 1 ulp of the sum.
     """
 
-    def __init__(self, named_params: Iterable[tuple[str, Tensor]], reduction: str = "sum") -> None:
+    def __init__(self, named_params: Iterable[tuple[str, Tensor]], reduction: str = "sum", impl: str = "auto") -> None:
         if reduction not in REDUCTIONS:
             raise PeckerKernelsError(f"unknown reduction {reduction!r}: choose from {', '.join(REDUCTIONS)}")
         self.reduction = reduction
@@ -35,6 +40,8 @@ class SaliencyScores:
             name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in self._params.items()
         }
         self._contrasted = False
+        self._ops = serving(impl, *self._scores.values())
+        self._counted: tuple[Census, list[int]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -50,32 +57,38 @@ class SaliencyScores:
         """Add the gradients that stand in `.grad` now; a missing gradient counts as zero, `.grad` itself is not
         changed.
 
-        last: a hint that no further call follows; it does not change the scores. Raises PeckerKernelsError for sparse
+        last: a hint that no further call follows: the first histogram of the selection is then counted while the scores
+        are written, so a global element mask saves a pass; it does not change the scores. Raises PeckerKernelsError for sparse
         gradients and after `contrast_`. Gradients that are not finite are found when the mask is built.
         """
         if self._contrasted:
             raise PeckerKernelsError("scores were already contrasted: accumulate first, then contrast")
-        pairs = [(self._scores[name], p.grad) for name, p in self._params.items() if p.grad is not None]
-        if any(g.is_sparse for _, g in pairs):
+        grads = [p.grad for p in self._params.values()]
+        if any(g is not None and g.is_sparse for g in grads):
             raise PeckerKernelsError("sparse gradients cannot be scored")
         self.accumulations += 1
-        if not pairs:
-            return
-        scores = [s for s, _ in pairs]
-        grads = [g if g.dtype == torch.float32 else g.float() for _, g in pairs]
-        if self.reduction == "sum":
-            torch._foreach_add_(scores, grads)
-        elif self.reduction == "abs":
-            torch._foreach_add_(scores, torch._foreach_abs(grads))
-        else:
-            torch._foreach_addcmul_(scores, grads, grads)
+        self._remember(self._ops.accumulate_(list(self._scores.values()), grads, self.reduction, last))
+
+    def _remember(self, census: Census | None) -> None:
+        # Whoever writes into a score later, by whatever way, moves its version.
+        self._counted = None if census is None else (census, [s._version for s in self._scores.values()])
+
+    def census(self) -> Census | None:
+        """The first pass of a selection over `accumulators` as they are now, where one was taken along with them."""
+        if self._counted is None or self._counted[1] != [s._version for s in self._scores.values()]:
+            return None
+        return self._counted[0]
+
+    def accumulators(self) -> list[tuple[str, Tensor]]:
+        """(name, float32 accumulator itself) in named_parameters order; for "sum" the score is its absolute value."""
+        if not self.accumulations:
+            raise ScoreError("no gradient was accumulated: call backward() and accumulate() first")
+        return list(self._scores.items())
 
     def named_scores(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 score ≥ 0 of the parameter's shape), in named_parameters order. Do not write into the
         tensors."""
-        if not self.accumulations:
-            raise ScoreError("no gradient was accumulated: call backward() and accumulate() first")
-        for name, score in self._scores.items():
+        for name, score in self.accumulators():
             yield name, score.abs() if self.reduction == "sum" else score
 
     @torch.no_grad()
@@ -95,17 +108,18 @@ class SaliencyScores:
             raise PeckerKernelsError(f"floor must be a positive number, got {floor}")
         if self._contrasted:
             raise PeckerKernelsError("scores were already contrasted")
-        ours, theirs = dict(self.named_scores()), dict(retain_scores.named_scores())
-        if [(n, s.shape) for n, s in ours.items()] != [(n, s.shape) for n, s in theirs.items()]:
+        ours, theirs = self.accumulators(), retain_scores.accumulators()
+        if [(n, s.shape) for n, s in ours] != [(n, s.shape) for n, s in theirs]:
             raise PeckerKernelsError("contrast_ takes scores of the same parameters in the same order")
-        rms = {name: (s / retain_scores.accumulations).sqrt_() for name, s in theirs.items()}
-        mean = math.fsum(float(r.sum(dtype=torch.float64)) for r in rms.values()) / self.total
+        squares, count = [s for _, s in theirs], retain_scores.accumulations
+        sums = self._ops.rms_sums(squares, count).tolist()
+        mean = math.fsum(sums) / self.total
         if not math.isfinite(mean):
-            bad = next(name for name, r in rms.items() if not bool(r.isfinite().all()))
+            bad = next(name for (name, _), value in zip(theirs, sums) if not math.isfinite(value))
             raise ScoreError(f"retain scores of {bad!r} hold NaN or inf: the gradients they come from are not finite")
         if mean == 0:
             raise ScoreError("every retain gradient is zero: there is nothing to contrast with")
-        for name, score in ours.items():
-            self._scores[name] = score.div_(rms[name].add_(floor * mean))
+        scores = [s for _, s in ours]
+        self._remember(self._ops.contrast_(scores, squares, count, floor * mean, self.reduction == "sum"))
         self._contrasted = True
         return self

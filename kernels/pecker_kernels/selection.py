@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import threshold as radix
 from .errors import MaskError, ScoreError
+from .select_backend import ALL_TIES, Backend, Census, grid
 
 STRUCTURES = ("element", "row", "tile", "tensor")
 SCOPES = ("global", "tensor")
@@ -28,38 +30,21 @@ def check_choice(structure: str, scope: str, tile: Sequence[int]) -> None:
 
 def _grid(shape: torch.Size, structure: str, tile: Sequence[int]) -> tuple[int, int, int, int]:
     """(rows, columns, block height, block width) of the view [shape[0], rest]."""
-    rows = int(shape[0]) if len(shape) else 1
-    columns = int(torch.Size(shape[1:]).numel()) if len(shape) > 1 else 1
+    rows, columns = grid(shape)
     height, width = {"row": (1, columns), "tile": (tile[0], tile[1]), "tensor": (rows, columns)}[structure]
     return rows, columns, max(height, 1), max(width, 1)
 
 
-def _block_sums(values: Tensor, height: int, width: int) -> Tensor:
-    """Sums over the blocks of a matrix [rows, columns] -> [blocks down, blocks across]; edges ragged."""
-    for dim, size in ((0, height), (1, width)):
-        if size == 1:
-            continue
-        edge = -values.shape[dim] % size
-        if edge:
-            values = torch.nn.functional.pad(values, (0, edge) if dim else (0, 0, 0, edge))
-        values = values.unflatten(dim, (-1, size)).sum(dim=dim + 1)
-    return values
+def _sides(length: int, side: int) -> Tensor:
+    """int64 extents of the blocks along one dimension; only the last can be shorter."""
+    sides = torch.full((-(-length // side),), side, dtype=torch.int64)
+    sides[-1:] -= -length % side
+    return sides
 
 
 def _block_sizes(rows: int, columns: int, height: int, width: int) -> Tensor:
     """int64 number of weights in each block, flat."""
-    down = torch.tensor([min(height, rows - top) for top in range(0, rows, height)], dtype=torch.int64)
-    across = torch.tensor([min(width, columns - left) for left in range(0, columns, width)], dtype=torch.int64)
-    return (down.view(-1, 1) * across).view(-1)
-
-
-def _spread(kept: Tensor, shape: torch.Size, grid: tuple[int, int, int, int]) -> Tensor:
-    """bool per block -> bool per weight."""
-    rows, columns, height, width = grid
-    matrix = kept.view(-(-rows // height), -(-columns // width))
-    matrix = matrix.repeat_interleave(height, 0)[:rows] if height > 1 else matrix
-    matrix = matrix.repeat_interleave(width, 1)[:, :columns] if width > 1 else matrix
-    return matrix.reshape(shape)
+    return (_sides(rows, height).view(-1, 1) * _sides(columns, width)).view(-1)
 
 
 def random_scores(shape: torch.Size, structure: str, tile: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -73,27 +58,55 @@ def random_scores(shape: torch.Size, structure: str, tile: Sequence[int], genera
     return draws.reshape(shape)
 
 
-def _best_blocks(
-    tensors: Sequence[Tensor],
-    names: Sequence[str],
-    k: int | None,
-    cut: float | None,
-    structure: str,
-    tile: Sequence[int],
-) -> tuple[list[Tensor], float | None]:
+@dataclass(frozen=True)
+class Choice:
+    """bits: uint8 [ceil(n / 8)] per tensor. counts: ones in each. threshold: that of SaliencyMask."""
+
+    bits: list[Tensor]
+    counts: list[int]
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is chosen from. magnitude: the score of a value is its absolute value. census: of these tensors, where the
+    first pass was taken before."""
+
+    tensors: Sequence[Tensor]
+    names: Sequence[str]
+    ops: Backend
+    magnitude: bool = False
+    census: Census | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(t.numel() for t in self.tensors)
+
+    def each(self) -> Iterator[Scored]:
+        """One tensor at a time."""
+        for t, name in zip(self.tensors, self.names):
+            yield Scored([t], [name], self.ops, self.magnitude)
+
+
+def _nothing(tensors: Sequence[Tensor]) -> Choice:
+    bits = [torch.zeros((t.numel() + 7) // 8, dtype=torch.uint8, device=t.device) for t in tensors]
+    return Choice(bits, [0] * len(bits), None)
+
+
+def _best_blocks(s: Scored, k: int | None, cut: float | None, structure: str, tile: Sequence[int]) -> Choice:
     """Blocks by mean score: the best until k weights are covered, or all at or above `cut`."""
-    live = [(i, t, _grid(t.shape, structure, tile)) for i, t in enumerate(tensors) if t.numel()]
-    means, sizes = [], []
-    for i, t, (rows, columns, height, width) in live:
-        size = _block_sizes(rows, columns, height, width)
-        mean = _block_sums(t.reshape(rows, columns).double(), height, width).reshape(-1).cpu() / size
+    out = _nothing(s.tensors)
+    live = [(i, t, _grid(t.shape, structure, tile)) for i, t in enumerate(s.tensors) if t.numel()]
+    if not live:
+        return out
+    sizes = [_block_sizes(*at) for _, _, at in live]
+    means = []
+    for (i, t, (_, _, height, width)), size in zip(live, sizes):
+        mean = s.ops.block_sums(t, height, width, s.magnitude).cpu() / size
         if not bool(mean.isfinite().all()):
-            raise ScoreError(f"scores of {names[i]!r} hold NaN or inf: the gradients they come from are not finite")
+            raise ScoreError(f"scores of {s.names[i]!r} hold NaN or inf: the gradients they come from are not finite")
         means.append(mean)
-        sizes.append(size)
-    if not means:
-        return [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in tensors], None
-    mean, size = torch.cat(means), torch.cat(sizes)
+    mean = torch.cat(means)
     reached: float | None
     if cut is not None:
         kept, reached = mean >= cut, cut
@@ -101,21 +114,20 @@ def _best_blocks(
         assert k is not None
         # A stable sort leaves equal means in the order of the blocks.
         order = mean.sort(descending=True, stable=True).indices
-        needed = int((size[order].cumsum(0) < k).sum()) + 1 if k else 0
+        needed = int((torch.cat(sizes)[order].cumsum(0) < k).sum()) + 1 if k else 0
         kept = torch.zeros(len(mean), dtype=torch.bool)
         kept[order[:needed]] = True
         reached = float(mean[order[needed - 1]]) if needed else None
-    out = [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
-    for (i, t, grid), part in zip(live, kept.split([len(m) for m in means])):
-        out[i] = _spread(part, t.shape, grid).to(t.device)
-    return out, reached
+    for (i, t, (_, _, height, width)), size, part in zip(live, sizes, kept.split([len(m) for m in means])):
+        out.bits[i] = s.ops.block_bits(part.to(t.device), t.shape, height, width)
+        out.counts[i] = int(size[part].sum())
+    return Choice(out.bits, out.counts, reached)
 
 
-def _at_or_above(tensors: Sequence[Tensor], names: Sequence[str], cut: float) -> list[Tensor]:
-    for name, t in zip(names, tensors):
-        if not bool(t.isfinite().all()):
-            raise ScoreError(f"scores of {name!r} hold NaN or inf: the gradients they come from are not finite")
-    return [t >= cut for t in tensors]
+def _at_or_above(s: Scored, cut: float) -> Choice:
+    bits, counts, faults = s.ops.keep_bits(s.tensors, s.magnitude, cut, [ALL_TIES] * len(s.tensors))
+    radix.refuse_faults(faults, s.names, negative_too=False)
+    return Choice(bits, counts.tolist(), cut)
 
 
 def _check_amount(density: float | None, threshold: float | None, scope: str) -> None:
@@ -133,8 +145,7 @@ def _check_amount(density: float | None, threshold: float | None, scope: str) ->
 
 
 def choose(
-    tensors: Sequence[Tensor],
-    names: Sequence[str],
+    s: Scored,
     *,
     density: float | None,
     threshold: float | None,
@@ -142,47 +153,43 @@ def choose(
     structure: str,
     tile: Sequence[int],
     group: Any = None,
-) -> tuple[list[Tensor], float | None]:
-    """(bool tensors, threshold reached); rules and errors as in SaliencyMask.from_scores."""
+) -> Choice:
+    """Rules and errors as in SaliencyMask.from_scores."""
     check_choice(structure, scope, tile)
     _check_amount(density, threshold, scope)
     if group is not None and structure != "element":
         raise MaskError(f"structure={structure!r} needs whole tensors: over a group only element masks can be chosen")
-    total = sum(t.numel() for t in tensors)
+    total = s.total
     if group is not None and scope == "global":
-        whole = torch.tensor(total, dtype=torch.int64, device=tensors[0].device if tensors else "cpu")
+        whole = torch.tensor(total, dtype=torch.int64, device=s.tensors[0].device if s.tensors else "cpu")
         torch.distributed.all_reduce(whole, group=group)
         total = int(whole)
     if not total:
         raise MaskError("there are no scores to choose from")
 
-    reached: float | None
     if threshold is not None:
         if structure == "element":
-            keep, reached = _at_or_above(tensors, names, threshold), threshold
+            choice = _at_or_above(s, threshold)
         else:
-            keep, reached = _best_blocks(tensors, names, None, threshold, structure, tile)
+            choice = _best_blocks(s, None, threshold, structure, tile)
     else:
         assert density is not None
         if scope == "tensor":
-            keep, reached = [], None
-            for t, name in zip(tensors, names):
-                keep += _top([t], [name], round(t.numel() * density), structure, tile)[0]
+            parts = [_top(one, round(one.total * density), structure, tile) for one in s.each()]
+            choice = Choice([b for p in parts for b in p.bits], [n for p in parts for n in p.counts], None)
         else:
-            keep, reached = _top(tensors, names, round(total * density), structure, tile, group)
-    if group is None and not any(bool(k.any()) for k in keep):
+            choice = _top(s, round(total * density), structure, tile, group)
+    if group is None and not any(choice.counts):
         wanted = f"density {density}" if density is not None else f"threshold {threshold}"
         raise MaskError(f"{wanted} keeps none of {total} weights")
-    return keep, reached
+    return choice
 
 
-def _top(
-    tensors: Sequence[Tensor], names: Sequence[str], k: int, structure: str, tile: Sequence[int], group: Any = None
-) -> tuple[list[Tensor], float | None]:
+def _top(s: Scored, k: int, structure: str, tile: Sequence[int], group: Any = None) -> Choice:
     if structure != "element":
-        return _best_blocks(tensors, names, k, None, structure, tile)
+        return _best_blocks(s, k, None, structure, tile)
     if k == 0:
         # Scores are judged even where none is kept.
-        _at_or_above(tensors, names, 0.0)
-        return [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in tensors], None
-    return radix.keep_top_k(tensors, k, group, names)
+        _at_or_above(s, 0.0)
+        return _nothing(s.tensors)
+    return Choice(*radix.keep_bits(s.ops, s.tensors, k, group, s.names, magnitude=s.magnitude, census=s.census))

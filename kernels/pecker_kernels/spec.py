@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import bitmask, foreach, ops, reference, saliency, threshold
+from .dispatch import IMPLEMENTATIONS
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 
@@ -35,7 +36,7 @@ SPECS = {
             "pack_bits",
             ("keep [n]",),
             ("bool", "uint8"),
-            ("auto", "cpu", "reference"),
+            IMPLEMENTATIONS,
             bitmask.pack_bits,
             reference.pack_bits,
             flops=lambda n, d: 0,
@@ -45,7 +46,7 @@ SPECS = {
             "unpack_bits",
             ("bits [n / 8]", "n"),
             ("uint8",),
-            ("auto", "cpu", "reference"),
+            IMPLEMENTATIONS,
             bitmask.unpack_bits,
             reference.unpack_bits,
             flops=lambda n, d: 0,
@@ -55,7 +56,7 @@ SPECS = {
             "popcount",
             ("bits [n / 8]",),
             ("uint8",),
-            ("auto", "cpu", "reference"),
+            IMPLEMENTATIONS,
             bitmask.popcount,
             reference.popcount,
             flops=lambda n, d: 0,
@@ -65,7 +66,7 @@ SPECS = {
             "apply_",
             ("tensor [n]", "bits [n / 8]"),
             _FLOATS,
-            ("auto", "cpu", "reference"),
+            IMPLEMENTATIONS,
             bitmask.apply_,
             reference.apply_,
             flops=lambda n, d: 0,
@@ -76,42 +77,45 @@ SPECS = {
             "kth_largest",
             ("tensors [n]", "k"),
             ("float32", "float16", "bfloat16"),
-            ("auto",),
+            IMPLEMENTATIONS,
             threshold.kth_largest,
             reference.kth_largest,
             flops=lambda n, d: 0,
-            # Three passes; the later two re-read everything to find the few values of one bin.
-            bytes_moved=lambda n, d: 12 * n,
+            # Two passes over float32 scores; the few values of the bin that the second one packs are read from a cache.
+            bytes_moved=lambda n, d: 8 * n,
         ),
         OpSpec(
             "keep_top_k",
             ("tensors [n]", "k"),
             ("float32", "float16", "bfloat16"),
-            ("auto",),
+            IMPLEMENTATIONS,
             threshold.keep_top_k,
             reference.keep_top_k,
-            flops=lambda n, d: 2 * n,
-            bytes_moved=lambda n, d: 12 * n + 4 * n + n,
+            flops=lambda n, d: n,
+            # The passes of kth_largest, one more that writes bits, and those bits unpacked.
+            bytes_moved=lambda n, d: 8 * n + 4 * n + n / 8 + n / 8 + n,
         ),
         OpSpec(
             "accumulate_",
             ("score [n]", "grad [n]"),
-            ("float32",),
-            ("auto",),
+            ("float32", "float16", "bfloat16", "float64"),
+            IMPLEMENTATIONS,
             saliency.SaliencyScores.accumulate,
             reference.accumulate_,
             flops=lambda n, d: 2 * n,
+            # float32 gradients; the histogram of the last call is counted in the cache.
             bytes_moved=lambda n, d: 12 * n,
         ),
         OpSpec(
             "contrast_",
             ("score [n]", "other_square_sum [n]"),
             ("float32",),
-            ("auto",),
+            IMPLEMENTATIONS,
             saliency.SaliencyScores.contrast_,
             reference.contrast_,
-            flops=lambda n, d: 4 * n,
-            bytes_moved=lambda n, d: 12 * n,
+            # s / (√(o / n) + floor), and √(o / n) once more for the mean before it.
+            flops=lambda n, d: 4 * n + 3 * n,
+            bytes_moved=lambda n, d: 12 * n + 4 * n,
         ),
         OpSpec(
             "adam_",

@@ -2,108 +2,115 @@
 
 Non-negative float32 values order like their bit patterns. Three passes count the top 11, the next 10 and the last 10 of
 the 31 bits; after each pass the bin that holds the k-th largest is known. Counts are integers, so all-reducing them
-over the ranks keeps the answer exact and independent of the order. Extra memory: one chunk.
+over the ranks keeps the answer exact and independent of the order. The passes are those of select_backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import bitmask
 from .errors import PeckerKernelsError, ScoreError
-
-CHUNK = 1 << 22
-_PASSES = ((20, 11), (10, 10), (0, 10))  # (shift, bits) of each digit, most significant first
-_FIRST_NON_FINITE = 0x7F800000 >> 20  # top 11 bits of inf; NaN lies above
+from .select_backend import ALL_TIES, NOT_FINITE, SECOND_BITS, THIRD_BITS, Backend, Census, serving
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor's values as int32 bit patterns, a bounded number at a time."""
-    flat = tensor.detach().reshape(-1)
-    for part in flat.split(CHUNK):
-        # + 0.0 turns -0.0 into +0.0, whose pattern is the smallest.
-        yield (part.float() + 0.0).view(torch.int32)
+@dataclass(frozen=True)
+class Selection:
+    """threshold: the k-th largest value. ties: how many values equal it. room: how many of those are kept."""
+
+    threshold: float
+    room: int
+    ties: int
 
 
 def _label(names: Sequence[str] | None, i: int) -> str:
     return f"scores of {names[i]!r}" if names is not None else f"tensor {i}"
 
 
-def _first_histogram(tensor: Tensor, label: str) -> Tensor:
-    """int64 [2048] counts of the top 11 bits; the same pass finds values that have no place in a ranking."""
-    shift, bits = _PASSES[0]
-    total = torch.zeros(2 << bits, dtype=torch.int64, device=tensor.device)
-    for keys in _chunks(tensor):
-        # An arithmetic shift keeps the sign: negative values land in the lower half.
-        total += torch.bincount((keys >> shift) + (1 << bits), minlength=2 << bits)
-    negative, counts = total[: 1 << bits], total[1 << bits :]
-    bad = torch.stack([negative.sum(), counts[_FIRST_NON_FINITE:].sum()]).tolist()
-    if bad[1] or (bad[0] and not bool(tensor.isfinite().all())):
-        raise ScoreError(f"{label} hold NaN or inf: the gradients they come from are not finite")
-    if bad[0]:
-        raise ScoreError(f"{label} hold negative values: a threshold is taken over non-negative scores")
-    return counts
+def refuse_faults(faults: Tensor, names: Sequence[str] | None, negative_too: bool = True) -> None:
+    """Raise ScoreError naming the first tensor that holds NaN or inf, or (negative_too) a negative value."""
+    for i, fault in enumerate(faults.tolist()):
+        if fault & NOT_FINITE:
+            raise ScoreError(f"{_label(names, i)} hold NaN or inf: the gradients they come from are not finite")
+        if fault and negative_too:
+            raise ScoreError(f"{_label(names, i)} hold negative values: a threshold is taken over non-negative scores")
 
 
-def _digit_histogram(tensor: Tensor, prefix: int, shift: int, bits: int) -> Tensor:
-    """int64 [2**bits] counts of one digit among the values whose higher bits equal `prefix`."""
-    total = torch.zeros(1 << bits, dtype=torch.int64, device=tensor.device)
-    for keys in _chunks(tensor):
-        chosen = keys[(keys >> (shift + bits)) == prefix]
-        total += torch.bincount((chosen >> shift) & ((1 << bits) - 1), minlength=1 << bits)
-    return total
-
-
-def _summed(histograms: list[Tensor], group: Any, length: int, device: torch.device) -> list[int]:
-    total = torch.zeros(length, dtype=torch.int64, device=device)
-    for histogram in histograms:
-        total += histogram.to(device)
+def _summed(counts: Tensor, group: Any) -> list[int]:
     if group is not None:
-        torch.distributed.all_reduce(total, group=group)
-    return total.tolist()
+        counts = counts.clone()
+        torch.distributed.all_reduce(counts, group=group)
+    return counts.tolist()
+
+
+def find_digit(counts: Sequence[int], rank: int) -> tuple[int, int]:
+    """(bin, rank inside it) of the value with this rank, 1 the largest, in a histogram whose last bin is the
+    largest."""
+    above = list(accumulate(reversed(counts)))
+    assert above[-1] >= rank, "a histogram lost values"
+    at = bisect_left(above, rank)
+    return len(counts) - 1 - at, rank - (above[at - 1] if at else 0)
+
+
+def run(
+    ops: Backend,
+    tensors: Sequence[Tensor],
+    k: int,
+    group: Any = None,
+    names: Sequence[str] | None = None,
+    magnitude: bool = False,
+    census: Census | None = None,
+) -> Selection:
+    """`select` by a given implementation; magnitude ranks |value|, census is the first pass where it was taken
+    before."""
+    for i, t in enumerate(tensors):
+        if not t.is_floating_point() or t.dtype == torch.float64:
+            raise PeckerKernelsError(f"{_label(names, i)}: dtype {t.dtype} is not ranked exactly in float32")
+    if census is None:
+        census = ops.census(tensors, magnitude)
+    refuse_faults(census.faults, names)
+    counts = _summed(census.counts, group)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= sum(counts):
+        raise PeckerKernelsError(f"k must be an integer from 1 to the number of values, {sum(counts)}; got {k}")
+    prefix, rank = find_digit(counts, k)
+    expected = counts[prefix] if group is None else int(census.counts[prefix])
+    second, pool = ops.second_histogram(tensors, magnitude, prefix, expected)
+    digit, rank = find_digit(_summed(second, group), rank)
+    prefix = (prefix << SECOND_BITS) | digit
+    counts = _summed(ops.third_histogram(tensors, magnitude, prefix, pool), group)
+    digit, rank = find_digit(counts, rank)
+    bits = torch.tensor((prefix << THIRD_BITS) | digit, dtype=torch.int32)
+    return Selection(float(bits.view(torch.float32)), rank, counts[digit])
 
 
 def select(
-    tensors: Sequence[Tensor], k: int, group: Any = None, names: Sequence[str] | None = None
+    tensors: Sequence[Tensor], k: int, group: Any = None, names: Sequence[str] | None = None, impl: str = "auto"
 ) -> tuple[float, int]:
     """(threshold, ties): the k-th largest value, and how many of the values equal to it belong to the k largest.
 
     tensors: non-negative finite floating tensors of any shape and device, float64 excepted. group: torch.distributed
-    group whose ranks hold disjoint parts of the scores; every rank gets the same answer. Raises ScoreError for NaN, inf
-    or negative values (naming the tensor), PeckerKernelsError for a k outside 1..N.
+    group whose ranks hold disjoint parts of the scores; every rank gets the same answer. impl: "auto" | "triton" |
+    "cpu" | "reference". Raises ScoreError for NaN, inf or negative values (naming the tensor), PeckerKernelsError for a
+    k outside 1..N.
     """
     tensors = list(tensors)
-    for i, t in enumerate(tensors):
-        if not t.is_floating_point() or t.dtype == torch.float64:
-            raise PeckerKernelsError(f"{_label(names, i)}: dtype {t.dtype} is not ranked exactly in float32")
-    device = tensors[0].device if tensors else torch.device("cpu")
-    counts = _summed(
-        [_first_histogram(t, _label(names, i)) for i, t in enumerate(tensors)], group, 1 << _PASSES[0][1], device
-    )
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= sum(counts):
-        raise PeckerKernelsError(f"k must be an integer from 1 to the number of values, {sum(counts)}; got {k}")
-    prefix, rank = 0, k
-    for level, (shift, bits) in enumerate(_PASSES):
-        if level:
-            counts = _summed([_digit_histogram(t, prefix, shift, bits) for t in tensors], group, 1 << bits, device)
-        assert sum(counts) >= rank, "a histogram lost values"
-        digit = (1 << bits) - 1
-        while rank > counts[digit]:
-            rank -= counts[digit]
-            digit -= 1
-        prefix = (prefix << bits) | digit
-    return float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32)), rank
+    found = run(serving(impl, *tensors), tensors, k, group, names)
+    return found.threshold, found.room
 
 
-def kth_largest(tensors: Sequence[Tensor] | Tensor, k: int, group: Any = None) -> float:
+def kth_largest(tensors: Sequence[Tensor] | Tensor, k: int, group: Any = None, impl: str = "auto") -> float:
     """The exact k-th largest value (k = 1 is the maximum) over all values of all tensors.
 
     Arguments and errors as in `select`; a single tensor is accepted too.
     """
-    return select([tensors] if isinstance(tensors, Tensor) else tensors, k, group)[0]
+    return select([tensors] if isinstance(tensors, Tensor) else tensors, k, group, impl=impl)[0]
 
 
 def _ties_before(ties: list[int], offsets: Sequence[int] | None, group: Any) -> list[int]:
@@ -131,32 +138,43 @@ def _ties_before(ties: list[int], offsets: Sequence[int] | None, group: Any) -> 
     return before
 
 
+def keep_bits(
+    ops: Backend,
+    tensors: Sequence[Tensor],
+    k: int,
+    group: Any = None,
+    names: Sequence[str] | None = None,
+    offsets: Sequence[int] | None = None,
+    magnitude: bool = False,
+    census: Census | None = None,
+) -> tuple[list[Tensor], list[int], float]:
+    """(packed bits, ones in each, threshold) of `keep_top_k`; further arguments as in `run`."""
+    found = run(ops, tensors, k, group, names, magnitude, census)
+    if found.room == found.ties:
+        rooms = [ALL_TIES] * len(tensors)
+    elif group is None and len(tensors) == 1:
+        rooms = [found.room]
+    else:
+        ties = ops.tie_counts(tensors, magnitude, found.threshold).tolist()
+        rooms = [min(max(found.room - before, 0), n) for n, before in zip(ties, _ties_before(ties, offsets, group))]
+    bits, counts, _ = ops.keep_bits(tensors, magnitude, found.threshold, rooms)
+    return bits, counts.tolist(), found.threshold
+
+
 def keep_top_k(
     tensors: Sequence[Tensor],
     k: int,
     group: Any = None,
     names: Sequence[str] | None = None,
     offsets: Sequence[int] | None = None,
+    impl: str = "auto",
 ) -> tuple[list[Tensor], float]:
     """(bool tensors of the same shapes, threshold): exactly the k largest values over all tensors and ranks.
 
     Equal values are decided by the lowest flat index, counted through the tensors in order. With `group`, `offsets`
     gives the global flat index of each local tensor's first value; without offsets rank 0 comes first, then rank 1, and
-    so on.
+    so on. Further arguments and errors as in `select`.
     """
     tensors = list(tensors)
-    threshold, room = select(tensors, k, group, names)
-    equal = [t == threshold for t in tensors]
-    ties = [int(e.sum()) for e in equal]
-    keep = []
-    for t, e, count, before in zip(tensors, equal, ties, _ties_before(ties, offsets, group)):
-        take = min(max(room - before, 0), count)
-        kept = t > threshold
-        if take == count:
-            kept |= e
-        elif take:
-            # The flat view of a fresh contiguous tensor: row-major whatever the strides of the scores.
-            kept = kept.contiguous()
-            kept.view(-1)[e.reshape(-1).nonzero().view(-1)[:take]] = True
-        keep.append(kept)
-    return keep, threshold
+    bits, _, threshold = keep_bits(serving(impl, *tensors), tensors, k, group, names, offsets)
+    return [bitmask.unpack_bits(b, t.numel()).view(t.shape) for b, t in zip(bits, tensors)], threshold

@@ -2,12 +2,14 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import fill_grads, small_model
-from pecker_kernels import reference
+from pecker_kernels import cpu, reference, select_backend
+
+IMPLS = ["reference"] + ["cpu"] * cpu.available()
 
 
-def accumulated(reduction, rounds=3, dtype=torch.float32):
+def accumulated(reduction, rounds=3, dtype=torch.float32, impl="auto"):
     model = small_model(dtype=dtype)
-    scores = pk.SaliencyScores(model.named_parameters(), reduction)
+    scores = pk.SaliencyScores(model.named_parameters(), reduction, impl)
     truth = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
     for i in range(rounds):
         for name, g in fill_grads(model, seed=i).items():
@@ -22,9 +24,10 @@ def accumulated(reduction, rounds=3, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "abs", "square"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_accumulate(reduction, dtype):
-    scores, truth = accumulated(reduction, dtype=dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_accumulate(reduction, dtype, impl):
+    scores, truth = accumulated(reduction, dtype=dtype, impl=impl)
     found = dict(scores.named_scores())
     assert list(found) == list(truth)
     for name, score in found.items():
@@ -35,9 +38,12 @@ def test_accumulate(reduction, dtype):
     assert scores.accumulations == 3
 
 
-def test_gate_fails_when_a_gradient_is_not_added(monkeypatch):
-    monkeypatch.setattr(torch, "_foreach_add_", lambda *args, **kwargs: None)
-    scores, truth = accumulated("sum")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gate_fails_when_a_gradient_is_not_added(monkeypatch, impl):
+    ops = select_backend.backend(impl)
+    real = ops.accumulate_
+    monkeypatch.setattr(ops, "accumulate_", lambda scores, grads, *rest: real(scores, [None] * len(grads), *rest))
+    scores, truth = accumulated("sum", impl=impl)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(dict(scores.named_scores())["scale"], truth["scale"])
 
@@ -52,8 +58,9 @@ def test_only_parameters_with_gradients_are_scored():
         pk.SaliencyScores([("a", torch.ones(3))])
 
 
-def test_contrast():
-    ours, truth = accumulated("sum")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_contrast(impl):
+    ours, truth = accumulated("sum", impl=impl)
     other, squares = accumulated("square")
     ours.contrast_(other, floor=0.01)
     rms = {name: (s.double() / 3).sqrt() for name, s in squares.items()}

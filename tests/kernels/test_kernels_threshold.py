@@ -5,7 +5,7 @@ import pecker_kernels as pk
 import pytest
 import torch
 from hypothesis import given, settings
-from pecker_kernels import reference, threshold
+from pecker_kernels import cpu, reference, select_backend, threshold, torch_select
 
 SPECIAL = [0.0, -0.0, 1e-45, 1.17549435e-38, 1.0, 1.0000001, 0.5, 3.4028235e38]
 
@@ -25,13 +25,17 @@ def scores(draw):
     return tensors, draw(st.integers(1, total))
 
 
-def check_exact(tensors, k):
+IMPLS = ["reference"] + ["cpu"] * cpu.available()
+
+
+def check_exact(tensors, k, impls=IMPLS):
     expected = reference.kth_largest(tensors, k)
-    assert pk.kth_largest(tensors, k) == expected
-    keep, reached = threshold.keep_top_k(tensors, k)
-    assert reached == expected
-    assert sum(int(m.sum()) for m in keep) == k
-    assert all(torch.equal(a, b) for a, b in zip(keep, reference.keep_top_k(tensors, k)))
+    for impl in impls:
+        assert pk.kth_largest(tensors, k, impl=impl) == expected
+        keep, reached = threshold.keep_top_k(tensors, k, impl=impl)
+        assert reached == expected
+        assert sum(int(m.sum()) for m in keep) == k
+        assert all(torch.equal(a, b) for a, b in zip(keep, reference.keep_top_k(tensors, k)))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -42,7 +46,7 @@ def test_exact_against_sort(case):
 
 @pytest.mark.parametrize("k", [1, 2, 5000, 123_456, 199_999, 200_000])
 def test_exact_over_chunks(monkeypatch, k):
-    monkeypatch.setattr(threshold, "CHUNK", 1 << 12)
+    monkeypatch.setattr(torch_select, "CHUNK", 1 << 12)
     generator = torch.Generator().manual_seed(k)
     values = torch.randn(200_000, generator=generator).abs()
     values[::3] = values[0]
@@ -85,11 +89,19 @@ def test_refusals():
         pk.kth_largest([], 1)
 
 
-def test_gate_fails_on_a_histogram_off_by_one_bin(monkeypatch):
-    real = threshold._digit_histogram
-    monkeypatch.setattr(threshold, "_digit_histogram", lambda *args: real(*args).roll(1))
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("digit", ["second", "third"])
+def test_gate_fails_on_a_histogram_off_by_one_bin(monkeypatch, impl, digit):
+    ops = select_backend.backend(impl)
+    real = getattr(ops, f"{digit}_histogram")
+
+    def off_by_one(*args):
+        found = real(*args)
+        return (found[0].roll(1), found[1]) if digit == "second" else found.roll(1)
+
+    monkeypatch.setattr(ops, f"{digit}_histogram", off_by_one)
     with pytest.raises(AssertionError):
-        check_exact([torch.rand(100, generator=torch.Generator().manual_seed(0))], 30)
+        check_exact([torch.rand(100, generator=torch.Generator().manual_seed(0))], 30, [impl])
 
 
 def test_gate_fails_on_ties_from_the_wrong_end(monkeypatch):

@@ -1,0 +1,125 @@
+"""Scoring and selection on the GPU; see select_backend.Backend for every function.
+
+Nothing here waits for the device. Strided scores and gradients are copied in row-major order first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..select_backend import FIRST_BITS, SECOND_SHIFT, Census
+from . import blocks, keep, saliency, threshold
+from .table import on_device_of
+
+
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().contiguous() for t in tensors]
+
+
+def _blank(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(replicated counts, int32 faults) for the kernels to add to."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return threshold.shared_counts(1 << FIRST_BITS, device), torch.zeros(len(tensors), dtype=torch.int32, device=device)
+
+
+def _census(counts: Tensor, faults: Tensor) -> Census:
+    return Census(counts.sum(0), faults.to(torch.uint8))
+
+
+def accumulate_(
+    scores: Sequence[Tensor], grads: Sequence[Tensor | None], reduction: str, census: bool
+) -> Census | None:
+    counts, faults = _blank(scores)
+    given: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.numel():
+            ready = (grad.float() if grad.dtype == torch.float64 else grad).detach().contiguous()
+            given.setdefault(ready.dtype, []).append((i, ready))
+    with on_device_of(scores):
+        for pairs in given.values():
+            places = [i for i, _ in pairs]
+            into = [scores[i] for i in places]
+            saliency.accumulate(into, [g for _, g in pairs], reduction, counts, faults, census, places)
+            torch.autograd.graph.increment_version(into)
+        if not census:
+            return None
+        rest = [i for i, grad in enumerate(grads) if grad is None]
+        threshold.add_census([scores[i] for i in rest], reduction == "sum", counts, faults, rest)
+        return _census(counts, faults)
+
+
+def rms_sums(square_sums: Sequence[Tensor], count: int) -> Tensor:
+    if not any(s.numel() for s in square_sums):
+        return torch.zeros(len(square_sums), dtype=torch.float64, device=_blank(square_sums)[1].device)
+    with on_device_of(square_sums):
+        return saliency.rms_sums(square_sums, count)
+
+
+def contrast_(
+    scores: Sequence[Tensor], square_sums: Sequence[Tensor], count: int, floor_value: float, magnitude: bool
+) -> Census:
+    counts, faults = _blank(scores)
+    if any(s.numel() for s in scores):
+        with on_device_of(scores):
+            saliency.contrast(scores, square_sums, count, floor_value, magnitude, counts, faults)
+        torch.autograd.graph.increment_version(scores)
+    return _census(counts, faults)
+
+
+def census(tensors: Sequence[Tensor], magnitude: bool) -> Census:
+    counts, faults = _blank(tensors)
+    with on_device_of(tensors):
+        threshold.add_census(_plain(tensors), magnitude, counts, faults, range(len(tensors)))
+    return _census(counts, faults)
+
+
+def second_histogram(
+    tensors: Sequence[Tensor], magnitude: bool, prefix: int, expected: int
+) -> tuple[Tensor, Tensor | None]:
+    total = sum(t.numel() for t in tensors)
+    if not total:
+        return torch.zeros(1 << threshold.SECOND_BITS, dtype=torch.int64, device=_blank(tensors)[1].device), None
+    pool = None
+    if expected <= threshold.POOL_SHARE * total:
+        pool = torch.empty(expected, dtype=torch.int32, device=tensors[0].device)
+    with on_device_of(tensors):
+        return threshold.digit_counts(_plain(tensors), prefix, SECOND_SHIFT, pool), pool
+
+
+def third_histogram(tensors: Sequence[Tensor], magnitude: bool, prefix: int, pool: Tensor | None) -> Tensor:
+    # Keys are patterns of float32 values, so a pool is one more tensor of scores.
+    sources = [pool.view(torch.float32)] if pool is not None and pool.numel() else _plain(tensors)
+    if not any(t.numel() for t in sources):
+        return torch.zeros(1 << threshold.SECOND_BITS, dtype=torch.int64, device=_blank(tensors)[1].device)
+    with on_device_of(sources):
+        return threshold.digit_counts(sources, prefix, 0, None)
+
+
+def tie_counts(tensors: Sequence[Tensor], magnitude: bool, threshold: float) -> Tensor:
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int64)
+    with on_device_of(tensors):
+        return keep.tie_counts(_plain(tensors), magnitude, threshold)
+
+
+def keep_bits(
+    tensors: Sequence[Tensor], magnitude: bool, threshold: float, rooms: Sequence[int]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    if not tensors:
+        return [], torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.uint8)
+    with on_device_of(tensors):
+        bits, counts, faults = keep.keep_bits(_plain(tensors), magnitude, threshold, rooms)
+    return bits, counts, faults.to(torch.uint8)
+
+
+def block_sums(tensor: Tensor, height: int, width: int, magnitude: bool) -> Tensor:
+    with on_device_of([tensor]):
+        return blocks.block_sums(tensor.detach().contiguous(), height, width, magnitude)
+
+
+def block_bits(kept: Tensor, shape: Sequence[int], height: int, width: int) -> Tensor:
+    with on_device_of([kept]):
+        return blocks.block_bits(kept.contiguous(), shape, height, width)
