@@ -2,6 +2,7 @@
 # make test       set up, then linter, type checker and all fast tests
 # make test-all   everything, the slow training tests and the table of all digits too (about an hour)
 # make bench      benchmark suites
+# make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON
 # make clean      remove the environment and build output (runs/ is kept)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
 FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 
-.PHONY: demo test test-all bench lint setup clean
+.PHONY: demo test test-all bench gpu-check lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -46,6 +47,13 @@ test-all: lint
 
 bench: setup
 	@$(BIN)/python -m pytest bench/test_bench_*.py --benchmark-json=bench/results/iteration_digits.json
+
+# A GPU machine brings its own torch, built for its driver: no environment is made here.
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")' || exit 2
+	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/kernels
+	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec 'for suite in bench/test_gpu_*.py; do test -f $$suite || continue; \
+		$(PYTHON) -m pytest $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'
 
 clean:
 	rm -rf $(VENV) build

@@ -1,8 +1,9 @@
 """Bit masks as uint8 tensors: pack, unpack, popcount, union, intersection, apply; each chooses an implementation by
-name
-(see dispatch.resolve)."""
+name (see dispatch.resolve)."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,16 @@ from . import cpu, reference
 from .dispatch import resolve
 from .errors import MaskError
 
-BUILT = ("auto", "cpu", "reference")
+BUILT = ("auto", "triton", "cpu", "reference")
+
+
+def _kernels(impl: str) -> ModuleType:
+    """The module of a resolved implementation. Triton is imported by the first call that needs it."""
+    if impl == "triton":
+        from .gpu import bits
+
+        return bits
+    return cpu if impl == "cpu" else reference
 
 
 def check_bits(bits: Tensor, n: int, what: str = "bits") -> None:
@@ -25,20 +35,20 @@ def pack_bits(keep: Tensor, impl: str = "auto") -> Tensor:
     first."""
     if keep.dtype not in (torch.bool, torch.uint8):
         raise MaskError(f"only bool and uint8 tensors can be packed, got {keep.dtype}")
-    return cpu.pack_bits(keep) if resolve(impl, keep, built=BUILT) == "cpu" else reference.pack_bits(keep)
+    return _kernels(resolve(impl, keep, built=BUILT)).pack_bits(keep)
 
 
 def unpack_bits(bits: Tensor, n: int, impl: str = "auto") -> Tensor:
     """uint8 [ceil(n / 8)] -> bool [n]."""
     check_bits(bits, n)
-    return cpu.unpack_bits(bits, n) if resolve(impl, bits, built=BUILT) == "cpu" else reference.unpack_bits(bits, n)
+    return _kernels(resolve(impl, bits, built=BUILT)).unpack_bits(bits, n)
 
 
 def popcount(bits: Tensor, impl: str = "auto") -> int:
     """Number of ones in a uint8 tensor; waits for the device."""
     if bits.dtype != torch.uint8:
         raise MaskError(f"popcount takes uint8 bits, got {bits.dtype}")
-    return cpu.popcount(bits) if resolve(impl, bits, built=BUILT) == "cpu" else reference.popcount(bits)
+    return _kernels(resolve(impl, bits, built=BUILT)).popcount(bits)
 
 
 def apply_(tensor: Tensor, bits: Tensor, impl: str = "auto") -> Tensor:
@@ -48,9 +58,10 @@ def apply_(tensor: Tensor, bits: Tensor, impl: str = "auto") -> Tensor:
     check_bits(bits, tensor.numel())
     served = tensor.is_contiguous() and tensor.element_size() in (2, 4, 8)
     with torch.no_grad():
-        if resolve(impl, tensor, bits, built=BUILT) == "cpu" and (served or impl == "cpu"):
-            return cpu.apply_(tensor, bits)
-        return reference.apply_(tensor, bits.to(tensor.device))
+        chosen = resolve(impl, tensor, bits, built=BUILT)
+        if chosen == "reference" or not (served or impl == chosen):
+            return reference.apply_(tensor, bits.to(tensor.device))
+        return _kernels(chosen).apply_(tensor, bits)
 
 
 def union(a: Tensor, b: Tensor) -> Tensor:
