@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..adam_jobs import AdamJob, AdamStep
 from ..errors import PeckerKernelsError
-from . import gradstats
+from . import gradstats, interpreted
 from .adam_lanes import BITMAP, WARPS, WHOLE, lanes_of
 from .adam_plan import (
     BITS,
@@ -37,6 +37,8 @@ from .adam_plan import (
     plan_for,
 )
 from .gradstats import as_float, clamp, load_gradient, pointer
+
+FUSED = tl.constexpr(not interpreted())
 
 
 @triton.jit
@@ -73,9 +75,26 @@ def nearest_bf16(value):
 
 
 @triton.jit
+def fma(a, b, c):
+    """a · b + c rounded once, as torch's kernels have it: where the sum cancels, a rounded product would be less accurate
+    than torch by a factor. The interpreter has no such operation and takes float64 for it."""
+    if FUSED:
+        return tl.fma(a, b, c)
+    else:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def float32(number):
+    """A float argument as a tensor: the interpreter passes Python's own floats."""
+    return tl.full((), 0.0, tl.float32) + number
+
+
+@triton.jit
 def lerp(start, end, weight):
-    """start + weight · (end - start) with torch's choice of the end to count from, and its roundings."""
-    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
+    """start + weight · (end - start), from the nearer end as in torch."""
+    way = end - start
+    return tl.where(weight < 0.5, fma(weight, way, start), fma(weight - 1, way, end))
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -94,7 +113,7 @@ def prepare_kernel(
     LOG_BETA1: tl.constexpr,
     LOG_BETA2: tl.constexpr,
 ):
-    """float32 [J, 8] scalars: lr / (1-β₁ᵗ), 1/√(1-β₂ᵗ), 1 - lr·wd, clip factor, grad_scale, skip, key of the random
+    """float32 [J, 8] scalars: lr / (1-β₁ᵗ), √(1-β₂ᵗ), 1 - lr·wd, clip factor, grad_scale, skip, key of the random
     bits.
 
     lr + lr_rest is the float64 learning rate, unless lr_tensor is given; LOG_BETA1 None: β₁ = 0.
@@ -126,7 +145,7 @@ def prepare_kernel(
 
     out = scalars + job * SCALARS
     tl.store(out, (rate / correction1).to(tl.float32))
-    tl.store(out + 1, (1.0 / tl.sqrt(correction2)).to(tl.float32))
+    tl.store(out + 1, tl.sqrt(correction2).to(tl.float32))
     tl.store(out + 2, (1.0 - rate * weight_decay).to(tl.float32))
     tl.store(out + 3, factor.to(tl.float32))
     tl.store(out + 4, scale)
@@ -144,12 +163,13 @@ def update(
     state_first,
     row,
     live,
-    beta1,
+    weight1,
+    weight2,
     beta2,
     eps,
     weight_decay,
     clip_value,
-    ema_decay,
+    ema_weight,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MORE: tl.constexpr,
@@ -164,7 +184,10 @@ def update(
     EMA: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One block of weights at first + place, their state at state_first + row; live None: all lanes are."""
+    """One block of weights at first + place, their state at state_first + row; live None: all lanes are.
+
+    weight1, weight2, ema_weight: 1-β₁, 1-β₂ and 1-decay, because 1 - float32(.999) has lost five digits.
+    """
     mine = scalars + job * SCALARS
     param = pointer(table, job, PARAM_AT, PARAM, ALIGNED) + first
     exp_avg_sq = pointer(table, job, EXP_AVG_SQ_AT, tl.float32, ALIGNED) + state_first
@@ -182,16 +205,16 @@ def update(
     if DECOUPLED:
         p = p * tl.load(mine + 2)
     if L2:
-        g = g + weight_decay * p
+        g = fma(float32(weight_decay), p, g)
     m = g
     if EXP_AVG:
         exp_avg = pointer(table, job, EXP_AVG_AT, tl.float32, ALIGNED) + state_first
-        m = lerp(tl.load(exp_avg + row, mask=live), g, 1 - beta1)
+        m = lerp(tl.load(exp_avg + row, mask=live), g, float32(weight1))
         tl.store(exp_avg + row, m, mask=live)
-    v = v * beta2 + (1 - beta2) * g * g
+    v = fma(weight2 * g, g, v * beta2)
     tl.store(exp_avg_sq + row, v, mask=live)
     # Division and root are the correctly rounded ones: the approximate ones would use up the tolerance.
-    p = p - tl.load(mine) * tl.div_rn(m, tl.sqrt_rn(v) * tl.load(mine + 1) + eps)
+    p = fma(-tl.load(mine), tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), tl.load(mine + 1)) + eps), p)
     if MASTER:
         tl.store(master + row, p, mask=live)
     if PARAM == tl.uint16:
@@ -208,7 +231,7 @@ def update(
         ema = pointer(table, job, EMA_AT, tl.float32, ALIGNED) + state_first
         if not MASTER:
             p = as_float(stored)
-        tl.store(ema + row, lerp(tl.load(ema + row, mask=live), p, 1 - ema_decay), mask=live)
+        tl.store(ema + row, lerp(tl.load(ema + row, mask=live), p, float32(ema_weight)), mask=live)
 
 
 @triton.jit
@@ -216,12 +239,13 @@ def adam_kernel(
     table,
     chunks,
     scalars,
-    beta1,
+    weight1,
+    weight2,
     beta2,
     eps,
     weight_decay,
     clip_value,
-    ema_decay,
+    ema_weight,
     LANES: tl.constexpr,
     COMPACT: tl.constexpr,
     PARAM: tl.constexpr,
@@ -251,12 +275,12 @@ def adam_kernel(
             place = tl.arange(0, BLOCK)
             # Full blocks apart: a mask on the addresses of a ragged end would forbid wide accesses.
             if count == BLOCK:
-                update(table, scalars, job, first, place, first, place, None, beta1, beta2, eps, weight_decay, clip_value,
-                       ema_decay, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER,
+                update(table, scalars, job, first, place, first, place, None, weight1, weight2, beta2, eps, weight_decay, clip_value,
+                       ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER,
                        EMA, ALIGNED)  # fmt: skip
             else:
-                update(table, scalars, job, first, place, first, place, place < count, beta1, beta2, eps, weight_decay,
-                       clip_value, ema_decay, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED,
+                update(table, scalars, job, first, place, first, place, place < count, weight1, weight2, beta2, eps, weight_decay,
+                       clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED,
                        EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
         else:
             source = pointer(table, job, BITS, tl.uint8 if LANES == BITMAP else tl.uint16, False)
@@ -264,8 +288,8 @@ def adam_kernel(
             if not COMPACT:
                 rank = first
                 row = place
-            update(table, scalars, job, first, place, rank, row, live, beta1, beta2, eps, weight_decay, clip_value,
-                   ema_decay, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER, EMA,
+            update(table, scalars, job, first, place, rank, row, live, weight1, weight2, beta2, eps, weight_decay, clip_value,
+                   ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER, EMA,
                    ALIGNED)  # fmt: skip
 
 
@@ -338,12 +362,13 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> 
                 plan.table,
                 chunks,
                 plan.scalars,
-                settings.beta1,
+                1 - settings.beta1,
+                1 - settings.beta2,
                 settings.beta2,
                 settings.eps,
                 settings.weight_decay,
                 settings.clip_value if settings.clip_value is not None else 0.0,
-                settings.ema if settings.ema is not None else 0.0,
+                1 - settings.ema if settings.ema is not None else 0.0,
                 num_warps=WARPS,
                 **compile_arguments(variant, settings),
             )

@@ -12,7 +12,7 @@ from .gradstats import gradstats_kernel
 from .registry import KernelBuild
 
 _TABLES = {"table": "*i64", "chunks": "*i64"}
-_NUMBERS = ("beta1", "beta2", "eps", "weight_decay", "clip_value", "ema_decay")
+_NUMBERS = ("weight1", "weight2", "beta2", "eps", "weight_decay", "clip_value", "ema_weight")
 _ADAM = {**_TABLES, "scalars": "*fp32", **dict.fromkeys(_NUMBERS, "fp32")}
 _STATS = {**_TABLES, "partial": "*fp32", "stride": "i32", "grad_scale": "*fp32", "clip_value": "fp32"}
 _PLAIN: dict[str, Any] = {
