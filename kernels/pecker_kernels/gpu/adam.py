@@ -374,3 +374,35 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> 
             )
     # The kernels wrote behind autograd's back.
     torch.autograd.graph.increment_version([job.param for job in plan.jobs])
+
+
+def adam_flops(lanes: int, exp_avg: bool = True, weight_decay: bool = False) -> float:
+    """exp_avg_sq 4 (two products, a fused product and sum), exp_avg 3, weight 5 (root, two quotients, eps, a fused
+    product and sum counted as two), decay 2; per weight that is updated."""
+    return lanes * (4.0 + 3 * exp_avg + 6 + 2 * weight_decay)
+
+
+def adam_bytes(
+    n: int,
+    lanes: int | None = None,
+    kind: str = "whole",
+    *,
+    param_size: int = 4,
+    grad_size: int = 4,
+    compact: bool = True,
+    exp_avg: bool = True,
+    master: bool = False,
+    ema: bool = False,
+) -> float:
+    """Bytes moved by a step over `lanes` of n weights that lie at random, in sectors of 32 bytes; kind: "whole", "bitmap"
+    or "index". Weights and state are read and written, the gradient is read, master weights stand in for the read of
+    the weights."""
+    lanes = n if lanes is None else lanes
+
+    def touched(size: int) -> float:
+        return n * size * (1 - (1 - lanes / n) ** (32 / size)) if n else 0.0
+
+    state = 4 * 2 * (1 + exp_avg + master + ema)
+    mask = {"whole": 0.0, "bitmap": n / 8, "index": 2.0 * lanes}[kind]
+    state_bytes = state * (lanes if compact or kind == "whole" else touched(4) / 4)
+    return (1 if master else 2) * touched(param_size) + touched(grad_size) + state_bytes + mask

@@ -8,7 +8,7 @@ from adam_rig import Rig, with_settings
 from pecker_kernels import reference
 from pecker_kernels.gpu import adam, adam_lanes, adam_plan
 
-SHAPES = [(1025,), (9, 33), (7,), (), (0, 3), (1, 64)]
+SHAPES = [(300,), (5, 13), (7,), (), (0, 3), (1, 64)]
 KINDS = {"bitmap": 0.0, "index": 2.0}
 STEPS = 3
 
