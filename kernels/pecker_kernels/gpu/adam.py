@@ -2,25 +2,22 @@
 
 m ← β₁m + (1-β₁)g;  v ← β₂v + (1-β₂)g²;  p ← p - lr/(1-β₁ᵗ) · m / (√v / √(1-β₂ᵗ) + eps)      (Kingma & Ba, 1412.6980)
 
-What one step multiplies by is the same for all weights of a tensor: prepare_kernel computes it once per tensor, in
-float64, because 1-β₂ᵗ in float32 has lost five digits at β₂ = .999, t = 1. adam_kernel stays in float32.
+The factors of a step come from adam_prepare; the formula is reference.adam_, in float32.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..adam_jobs import AdamJob, AdamStep
 from ..errors import PeckerKernelsError
-from . import gradstats, interpreted
 from .adam_lanes import BITMAP, WARPS, WHOLE, lanes_of
+from .adam_math import as_float, clamp, float32, fma, lerp, nearest_bf16, random_bits16, round_bf16
 from .adam_plan import (
     BITS,
     CHUNK,
@@ -32,125 +29,12 @@ from .adam_plan import (
     MASTER_AT,
     PARAM_AT,
     SCALARS,
-    STEP_AT,
     Variant,
     plan_for,
+    walkable,
 )
-from .gradstats import as_float, clamp, load_gradient, pointer
-
-FUSED = tl.constexpr(not interpreted())
-
-
-@triton.jit
-def mix(x):
-    """See reference._mix; x: uint32, products wrap."""
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def random_bits16(index, key):
-    """uint32 below 65536; see reference.random_bits16. index: int64, key: uint32 made from seed and step."""
-    low = index.to(tl.uint32)
-    high = (index >> 32).to(tl.uint32)
-    return mix(mix(low ^ key) ^ high) >> 16
-
-
-@triton.jit
-def round_bf16(value, bits16):
-    """float32 -> the bits of a bfloat16; see reference.stochastic_round_bf16."""
-    raw = value.to(tl.uint32, bitcast=True)
-    magnitude = raw & 0x7FFFFFFF
-    rounded = (raw + bits16) >> 16
-    rounded = tl.where(magnitude < 0x7F800000, rounded, raw >> 16)
-    return tl.where(magnitude > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
-
-
-@triton.jit
-def nearest_bf16(value):
-    """float32 -> the bits of the nearest bfloat16, ties to even."""
-    raw = value.to(tl.uint32, bitcast=True)
-    return round_bf16(value, 0x7FFF + ((raw >> 16) & 1))
-
-
-@triton.jit
-def fma(a, b, c):
-    """a · b + c rounded once, as torch's kernels have it: where the sum cancels, a rounded product would be less accurate
-    than torch by a factor. The interpreter has no such operation and takes float64 for it."""
-    if FUSED:
-        return tl.fma(a, b, c)
-    else:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def float32(number):
-    """A float argument as a tensor: the interpreter passes Python's own floats."""
-    return tl.full((), 0.0, tl.float32) + number
-
-
-@triton.jit
-def lerp(start, end, weight):
-    """start + weight · (end - start), from the nearer end as in torch."""
-    way = end - start
-    return tl.where(weight < 0.5, fma(weight, way, start), fma(weight - 1, way, end))
-
-
-@triton.jit(do_not_specialize=["seed"])
-def prepare_kernel(
-    table,
-    scalars,
-    lr,
-    lr_rest,
-    lr_tensor,
-    weight_decay,
-    found_inf,
-    grad_scale,
-    square_sum,
-    clip_norm,
-    seed: tl.int64,
-    LOG_BETA1: tl.constexpr,
-    LOG_BETA2: tl.constexpr,
-):
-    """float32 [J, 8] scalars: lr / (1-β₁ᵗ), √(1-β₂ᵗ), 1 - lr·wd, clip factor, grad_scale, skip, key of the random
-    bits.
-
-    lr + lr_rest is the float64 learning rate, unless lr_tensor is given; LOG_BETA1 None: β₁ = 0.
-    """
-    job = tl.program_id(0).to(tl.int64)
-    step = tl.load(tl.load(table + job * COLUMNS + STEP_AT).to(tl.pointer_type(tl.float32)))
-    if lr_tensor is None:
-        rate = tl.full((), 0.0, tl.float64) + lr + lr_rest
-    else:
-        rate = tl.load(lr_tensor).to(tl.float64)
-    t = step.to(tl.float64)
-    correction1 = tl.full((), 1.0, tl.float64)
-    if LOG_BETA1 is not None:
-        correction1 -= tl.exp(t * LOG_BETA1)
-    correction2 = 1.0 - tl.exp(t * LOG_BETA2)
-    factor = tl.full((), 1.0, tl.float64)
-    if square_sum is not None:
-        factor = clip_norm / (tl.sqrt(tl.load(square_sum)) + 1e-6)
-        factor = tl.where(factor > 1.0, 1.0, factor)  # NaN stays NaN
-    scale = 1.0
-    if grad_scale is not None:
-        scale = tl.load(grad_scale)
-    skip = 0.0
-    if found_inf is not None:
-        skip = (tl.load(found_inf) != 0).to(tl.float32)
-    wide_seed = tl.full((), 0, tl.int64) + seed
-    key = mix(step.to(tl.int64).to(tl.uint32))
-    key = mix(key ^ wide_seed.to(tl.uint32)) ^ (wide_seed >> 32).to(tl.uint32)
-
-    out = scalars + job * SCALARS
-    tl.store(out, (rate / correction1).to(tl.float32))
-    tl.store(out + 1, tl.sqrt(correction2).to(tl.float32))
-    tl.store(out + 2, (1.0 - rate * weight_decay).to(tl.float32))
-    tl.store(out + 3, factor.to(tl.float32))
-    tl.store(out + 4, scale)
-    tl.store(out + 5, skip)
-    tl.store((out + 6).to(tl.pointer_type(tl.uint32), bitcast=True), key)
+from .adam_prepare import prepare
+from .gradstats import gradient_arguments, load_gradient, pointer
 
 
 @triton.jit
@@ -217,13 +101,13 @@ def update(
     p = fma(-tl.load(mine), tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), tl.load(mine + 1)) + eps), p)
     if MASTER:
         tl.store(master + row, p, mask=live)
-    if PARAM == tl.uint16:
+    if PARAM.primitive_bitwidth == 16 and PARAM.is_int():  # bfloat16
         if MASTER:
             stored = nearest_bf16(p)
         else:
             key = tl.load((mine + 6).to(tl.pointer_type(tl.uint32), bitcast=True))
-            index = tl.load(table + job * COLUMNS + FIRST_INDEX) + first + place
-            stored = round_bf16(p, random_bits16(index, key))
+            index = tl.load(table + job * COLUMNS + FIRST_INDEX) + first
+            stored = round_bf16(p, random_bits16(index, place, key))
     else:
         stored = p.to(PARAM)
     tl.store(param + place, stored, mask=live)
@@ -275,36 +159,28 @@ def adam_kernel(
             place = tl.arange(0, BLOCK)
             # Full blocks apart: a mask on the addresses of a ragged end would forbid wide accesses.
             if count == BLOCK:
-                update(table, scalars, job, first, place, first, place, None, weight1, weight2, beta2, eps, weight_decay, clip_value,
-                       ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER,
-                       EMA, ALIGNED)  # fmt: skip
+                update(table, scalars, job, first, place, first, place, None, weight1, weight2, beta2, eps,
+                       weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2,
+                       DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
             else:
-                update(table, scalars, job, first, place, first, place, place < count, weight1, weight2, beta2, eps, weight_decay,
-                       clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED,
-                       EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
+                update(table, scalars, job, first, place, first, place, place < count, weight1, weight2, beta2, eps,
+                       weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2,
+                       DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
         else:
             source = pointer(table, job, BITS, tl.uint8 if LANES == BITMAP else tl.uint16, False)
             place, row, live = lanes_of(source, first, rank, count, LANES, BLOCK)
             if not COMPACT:
                 rank = first
                 row = place
-            update(table, scalars, job, first, place, rank, row, live, weight1, weight2, beta2, eps, weight_decay, clip_value,
-                   ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER, EMA,
-                   ALIGNED)  # fmt: skip
-
-
-def _device_scalar(value: Tensor | None, device: torch.device, name: str) -> Tensor | None:
-    if value is not None and (value.device != device or value.dtype != torch.float32 or value.numel() != 1):
-        raise PeckerKernelsError(
-            f"{name} must be one float32 value on {device}, got {value.dtype} {list(value.shape)} on {value.device}"
-        )
-    return value
+            update(table, scalars, job, first, place, rank, row, live, weight1, weight2, beta2, eps, weight_decay,
+                   clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG,
+                   MASTER, EMA, ALIGNED)  # fmt: skip
 
 
 def compile_arguments(variant: Variant, settings: AdamStep) -> dict[str, Any]:
     """The constexpr arguments of adam_kernel."""
     return {
-        **gradstats.gradient_arguments(variant),
+        **gradient_arguments(variant),
         "COMPACT": variant.compact,
         "PARAM": variant.param,
         "SCALED": settings.grad_scale is not None,
@@ -328,35 +204,12 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> 
     """
     if settings.beta1 != 0 and any(job.exp_avg is None for job in jobs):
         raise PeckerKernelsError("exp_avg may be missing only where beta1 is 0")
+    jobs = walkable(jobs)
     plan = plan_for(jobs, cache)
     if plan is None:
         return
-    device = plan.table.device
-    found_inf = _device_scalar(settings.found_inf, device, "found_inf")
-    grad_scale = _device_scalar(settings.grad_scale, device, "grad_scale")
-    lr = settings.lr
-    if isinstance(lr, Tensor) and lr.device.type == "cpu" and device.type != "cpu":
-        lr = float(lr)  # no device to wait for
-    rate = 0.0 if isinstance(lr, Tensor) else lr
-    rate_float32 = float(torch.tensor(rate, dtype=torch.float32))
     with torch.cuda.device_of(plan.table):
-        square_sum = gradstats.launch(plan, settings) if settings.clip_norm is not None else None
-        prepare_kernel[(plan.table.shape[0],)](
-            plan.table,
-            plan.scalars,
-            rate_float32,
-            rate - rate_float32,
-            lr if isinstance(lr, Tensor) else None,
-            settings.weight_decay,
-            found_inf,
-            grad_scale,
-            square_sum,
-            settings.clip_norm if settings.clip_norm is not None else 0.0,
-            settings.seed,
-            LOG_BETA1=math.log(settings.beta1) if settings.beta1 else None,
-            LOG_BETA2=math.log(settings.beta2) if settings.beta2 else -math.inf,
-            num_warps=1,
-        )
+        prepare(plan, settings)
         for variant, chunks, _ in plan.launches:
             adam_kernel[(chunks.shape[0],)](
                 plan.table,

@@ -6,8 +6,9 @@ from typing import Any
 
 import triton.language as tl
 
-from .adam import adam_kernel, prepare_kernel
+from .adam import adam_kernel
 from .adam_lanes import BITMAP, BLOCK, INDEX, WARPS, WHOLE
+from .adam_prepare import prepare_kernel
 from .gradstats import gradstats_kernel
 from .registry import KernelBuild
 
@@ -70,7 +71,11 @@ def _prepare(name: str, absent: tuple[str, ...], log_beta1: float | None) -> Ker
     present = {key: kind for key, kind in tensors.items() if key not in absent}
     constants = {**dict.fromkeys(absent), "LOG_BETA1": log_beta1, "LOG_BETA2": -0.001}
     return KernelBuild(
-        f"adam_prepare_{name}", prepare_kernel, {"table": "*i64", "scalars": "*fp32", **present, **numbers}, constants, 1
+        f"adam_prepare_{name}",
+        prepare_kernel,
+        {"table": "*i64", "scalars": "*fp32", **present, **numbers},
+        constants,
+        1,
     )
 
 

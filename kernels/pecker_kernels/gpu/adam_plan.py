@@ -53,7 +53,7 @@ class Variant:
 
 @dataclass(slots=True)
 class Plan:
-    """Tables of one list of jobs. Addresses in `table` stay valid because `jobs` holds the tensors.
+    """Tables of one list of jobs. jobs holds the tensors that `table` points to, except the gradients.
 
     launches: (variant, int64 [C, 4] chunks, first column in `partial`). scalars: float32 [J, 8]. partial: float32
     [2, all chunks]. spare: a pinned and a device table for the next address change under graph capture.
@@ -94,9 +94,22 @@ def _same_walk(a: Tensor, b: Tensor) -> bool:
 
 def _like(grad: Tensor | None, param: Tensor) -> Tensor | None:
     """The gradient in the parameter's memory order, a copy where it has another."""
-    if grad is None or _same_walk(grad, param):
+    if grad is None or grad.shape != param.shape or _same_walk(grad, param):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def walkable(jobs: Sequence[AdamJob]) -> list[AdamJob]:
+    """The jobs that have weights, with gradients in the memory order of those. Where that takes a copy only the result
+    holds it: it must outlive the launches."""
+    out = []
+    for job in jobs:
+        if not job.param.numel():
+            continue
+        grad, masked_grad = _like(job.grad, job.param), _like(job.masked_grad, job.param)
+        same = grad is job.grad and masked_grad is job.masked_grad
+        out.append(job if same else replace(job, grad=grad, masked_grad=masked_grad))
+    return out
 
 
 def _check(job: AdamJob, device: torch.device) -> None:
@@ -173,34 +186,31 @@ def _lane_table(job: AdamJob, device: torch.device) -> LaneTable:
     return masked_table(job.bits, job.param.numel())
 
 
-def _build(jobs: list[AdamJob], variants: Sequence[Variant], tables: Sequence[LaneTable]) -> tuple[Any, Any, Any]:
+def _build(
+    device: torch.device, variants: Sequence[Variant], tables: Sequence[LaneTable]
+) -> tuple[list[tuple[Variant, Tensor, int]], Tensor, Tensor]:
     """(launches, scalars, partial): jobs of one variant share a launch."""
-    device = jobs[0].param.device
     grouped: dict[Variant, list[Tensor]] = {}
     for i, (variant, lanes) in enumerate(zip(variants, tables)):
         if lanes.chunks.shape[0]:
             chunks = torch.nn.functional.pad(lanes.chunks, (1, 0), value=i)
             grouped.setdefault(variant, []).append(chunks)
-    launches, offset = [], 0
+    launches: list[tuple[Variant, Tensor, int]] = []
+    offset = 0
     for variant, pieces in grouped.items():
         launches.append((variant, torch.cat(pieces), offset))
         offset += launches[-1][1].shape[0]
-    scalars = torch.zeros(len(jobs), SCALARS.value, dtype=torch.float32, device=device)
+    scalars = torch.zeros(len(tables), SCALARS.value, dtype=torch.float32, device=device)
     return launches, scalars, torch.zeros(2, offset, dtype=torch.float32, device=device)
 
 
-def plan_for(jobs: Sequence[AdamJob], cache: dict[Any, Any]) -> Plan | None:
-    """The plan of these jobs from the cache, brought up to date; None where no weight is updated.
+def plan_for(jobs: list[AdamJob], cache: dict[Any, Any]) -> Plan | None:
+    """The plan of these walkable jobs from the cache, brought up to date; None where no weight is updated.
 
     Waits for the device only when masks are new. Under CUDA graph capture the addresses may have changed since the last
     step (gradients of the graph's own pool), the masks and layouts may not: PeckerKernelsError then, as for dtypes,
     layouts and devices that the kernels do not serve.
     """
-    jobs = [
-        replace(job, grad=_like(job.grad, job.param), masked_grad=_like(job.masked_grad, job.param))
-        for job in jobs
-        if job.param.numel()
-    ]
     if not jobs:
         return None
     slot = ("plan", *(id(job.param) for job in jobs))
@@ -216,7 +226,6 @@ def plan_for(jobs: Sequence[AdamJob], cache: dict[Any, Any]) -> Plan | None:
                 del cache[key]
     else:
         plan = old
-        plan.jobs = jobs
     if capturing:
         # A graph goes on using these buffers after the plan has been replaced.
         cache.setdefault("captured", []).append(replace(plan))
@@ -244,12 +253,14 @@ def _renew(jobs: list[AdamJob], fingerprint: Hashable, old: Plan | None, capturi
     variants = [_variant(job, table) for job, table in zip(jobs, tables)]
     layout = (tuple(variants), tuple(lanes))
     rows = [_row(job, table) for job, table in zip(jobs, tables)]
+    # Gradients are not held: the next backward pass needs their memory.
+    jobs = [replace(job, grad=None, masked_grad=None) for job in jobs]
     if old is not None and old.layout == layout:
         launches, scalars, partial, spare = old.launches, old.scalars, old.partial, old.spare
     elif capturing:
         raise PeckerKernelsError("the layout of a tensor changed since the step before capturing a CUDA graph")
     else:
-        launches, scalars, partial = _build(jobs, variants, tables)
+        launches, scalars, partial = _build(device, variants, tables)
         spare = None
     if capturing:
         # The copy out of pinned memory becomes a node of the graph, so neither side may be used by anything else.

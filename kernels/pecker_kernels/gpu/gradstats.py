@@ -7,6 +7,7 @@ gradients give the same norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adam_jobs import AdamJob, AdamStep
-from .adam_lanes import BLOCK, WARPS, WHOLE, lanes_of
-from .adam_plan import BITS, CHUNK, COLUMNS, GRAD_AT, MORE_AT, Plan, Variant, plan_for
+from .adam_lanes import BITMAP, BLOCK, WARPS, WHOLE, lanes_of
+from .adam_math import as_float, clamp
+from .adam_plan import BITS, CHUNK, COLUMNS, GRAD_AT, MORE_AT, Plan, Variant, plan_for, walkable
 
 
 def gradstats_flops(lanes: int) -> float:
@@ -38,16 +40,6 @@ def pointer(table, job, column: tl.constexpr, kind: tl.constexpr, ALIGNED: tl.co
         # would pass through shared memory to meet the float32 state.
         address = tl.multiple_of(address, kind.primitive_bitwidth // 2)
     return address
-
-
-@triton.jit
-def as_float(raw):
-    """float32 of a loaded value. bfloat16 is loaded as its 16 bits: the interpreter's own conversion loses subnormals
-    and rounds by truncation."""
-    if raw.dtype == tl.uint16:
-        return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return raw.to(tl.float32)
 
 
 @triton.jit
@@ -98,14 +90,7 @@ def load_gradient(
     return g
 
 
-@triton.jit
-def clamp(g, clip_value):
-    """To ±clip_value; NaN stays NaN."""
-    g = tl.where(g > clip_value, clip_value, g)
-    return tl.where(g < -clip_value, -clip_value, g)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def gradstats_kernel(
     table,
     chunks,
@@ -141,7 +126,7 @@ def gradstats_kernel(
         else:
             g = load_gradient(table, job, first, place, live, scale, GRAD, MORE, SELECT, SCALED, ALIGNED)
     else:
-        source = pointer(table, job, BITS, tl.uint8 if LANES == 1 else tl.uint16, False)
+        source = pointer(table, job, BITS, tl.uint8 if LANES == BITMAP else tl.uint16, False)
         place, _row, live = lanes_of(source, first, rank, count, LANES, BLOCK)
         g = load_gradient(table, job, first, place, live, scale, GRAD, MORE, SELECT, SCALED, ALIGNED)
     g = tl.where(live, g, 0.0)
@@ -182,14 +167,16 @@ def launch(plan: Plan, settings: AdamStep) -> Tensor:
     return plan.partial.sum(dim=1, dtype=torch.float64)
 
 
-def gradstats(jobs: list[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> Tensor:
+def gradstats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> Tensor:
     """float64 [2] on the device: the square sum of the gradient over the updated weights of all jobs, unscaled, combined
     and clamped, and how many of its values are NaN or inf before clamping. Nothing waits for the device.
 
     cache: as for adam.step, to be shared with it. Raises PeckerKernelsError as adam.step does.
     """
+    device = jobs[0].param.device if jobs else None
+    jobs = walkable(jobs)
     plan = plan_for(jobs, cache)
     if plan is None:
-        return torch.zeros(2, dtype=torch.float64, device=jobs[0].param.device if jobs else None)
+        return torch.zeros(2, dtype=torch.float64, device=device)
     with torch.cuda.device_of(plan.table):
         return launch(plan, settings)

@@ -204,7 +204,7 @@ class Rig:
     def found(self, one: One, name: str) -> Tensor:
         """The kernel's values on the lanes."""
         value = one.tensors[name].value.cpu()
-        return value if value.shape != one.lanes.shape or self.compact and name != "param" else value[one.lanes]
+        return value if value.shape != one.lanes.shape or (self.compact and name != "param") else value[one.lanes]
 
     def check(self) -> None:
         """The accuracy gate on weights and state; where there is a master it is the weights."""

@@ -197,5 +197,5 @@ def test_gates_fail_where_neighbours_are_written(device, monkeypatch):
         return table
 
     monkeypatch.setattr(adam_plan, "masked_table", shifted)
-    with pytest.raises(AssertionError, match="values too far|written behind"):
+    with pytest.raises(AssertionError, match=r"values too far|written behind"):
         check(Rig(device, [(100,)], density=0.5), steps=1)

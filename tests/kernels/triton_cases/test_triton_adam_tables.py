@@ -1,5 +1,6 @@
 """Around the Triton Adam step: lane tables, random rounding, far offsets, the norm, what is cached and what is refused."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import triton.language as tl
 from adam_rig import SETTINGS, Rig, with_settings
 from pecker_kernels import PeckerKernelsError, reference
 from pecker_kernels.adam_jobs import AdamJob
-from pecker_kernels.gpu import adam, adam_lanes, adam_plan, gradstats
+from pecker_kernels.gpu import adam, adam_lanes, adam_math, adam_plan, gradstats
 from pecker_kernels.gpu.adam import adam_kernel, compile_arguments
 
 FAR = (1 << 33) + 5 * adam_lanes.BLOCK
@@ -45,7 +46,9 @@ def test_density_in_live_chunks_decides(device):
     scattered[::100] = True
     block = torch.zeros(n, dtype=torch.bool)
     block[: n // 100] = True
-    kinds = [adam_lanes.masked_table(reference.pack_bits(k).to(device), n).kind for k in (scattered, block, block | True)]
+    kinds = [
+        adam_lanes.masked_table(reference.pack_bits(k).to(device), n).kind for k in (scattered, block, block | True)
+    ]
     assert kinds == [adam_lanes.INDEX.value, adam_lanes.BITMAP.value, adam_lanes.WHOLE.value]
 
 
@@ -53,11 +56,9 @@ def test_density_in_live_chunks_decides(device):
 def rounding_kernel(value, index, step, seed: tl.int64, bits, out, N: tl.constexpr):
     at = tl.arange(0, N)
     wide = tl.full((), 0, tl.int64) + seed
-    key = adam.mix(tl.load(step).to(tl.int64).to(tl.uint32))
-    key = adam.mix(key ^ wide.to(tl.uint32)) ^ (wide >> 32).to(tl.uint32)
-    random = adam.random_bits16(tl.load(index + at), key)
+    random = adam_math.random_bits16(tl.load(index + at) - at, at, adam_math.random_key(wide, tl.load(step)))
     tl.store(bits + at, random.to(tl.int32))
-    tl.store(out + at, adam.round_bf16(tl.load(value + at), random))
+    tl.store(out + at, adam_math.round_bf16(tl.load(value + at), random))
 
 
 @pytest.mark.parametrize("seed", [0, 7, (1 << 62) + 12345])
@@ -201,6 +202,15 @@ def test_tables_are_kept_until_something_moves(device):
     third = plan()
     assert third.launches is not first.launches, "a mask changed in place was not noticed"
     assert torch.equal(param != 0, ~keep.to(device))
+
+
+def test_gradients_are_given_back(device):
+    job, cache = job_of(torch.zeros(9, device=device), torch.ones(9, device=device)), {}
+    for _ in range(2):
+        adam.step([job], SETTINGS, cache)
+        held = weakref.ref(job.grad)
+        job = replace(job, grad=torch.ones(9, device=device))
+        assert held() is None
 
 
 def test_a_subset_of_the_tensors_has_a_plan_of_its_own(device):
