@@ -68,7 +68,8 @@ class One:
 class Rig:
     """Tensors of `shapes`, stepped by the kernel and by reference.adam_ in float32 and float64.
 
-    density None: no mask. rule: "masked" or "differentiated" (grad + m ⊙ masked_grad on all weights). state: "compact"
+    density None: no mask. rule: "masked", "both" (masked, with a masked_grad to add) or "differentiated" (grad +
+    m ⊙ masked_grad on all weights); has_grad False: masked_grad alone. state: "compact"
     or "dense". Weights, gradients and dense state outside the mask are poisoned. zero: weights start each step from zero, so
     that their accuracy is that of the update (ulps do not see the factor lr). one_sign: no gradient is negative, so that
     exp_avg never cancels: with a common factor on the gradient every implementation rounds it on its own, and where
@@ -91,11 +92,12 @@ class Rig:
         offset: int = 0,
         zero: bool = True,
         one_sign: bool = False,
+        has_grad: bool = True,
         step: Callable[..., None] = adam.step,
     ) -> None:
         self.device, self.settings, self.rule, self.zero, self._step = device, settings, rule, zero, step
-        self.one_sign = one_sign
-        self.compact = state == "compact" and density is not None and rule == "masked"
+        self.one_sign, self.has_grad = one_sign, has_grad
+        self.compact = state == "compact" and density is not None and rule != "differentiated"
         self.grad_dtype, self.offset = grad_dtype, offset
         self.random = torch.Generator().manual_seed(len(shapes))
         self.cache: dict[Any, Any] = {}
@@ -137,9 +139,9 @@ class Rig:
         for one in self.ones:
             one.step += 1
             grad = self._gradient(one.keep.shape)
-            total = grad.double()
+            total = grad.double() * self.has_grad
             more = None
-            if self.rule == "differentiated":
+            if self.rule != "masked":
                 more = self._gradient(one.keep.shape)
                 total = total + torch.where(one.keep, more.double(), 0.0)
                 more = self._poisoned(more, one.keep).value
@@ -151,7 +153,7 @@ class Rig:
             jobs.append(
                 AdamJob(
                     value["param"],
-                    self._poisoned(grad, one.lanes).value,
+                    self._poisoned(grad, one.lanes).value if self.has_grad else None,
                     more,
                     one.bits,
                     self.rule == "differentiated",

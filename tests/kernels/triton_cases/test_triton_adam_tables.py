@@ -53,12 +53,13 @@ def test_density_in_live_chunks_decides(device):
 
 
 @triton.jit
-def rounding_kernel(value, index, step, seed: tl.int64, bits, out, N: tl.constexpr):
+def rounding_kernel(value, index, step, seed: tl.int64, bits, out, near, N: tl.constexpr):
     at = tl.arange(0, N)
     wide = tl.full((), 0, tl.int64) + seed
     random = adam_math.random_bits16(tl.load(index + at) - at, at, adam_math.random_key(wide, tl.load(step)))
     tl.store(bits + at, random.to(tl.int32))
     tl.store(out + at, adam_math.round_bf16(tl.load(value + at), random))
+    tl.store(near + at, adam_math.nearest_bf16(tl.load(value + at)))
 
 
 @pytest.mark.parametrize("seed", [0, 7, (1 << 62) + 12345])
@@ -67,16 +68,22 @@ def test_random_rounding_is_the_references_bit_for_bit(device, seed):
     generator = torch.Generator().manual_seed(1)
     value = torch.randint(-(2**31), 2**31, (n,), generator=generator).to(torch.int32).view(torch.float32)
     value[:4] = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.3895e38])
+    value[1000:2000] = torch.arange(1000) * 2.0**-8 + 1  # ties
     index = torch.randint(0, 1 << 40, (n,), generator=generator)
     step = torch.tensor(12345.0, device=device)
     bits, out = torch.empty(n, dtype=torch.int32, device=device), torch.empty(n, dtype=torch.uint16, device=device)
-    rounding_kernel[(1,)](value.to(device), index.to(device), step, seed, bits, out, n)
+    near = torch.empty_like(out)
+    rounding_kernel[(1,)](value.to(device), index.to(device), step, seed, bits, out, near, n)
     expected = reference.random_bits16(index, seed, step.cpu())
     assert torch.equal(bits.cpu().long(), expected)
-    rounded = reference.stochastic_round_bf16(value, expected)
-    found = out.cpu().view(torch.bfloat16)
-    assert torch.equal(found.isnan(), rounded.isnan())
-    assert torch.equal(found[~found.isnan()].view(torch.int16), rounded[~rounded.isnan()].view(torch.int16))
+    for found, rounded in (
+        (out, reference.stochastic_round_bf16(value, expected)),
+        (near, value.to(torch.bfloat16)),
+    ):
+        found = found.cpu().view(torch.bfloat16)
+        assert torch.equal(found.isnan(), rounded.isnan())
+        number = ~found.isnan()
+        assert torch.equal(found[number].view(torch.int16), rounded[number].view(torch.int16))
 
 
 @pytest.mark.parametrize("state", ["whole", "compact", "dense", "differentiated"])
