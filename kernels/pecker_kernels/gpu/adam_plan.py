@@ -99,6 +99,10 @@ def _like(grad: Tensor | None, param: Tensor) -> Tensor | None:
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def walkable(jobs: Sequence[AdamJob]) -> list[AdamJob]:
     """The jobs that have weights, with gradients in the memory order of those. Where that takes a copy only the result
     holds it: it must outlive the launches."""
@@ -215,7 +219,7 @@ def plan_for(jobs: list[AdamJob], cache: dict[Any, Any]) -> Plan | None:
         return None
     slot = ("plan", *(id(job.param) for job in jobs))
     old: Plan | None = cache.get(slot)
-    capturing = jobs[0].param.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = _capturing(jobs[0].param.device)
     fingerprint = tuple(map(_fingerprint, jobs))
     if old is None or old.fingerprint != fingerprint:
         plan = _renew(jobs, fingerprint, old, capturing)

@@ -220,6 +220,31 @@ def test_gradients_are_given_back(device):
         assert held() is None
 
 
+def test_what_a_capture_may_change(device, monkeypatch):
+    """Gradients may have moved: their addresses go into tables that nothing else uses. Masks and layouts may not."""
+    ones = torch.ones(9, device=device)
+    job, cache = job_of(torch.zeros_like(ones), ones), {}
+    adam.step([job], SETTINGS, cache)
+    (plan,) = cache.values()
+    pinned, table = torch.zeros_like(plan.table), torch.zeros_like(plan.table)
+    plan.spare = (pinned, table)
+    monkeypatch.setattr(adam_plan, "_capturing", lambda device: True)
+    adam.step([job], SETTINGS, cache)
+    assert cache["captured"][0].table is plan.table
+    moved = replace(job, grad=-ones)
+    adam.step([moved], SETTINGS, cache)
+    assert cache["captured"][1].table is table
+    assert bool((job.exp_avg < 0.09).all()), "the new gradient was not used"
+    assert [value for key, value in cache.items() if key != "captured"] == [plan]
+    assert plan.spare is None
+    with pytest.raises(PeckerKernelsError, match="take one step between"):
+        adam.step([replace(job, grad=2 * ones)], SETTINGS, cache)
+    with pytest.raises(PeckerKernelsError, match="before capturing"):
+        adam.step([job_of(torch.zeros_like(ones), ones)], SETTINGS, cache)
+    with pytest.raises(PeckerKernelsError, match="layout of a tensor changed"):
+        adam.step([replace(job, exp_avg=None)], with_settings(beta1=0.0), cache)
+
+
 def test_a_subset_of_the_tensors_has_a_plan_of_its_own(device):
     jobs, cache = [job_of(torch.zeros(9, device=device), torch.ones(9, device=device)) for _ in range(3)], {}
     adam.step(jobs, SETTINGS, cache)
