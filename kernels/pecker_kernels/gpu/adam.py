@@ -230,7 +230,7 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> 
 
 
 def adam_flops(lanes: int, exp_avg: bool = True, weight_decay: bool = False) -> float:
-    """exp_avg_sq 4 (two products, a fused product and sum), exp_avg 3, weight 5 (root, two quotients, eps, a fused
+    """exp_avg_sq 4 (two products, a fused product and sum), exp_avg 3, weight 6 (root, two quotients, eps, a fused
     product and sum counted as two), decay 2; per weight that is updated."""
     return lanes * (4.0 + 3 * exp_avg + 6 + 2 * weight_decay)
 
