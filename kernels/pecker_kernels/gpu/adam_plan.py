@@ -1,0 +1,278 @@
+"""The tables an Adam step over many tensors is launched from, kept between steps and rebuilt only where something moved.
+
+A job table [J, COLUMNS] of addresses, one list of chunks per kernel variant, and room for per-job scalars and partial
+sums. Addresses and masks are compared at each step, so a reallocated gradient or a new mask is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..adam_jobs import AdamJob
+from ..errors import PeckerKernelsError
+from .adam_lanes import WHOLE, LaneTable, masked_table, whole_table
+
+# Columns of the job table, int64.
+PARAM_AT, GRAD_AT, MORE_AT, BITS, EXP_AVG_AT, EXP_AVG_SQ_AT, MASTER_AT, EMA_AT, STEP_AT, FIRST_INDEX = map(
+    tl.constexpr, range(10)
+)
+COLUMNS = tl.constexpr(10)
+# Columns of a chunk list, int64: job, first position, first rank, count (see LaneTable).
+CHUNK = tl.constexpr(4)
+# Columns of the per-job scalars, float32 (see adam.prepare_kernel).
+SCALARS = tl.constexpr(8)
+# Optimizers with several parameter groups keep one plan for each; more than this are stale.
+KEPT_PLANS = 32
+
+# bfloat16 travels as its bits (see gradstats.as_float).
+KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What one launch is compiled for. kind: WHOLE, BITMAP or INDEX. param, grad, more: Triton types, None = absent.
+    select: masked_grad counts only where bits are set. aligned: every address is a multiple of 16 bytes."""
+
+    kind: int
+    compact: bool
+    param: Any
+    grad: Any
+    more: Any
+    select: bool
+    exp_avg: bool
+    master: bool
+    ema: bool
+    aligned: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """Tables of one list of jobs. jobs holds the tensors that `table` points to, except the gradients.
+
+    launches: (variant, int64 [C, 4] chunks, first column in `partial`). scalars: float32 [J, 8]. partial: float32
+    [2, all chunks]. spare: a pinned and a device table for the next address change under graph capture.
+    """
+
+    jobs: list[AdamJob]
+    fingerprint: Hashable
+    layout: Hashable
+    lanes: dict[Hashable, LaneTable]
+    launches: list[tuple[Variant, Tensor, int]]
+    table: Tensor
+    scalars: Tensor
+    partial: Tensor
+    spare: tuple[Tensor, Tensor] | None = field(default=None)
+
+
+def _where(tensor: Tensor | None) -> Hashable:
+    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _mask_identity(bits: Tensor | None) -> Hashable:
+    if bits is None:
+        return None
+    return id(bits), bits.data_ptr(), 0 if bits.is_inference() else bits._version
+
+
+def _fingerprint(job: AdamJob) -> Hashable:
+    tensors = (job.param, job.grad, job.masked_grad, job.exp_avg, job.exp_avg_sq, job.master, job.ema, job.step)
+    return (*map(_where, tensors), _mask_identity(job.bits), job.whole, job.compact, job.first_index)
+
+
+def _same_walk(a: Tensor, b: Tensor) -> bool:
+    """Whether memory order pairs the same elements; the stride of a dimension of size one says nothing."""
+    return a.stride() == b.stride() or all(
+        size <= 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _like(grad: Tensor | None, param: Tensor) -> Tensor | None:
+    """The gradient in the parameter's memory order, a copy where it has another."""
+    if grad is None or grad.shape != param.shape or _same_walk(grad, param):
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def walkable(jobs: Sequence[AdamJob]) -> list[AdamJob]:
+    """The jobs that have weights, with gradients in the memory order of those. Where that takes a copy only the result
+    holds it: it must outlive the launches."""
+    out = []
+    for job in jobs:
+        if not job.param.numel():
+            continue
+        grad, masked_grad = _like(job.grad, job.param), _like(job.masked_grad, job.param)
+        same = grad is job.grad and masked_grad is job.masked_grad
+        out.append(job if same else replace(job, grad=grad, masked_grad=masked_grad))
+    return out
+
+
+def _check(job: AdamJob, device: torch.device) -> None:
+    p = job.param
+    if p.dtype == torch.float64:
+        raise PeckerKernelsError("float64 weights are not served by Triton")
+    if p.dtype not in KINDS:
+        raise PeckerKernelsError(f"{p.dtype} weights are not served by Triton (float32, bfloat16, float16 are)")
+    named = {"grad": job.grad, "masked_grad": job.masked_grad}
+    for name, g in named.items():
+        if g is not None and (g.dtype not in KINDS or g.shape != p.shape):
+            raise PeckerKernelsError(
+                f"{name} is {g.dtype} {list(g.shape)}: Triton takes float32, bfloat16 or float16 of the weights' shape "
+                f"{list(p.shape)}"
+            )
+    if job.bits is not None and not p.is_contiguous():
+        raise PeckerKernelsError(f"masked weights must be contiguous for Triton, got strides {list(p.stride())}")
+    if not p.is_contiguous():
+        if not torch.ops.aten.is_non_overlapping_and_dense(p) or job.compact:
+            raise PeckerKernelsError(f"weights must be dense in memory for Triton, got strides {list(p.stride())}")
+        if p.dtype == torch.bfloat16 and job.master is None:
+            raise PeckerKernelsError(
+                "stochastic rounding counts weights in row-major order: weights must be contiguous for Triton, got "
+                f"strides {list(p.stride())}"
+            )
+    states = {"exp_avg": job.exp_avg, "exp_avg_sq": job.exp_avg_sq, "master": job.master, "ema": job.ema}
+    for name, state in states.items():
+        if state is None:
+            continue
+        if state.dtype != torch.float32:
+            raise PeckerKernelsError(f"{name} must be float32, got {state.dtype}")
+        walkable = state.is_contiguous() if job.compact else state.shape == p.shape and _same_walk(state, p)
+        if not walkable:
+            raise PeckerKernelsError(f"{name} {list(state.shape)} must be laid out in memory as the weights are")
+    if job.step.dtype != torch.float32:
+        raise PeckerKernelsError(f"step must be float32, got {job.step.dtype}")
+    for name, tensor in {**named, **states, "step": job.step, "bits": job.bits}.items():
+        if tensor is not None and tensor.device != device:
+            raise PeckerKernelsError(f"{name} is on {tensor.device}, the first weights are on {device}")
+
+
+def _variant(job: AdamJob, lanes: LaneTable) -> Variant:
+    tensors = (job.param, job.grad, job.masked_grad, job.exp_avg, job.exp_avg_sq, job.master, job.ema)
+    return Variant(
+        kind=lanes.kind,
+        compact=job.compact and lanes.kind != WHOLE.value,
+        param=KINDS[job.param.dtype],
+        grad=None if job.grad is None else KINDS[job.grad.dtype],
+        more=None if job.masked_grad is None else KINDS[job.masked_grad.dtype],
+        select=job.whole and job.bits is not None and job.masked_grad is not None,
+        exp_avg=job.exp_avg is not None,
+        master=job.master is not None,
+        ema=job.ema is not None,
+        # Masked lanes are stored one by one: a layout of one lane per thread joins them into whole sectors, and wide
+        # loads would break it up.
+        aligned=lanes.kind == WHOLE.value and all(t is None or t.data_ptr() % 16 == 0 for t in tensors),
+    )
+
+
+def _row(job: AdamJob, lanes: LaneTable) -> list[int]:
+    source = lanes.source if lanes.source is not None else job.bits
+    tensors = (job.param, job.grad, job.masked_grad, source, job.exp_avg, job.exp_avg_sq, job.master, job.ema, job.step)
+    return [*(0 if t is None else t.data_ptr() for t in tensors), job.first_index]
+
+
+def _upload(rows: list[list[int]], device: torch.device) -> Tensor:
+    host = torch.tensor(rows, dtype=torch.int64)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def _lane_table(job: AdamJob, device: torch.device) -> LaneTable:
+    if job.whole or job.bits is None:
+        return whole_table(job.param.numel(), device)
+    return masked_table(job.bits, job.param.numel())
+
+
+def _build(
+    device: torch.device, variants: Sequence[Variant], tables: Sequence[LaneTable]
+) -> tuple[list[tuple[Variant, Tensor, int]], Tensor, Tensor]:
+    """(launches, scalars, partial): jobs of one variant share a launch."""
+    grouped: dict[Variant, list[Tensor]] = {}
+    for i, (variant, lanes) in enumerate(zip(variants, tables)):
+        if lanes.chunks.shape[0]:
+            chunks = torch.nn.functional.pad(lanes.chunks, (1, 0), value=i)
+            grouped.setdefault(variant, []).append(chunks)
+    launches: list[tuple[Variant, Tensor, int]] = []
+    offset = 0
+    for variant, pieces in grouped.items():
+        launches.append((variant, torch.cat(pieces), offset))
+        offset += launches[-1][1].shape[0]
+    scalars = torch.zeros(len(tables), SCALARS.value, dtype=torch.float32, device=device)
+    return launches, scalars, torch.zeros(2, offset, dtype=torch.float32, device=device)
+
+
+def plan_for(jobs: list[AdamJob], cache: dict[Any, Any]) -> Plan | None:
+    """The plan of these walkable jobs from the cache, brought up to date; None where no weight is updated.
+
+    Waits for the device only when masks are new. Under CUDA graph capture the addresses may have changed since the last
+    step (gradients of the graph's own pool), the masks and layouts may not: PeckerKernelsError then, as for dtypes,
+    layouts and devices that the kernels do not serve.
+    """
+    if not jobs:
+        return None
+    slot = ("plan", *(id(job.param) for job in jobs))
+    old: Plan | None = cache.get(slot)
+    capturing = _capturing(jobs[0].param.device)
+    fingerprint = tuple(map(_fingerprint, jobs))
+    if old is None or old.fingerprint != fingerprint:
+        plan = _renew(jobs, fingerprint, old, capturing)
+        if not capturing:  # what is copied under capture only takes effect at replay
+            cache[slot] = plan
+            plans = [key for key in cache if isinstance(key, tuple) and key[0] == "plan"]
+            for key in plans[:-KEPT_PLANS]:
+                del cache[key]
+    else:
+        plan = old
+    if capturing:
+        # A graph goes on using these buffers after the plan has been replaced.
+        cache.setdefault("captured", []).append(replace(plan))
+    elif plan.table.is_cuda and plan.spare is None:
+        plan.spare = (torch.empty(plan.table.shape, dtype=torch.int64, pin_memory=True), torch.empty_like(plan.table))
+    return plan if plan.launches else None
+
+
+def _renew(jobs: list[AdamJob], fingerprint: Hashable, old: Plan | None, capturing: bool) -> Plan:
+    device = jobs[0].param.device
+    known = old.lanes if old is not None else {}
+    lanes: dict[Hashable, LaneTable] = {}
+    tables = []
+    for job in jobs:
+        _check(job, device)
+        masked = not job.whole and job.bits is not None
+        key = (id(job.param), job.param.numel(), masked and _mask_identity(job.bits))
+        if key not in known and capturing:
+            raise PeckerKernelsError("take one step with these tensors and masks before capturing a CUDA graph")
+        lanes[key] = known[key] if key in known else _lane_table(job, device)
+        tables.append(lanes[key])
+        for state in (job.exp_avg, job.exp_avg_sq, job.master, job.ema) if job.compact else ():
+            if state is not None and state.numel() != lanes[key].lanes:
+                raise PeckerKernelsError(f"compact state of {state.numel()} values for {lanes[key].lanes} kept weights")
+    variants = [_variant(job, table) for job, table in zip(jobs, tables)]
+    layout = (tuple(variants), tuple(lanes))
+    rows = [_row(job, table) for job, table in zip(jobs, tables)]
+    # Gradients are not held: the next backward pass needs their memory.
+    jobs = [replace(job, grad=None, masked_grad=None) for job in jobs]
+    if old is not None and old.layout == layout:
+        launches, scalars, partial, spare = old.launches, old.scalars, old.partial, old.spare
+    elif capturing:
+        raise PeckerKernelsError("the layout of a tensor changed since the step before capturing a CUDA graph")
+    else:
+        launches, scalars, partial = _build(device, variants, tables)
+        spare = None
+    if capturing:
+        # The copy out of pinned memory becomes a node of the graph, so neither side may be used by anything else.
+        if old is None or spare is None:
+            raise PeckerKernelsError("take one step between capturing two CUDA graphs")
+        pinned, table = spare
+        pinned.copy_(torch.tensor(rows, dtype=torch.int64))
+        table.copy_(pinned, non_blocking=True)
+        old.spare = None
+        return Plan(jobs, fingerprint, layout, lanes, launches, table, scalars, partial, spare)
+    return Plan(jobs, fingerprint, layout, lanes, launches, _upload(rows, device), scalars, partial, spare)
