@@ -26,11 +26,20 @@ COPY, UPDATE = "copy", "update in place"
 
 @dataclass(frozen=True)
 class Contender:
-    """run: what is timed. prepare: what has to be done before each run and is not timed."""
+    """run: what is timed. prepare: what has to be done before each run and is not timed. result: reads what a run left,
+    for gates; None = what `run` returns."""
 
     name: str
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None = None
+    result: Callable[[], Any] | None = None
+
+    def outcome(self) -> Any:
+        """Prepare, run and read."""
+        if self.prepare is not None:
+            self.prepare()
+        found = self.run()
+        return found if self.result is None else self.result()
 
 
 @dataclass(frozen=True)
