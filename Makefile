@@ -1,13 +1,14 @@
 # make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
 # make test       set up, then linter, type checker and all fast tests
 # make test-all   everything, the slow training tests and the table of all digits too (about an hour)
-# make bench      benchmark suites
+# make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make clean      remove the environment and build output (runs/ is kept)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUITES ?= adam threshold saliency bits
 NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
 FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
@@ -45,7 +46,11 @@ test-all: lint
 	@$(BIN)/python bench/digits_table.py
 
 bench: setup
-	@$(BIN)/python -m pytest bench/test_bench_*.py --benchmark-json=bench/results/iteration_digits.json
+	@for suite in $(SUITES); do echo "== bench $$suite"; \
+		$(BIN)/python -m pytest bench/test_bench_$$suite.py --benchmark-json=bench/results/$$suite.json || exit 1; done
+	@echo "== bench iteration"
+	@$(BIN)/python -m pytest bench/test_bench_iteration.py --benchmark-json=bench/results/iteration_digits.json
+	@$(BIN)/python bench/tables.py --write docs/performance.md
 
 clean:
 	rm -rf $(VENV) build
