@@ -210,7 +210,9 @@ def saliency_case(case: SaliencyCase, device: str = "cpu") -> Case:
     ours, *peers = CONTENDERS[case.operation](case, _scored(case.network, device))
     name = {"accumulate": "accumulate_", "contrast": "contrast_", "select": "keep_top_k"}[case.operation]
     spec = SPECS[name]
+    # Only accumulating happens in every iteration (of the saliency pass); the rest once a run.
+    share = iteration_flops(case.network) if case.operation == "accumulate" else None
     return Case(
         ours, peers, lambda: gate(case, device), spec.bytes_moved(n, case.density), spec.flops(n, case.density), device,
-        iteration_flops(case.network), SLOW_ROUNDS, {**case.__dict__, "weights": n},
+        share, SLOW_ROUNDS, {**case.__dict__, "weights": n},
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_broken_step_is_refused(monkeypatch, operation, fault):
 
 
 def test_broken_thresholds_bits_and_scores_are_refused(monkeypatch):
-    kth, pack, accumulate = pk.kth_largest, flat_cases.bitmask.pack_bits, pk.SaliencyScores.accumulate
+    kth, pack, named_scores = pk.kth_largest, flat_cases.bitmask.pack_bits, pk.SaliencyScores.named_scores
     threshold = flat_cases.ThresholdCase("half-normal", 0.1)
     bits = flat_cases.BitCase("pack")
     scores = saliency_cases.SaliencyCase("accumulate", "cifar10")
@@ -121,14 +121,12 @@ def test_broken_thresholds_bits_and_scores_are_refused(monkeypatch):
     for case, gate in gates.items():
         gate(case, "cpu")
 
-    def halved(self, last=False):
-        accumulate(self, last)
-        for score in self._scores.values():
-            score.mul_(0.5)
+    def halved(self):
+        return ((name, score * 0.5) for name, score in named_scores(self))
 
     monkeypatch.setattr(pk, "kth_largest", lambda tensors, k: kth(tensors, k + 1))
     monkeypatch.setattr(flat_cases.bitmask, "pack_bits", lambda keep: pack(~keep))
-    monkeypatch.setattr(pk.SaliencyScores, "accumulate", halved)
+    monkeypatch.setattr(pk.SaliencyScores, "named_scores", halved)
     choose = pk.SaliencyMask.from_scores
     monkeypatch.setattr(pk.SaliencyMask, "from_scores", lambda s, density, **other: choose(s, density / 2, **other))
     for case, gate in gates.items():
