@@ -1,7 +1,7 @@
 # make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
 # make test       set up, then linter, type checker and all fast tests
 # make test-all   everything, the slow training tests and the table of all digits too (about an hour)
-# make bench      benchmark suites
+# make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON
 # make clean      remove the environment and build output (runs/ is kept)
 
@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUITES ?= adam threshold saliency bits
 NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
 FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
@@ -46,7 +47,11 @@ test-all: lint
 	@$(BIN)/python bench/digits_table.py
 
 bench: setup
-	@$(BIN)/python -m pytest bench/test_bench_*.py --benchmark-json=bench/results/iteration_digits.json
+	@for suite in $(SUITES); do echo "== bench $$suite"; \
+		$(BIN)/python -m pytest bench/test_bench_$$suite.py --benchmark-json=bench/results/$$suite.json || exit 1; done
+	@echo "== bench iteration"
+	@$(BIN)/python -m pytest bench/test_bench_iteration.py --benchmark-json=bench/results/iteration_digits.json
+	@$(BIN)/python bench/tables.py --write docs/performance.md
 
 # A GPU machine brings its own torch, built for its driver: no environment is made here.
 gpu-check:

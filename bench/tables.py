@@ -1,0 +1,107 @@
+"""Markdown tables of the benchmark results, for docs/performance.md.
+
+    python bench/tables.py                              # print them
+    python bench/tables.py --write docs/performance.md  # replace what stands between the markers there
+
+The markers of a suite are <!-- bench:SUITE --> and <!-- /bench:SUITE -->; a suite without markers or results is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SUITES = ("adam", "threshold", "saliency", "bits", "gpu")
+SHORTEST_SHARE = 0.0005
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    """The test's own words for the case: test_step[masked-cifar10-row-0.1] -> masked-cifar10-row-0.1."""
+    return re.sub(r"^test_\w+\[(.*)\]$", r"\1", entry["name"])
+
+
+def milliseconds(times: dict[str, float]) -> str:
+    """p50 (p20–p80)."""
+    return f"{times['p50_ms']:.3g} ({times['p20_ms']:.3g}–{times['p80_ms']:.3g})"
+
+
+def percent(share: float | None) -> str:
+    if share is None:
+        return "–"
+    return f"{share:.1%}" if share >= SHORTEST_SHARE else f"< {SHORTEST_SHARE:.2%}"
+
+
+def row(entry: dict[str, Any]) -> str:
+    info = entry["extra_info"]
+    peers = "; ".join(
+        f"{name} {milliseconds(times)}: **{info['ratios'][name]:.2f} ×**" for name, times in info["peers"].items()
+    )
+    cells = [
+        f"`{name_of(entry)}`",
+        milliseconds(info["ours"]),
+        peers or "–",
+        f"{info['bytes'] / 1e6:,.0f}",
+        f"{info['bytes_per_s'] / 1e9:.1f}",
+        f"{percent(info['share_of_copy_bandwidth'])} / {percent(info['share_of_update_bandwidth'])}",
+        percent(info["share_of_iteration_at_most"]),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of one result file, headed by machine and command."""
+    machine = result["machine_info"]
+    entries = [entry for entry in result["benchmarks"] if "ours" in entry["extra_info"]]
+    heads = ["case", "ours, ms: p50 (p20–p80)", "peers, ms: time ÷ ours", "MB at least", "GB/s"]
+    heads += ["share of copy / in-place update bandwidth", "share of an iteration, at most"]
+    impls = sorted({entry["extra_info"]["impl"] for entry in entries if "impl" in entry["extra_info"]})
+    about = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+    about += f", impl {', '.join(impls)}" if impls else ""
+    about += f", {result['scale']} scale" if result["scale"] != "full" else ""
+    return "\n".join(
+        [
+            f"{about}; `{result['command']}`.",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+            *map(row, entries),
+        ]
+    )
+
+
+def load(results: Path = RESULTS) -> dict[str, str]:
+    """{suite: table} of the result files that are there."""
+    found = {suite: results / f"{suite}.json" for suite in SUITES}
+    return {suite: table(json.loads(path.read_text())) for suite, path in found.items() if path.is_file()}
+
+
+def replaced(text: str, tables: dict[str, str]) -> str:
+    """`text` with each suite's table between its markers."""
+    for suite, lines in tables.items():
+        block = f"<!-- bench:{suite} -->\n{lines}\n<!-- /bench:{suite} -->"
+        text = re.sub(rf"<!-- bench:{suite} -->.*?<!-- /bench:{suite} -->", lambda _, b=block: b, text, flags=re.DOTALL)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the Markdown file whose tables are replaced")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    options = parser.parse_args()
+    tables = load(options.results)
+    if options.write is None:
+        for suite, lines in tables.items():
+            print(f"## {suite}\n\n{lines}\n")
+        return 0
+    options.write.write_text(replaced(options.write.read_text(), tables))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""torch.library.opcheck with all its checks, for every operation in ops.py. None fails.
+
+What the checks cannot say: packing, unpacking and counting take bool and uint8 alone, which no gradient flows through, so
+test_autograd_registration has nothing to look at there and reports success; for the two operations on floating tensors it
+is run on tensors that require a gradient. The in-place operations have no backward and are meant for no_grad code.
+"""
+
+import pytest
+import torch
+from pecker_kernels import ops, reference
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+SIZES = (0, 1, 7, 8, 65, 1030)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+IMPLS = ("auto", "reference")
+
+
+def keep_of(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+
+def passes(op, args, kwargs=None):
+    results = torch.library.opcheck(op, args, kwargs or {}, test_utils=CHECKS)
+    assert results == dict.fromkeys(CHECKS, "SUCCESS")
+
+
+def test_every_operation_is_checked_here():
+    here = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pecker::")}
+    assert here == {"pack_bits", "unpack_bits", "popcount", "apply_", "masked_adam_"}
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bits(n, impl):
+    keep = keep_of(n)
+    bits = reference.pack_bits(keep)
+    for source in (keep, keep.to(torch.uint8), keep.view(1, n)):
+        passes(ops.pack_bits, (source,), {"impl": impl})
+    passes(ops.unpack_bits, (bits, n), {"impl": impl})
+    passes(ops.popcount, (bits,), {"impl": impl})
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_apply(n, dtype, impl):
+    passes(ops.apply_, (torch.randn(n).to(dtype), reference.pack_bits(keep_of(n))), {"impl": impl})
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_apply_to_what_requires_a_gradient(leaf):
+    x = torch.randn(24, requires_grad=True)
+    passes(ops.apply_, (x if leaf else x.clone(), reference.pack_bits(keep_of(24))))
+
+
+def test_apply_any_strides():
+    passes(ops.apply_, (torch.randn(6, 4).t(), reference.pack_bits(keep_of(24))))
+
+
+def adam_arguments(shapes, dtype, masked, beta1):
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    keeps = [keep_of(torch.Size(shape).numel(), i) for i, shape in enumerate(shapes)]
+    bits = [reference.pack_bits(keep) for keep in keeps] if masked else []
+    moments = [(int(keep.sum()),) if masked else shape for keep, shape in zip(keeps, shapes)]
+    params, grads = [normal(*s) for s in shapes], [normal(*s) for s in shapes]
+    first = [normal(*s) for s in moments] if beta1 else []
+    return params, grads, bits, first, [normal(*s).square() for s in moments], 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "all"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta1": 0.0},
+        {"beta1": 0.9, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "clip_value": 0.5, "clip_norm": 1.0},
+        {"impl": "reference"},
+    ],
+    ids=str,
+)
+def test_masked_adam(dtype, masked, settings):
+    arguments = adam_arguments([(65,), (3, 7), (1,)], dtype, masked, settings.get("beta1", 0.9))
+    passes(ops.masked_adam_, arguments, settings)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["params", "grads"])
+def test_masked_adam_of_what_requires_a_gradient(which):
+    arguments = adam_arguments([(65,), (3, 7)], torch.float32, True, 0.9)
+    for tensor in arguments[which]:
+        tensor.requires_grad_()
+    passes(ops.masked_adam_, arguments)
+
+
+def test_masked_adam_of_nothing():
+    passes(ops.masked_adam_, ([], [], [], [], [], 1))
+
+
+def test_opcheck_sees_a_wrong_schema_and_a_wrong_shape():
+    """The checks above mean something: an operation that hides a write, and one that lies about its result, fail."""
+    library = torch.library.Library("pecker_test", "FRAGMENT")
+    try:
+        library.define("hidden_write(Tensor x) -> Tensor")
+        library.impl("hidden_write", lambda x: x.mul_(0).clone(), "CPU")
+        library.impl("hidden_write", torch.empty_like, "Meta")
+        with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
+            torch.library.opcheck(torch.ops.pecker_test.hidden_write.default, (torch.ones(3),), test_utils=CHECKS)
+        library.define("wrong_shape(Tensor x) -> Tensor")
+        library.impl("wrong_shape", lambda x: x.clone(), "CPU")
+        library.impl("wrong_shape", lambda x: x.new_empty(x.numel() + 1), "Meta")
+        with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
+            torch.library.opcheck(torch.ops.pecker_test.wrong_shape.default, (torch.ones(3),), test_utils=CHECKS)
+    finally:
+        library._destroy()

@@ -1,0 +1,106 @@
+"""Every benchmark suite runs at tiny size and says what it promises; docs/performance.md shows what was measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import tables  # noqa: E402
+
+SUITES = ("adam", "threshold", "saliency", "bits")
+KEYS = {
+    "ours", "peers", "ratios", "flops", "bytes", "bytes_per_s", "copy_bytes_per_s", "share_of_copy_bandwidth",
+    "share_of_update_bandwidth", "share_of_iteration_at_most", "weights", "operation",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One process runs all suites; its file is cut into one a suite."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = [f"bench/test_bench_{suite}.py" for suite in SUITES]
+    # A suite that only a GPU can run must at least load.
+    command = [
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *files,
+        "bench/test_gpu_kernels.py",
+        "--benchmark-json",
+        folder / "all.json",
+    ]
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ, "BENCH_SCALE": "tiny", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    everything = json.loads((folder / "all.json").read_text())
+    for suite in SUITES:
+        entries = [e for e in everything["benchmarks"] if e["fullname"].startswith(f"bench/test_bench_{suite}.py")]
+        (folder / f"{suite}.json").write_text(json.dumps({**everything, "benchmarks": entries}))
+    return folder
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_reports(results, suite):
+    result = json.loads((results / f"{suite}.json").read_text())
+    assert result["scale"] == "tiny"
+    assert result["command"].startswith("BENCH_SCALE=tiny pytest ")
+    assert f"bench/test_bench_{suite}.py" in result["command"]
+    assert str(ROOT) not in json.dumps(result)
+    assert {"versions", "device", "threads"} <= set(result["machine_info"])
+    assert len(result["benchmarks"]) >= {"adam": 40, "threshold": 5, "saliency": 15, "bits": 9}[suite]
+    for entry in result["benchmarks"]:
+        info = entry["extra_info"]
+        assert set(info) >= KEYS
+        assert set(info["ratios"]) == set(info["peers"])
+        assert info["bytes"] > 0
+        assert "data" not in entry["stats"]
+        # The fixture's clock stands around ours.
+        assert entry["stats"]["median"] * 1e3 >= info["ours"]["p50_ms"]
+
+
+def test_every_named_peer_is_timed(results):
+    named = {
+        "adam": {"torch fused", "mask-multiply + fused", "boolean index + fused", "fused + foreach"},
+        "threshold": {"torch.kthvalue", "torch.topk", "torch.sort"},
+        "saliency": {"foreach", "tensor by tensor", "torch.topk", "torch.kthvalue"},
+        "bits": {"numpy.packbits", "mul_ by a mask of the same dtype", "masked_fill_"},
+    }
+    for suite, peers in named.items():
+        entries = json.loads((results / f"{suite}.json").read_text())["benchmarks"]
+        assert peers <= {peer for entry in entries for peer in entry["extra_info"]["peers"]}
+
+
+def test_tables_replace_what_stands_between_their_markers(results):
+    made = tables.load(results)
+    assert set(made) == set(SUITES)
+    text = "before\n<!-- bench:bits -->\nold\n<!-- /bench:bits -->\nafter\n"
+    written = tables.replaced(text, made)
+    assert written == f"before\n<!-- bench:bits -->\n{made['bits']}\n<!-- /bench:bits -->\nafter\n"
+    assert tables.replaced(written, made) == written
+    assert "| `popcount-0.1` |" in written
+    assert "numpy.packbits" in written
+
+
+def test_the_notebook_shows_the_results():
+    """`python bench/tables.py --write docs/performance.md` after each `make bench`."""
+    notebook = (ROOT / "docs" / "performance.md").read_text()
+    made = tables.load()
+    if not made:
+        pytest.skip("no results yet")
+    for suite, lines in made.items():
+        assert f"<!-- bench:{suite} -->\n{lines}\n<!-- /bench:{suite} -->" in notebook, (
+            f"the table of {suite} is out of date"
+        )
