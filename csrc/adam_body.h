@@ -116,9 +116,9 @@ static void update_any(T* p, const T* g, T* m, T* v, int64_t n, const Coefficien
 template <typename T>
 static void average(T* __restrict e, const T* __restrict p, int64_t n, T weight) {
   if (weight < static_cast<T>(0.5))
-    for (int64_t i = 0; i < n; ++i) e[i] = e[i] + weight * (p[i] - e[i]);
+    for (int64_t i = 0; i < n; ++i) e[i] = fma_(weight, p[i] - e[i], e[i]);
   else
-    for (int64_t i = 0; i < n; ++i) e[i] = p[i] - (p[i] - e[i]) * (1 - weight);
+    for (int64_t i = 0; i < n; ++i) e[i] = fma_(weight - 1, p[i] - e[i], p[i]);
 }
 
 // The 32-bit finaliser of reference.random_bits16.

@@ -3,10 +3,11 @@ write them, each implementation carries them out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from .lanes import Lanes
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class AdamJob:
         All of the work dtype: float64 for float64 weights, float32 else.
     step: 0-dim float32 on the parameter's device, already counting this step, from 1.
     first_index: flat index of the tensor's first weight in the model, for stochastic rounding.
-    rank: int64 prefix counts of bits for the C++ kernels (cpu_adam.rank_of), made when first asked for.
+    kept: the lanes of bits, where the caller has them already.
     """
 
     param: Tensor
@@ -40,7 +41,14 @@ class AdamJob:
     ema: Tensor | None
     step: Tensor
     first_index: int
-    rank: Callable[[], Tensor] | None = None
+    kept: Lanes | None = None
+
+    @property
+    def lanes(self) -> Lanes:
+        """The kept weights. Made once, and kept."""
+        if self.kept is None:
+            self.kept = Lanes(self.param.shape, self.bits)
+        return self.kept
 
 
 @dataclass(slots=True)

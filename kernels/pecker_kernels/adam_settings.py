@@ -49,8 +49,10 @@ def check_group(group: dict[str, Any]) -> None:
         raise PeckerKernelsError(f"Invalid ema decay: {group['ema']} (between 0 and 1, or None for no average)")
     if group["master"] not in (None, "fp32"):
         raise PeckerKernelsError(f"Invalid master: {group['master']!r} (choose 'fp32' or None)")
+    if not isinstance(group["check_finite"], bool):
+        raise PeckerKernelsError(f"Invalid check_finite: {group['check_finite']!r} (True or False)")
     if group["state"] not in ("compact", "dense"):
         raise PeckerKernelsError(f"Invalid state: {group['state']!r} (choose 'compact' or 'dense')")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**63:
         raise PeckerKernelsError(f"Invalid seed: {group['seed']} (an integer from 0 to 2**63 - 1)")
-    check_impl(group["impl"], built=("auto", "reference"))
+    check_impl(group["impl"])

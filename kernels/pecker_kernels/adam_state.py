@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from .adam_settings import DEFAULTS, TORCH_DEFAULTS, check_group
+from .adam_step import AdamPlan
+from .dispatch import resolve
 from .errors import MaskError, PeckerKernelsError
+from .lane_adam import work_dtype
 from .lanes import Lanes
 from .mask import SaliencyMask
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HALF = (torch.bfloat16, torch.float16)
-
-
-def work_dtype(p: Tensor) -> torch.dtype:
-    """Moments of 16-bit weights are kept, and the step computed, in float32."""
-    return torch.float32 if p.dtype in HALF else p.dtype
 
 
 class LaneState(torch.optim.Optimizer):
@@ -33,12 +31,14 @@ class LaneState(torch.optim.Optimizer):
 
     _mask: SaliencyMask | None
     _lanes: dict[Tensor, Lanes]
+    _plans: dict[int, AdamPlan]
 
     @property
     def mask(self) -> SaliencyMask | None:
         return self._mask
 
     def _fit(self, group: dict[str, Any], mask: SaliencyMask | None) -> None:
+        resolve(group["impl"], *group["params"])
         for p in group["params"]:
             if not p.is_floating_point():
                 raise PeckerKernelsError(f"MaskedAdam does not support {p.dtype} parameters")
@@ -66,9 +66,11 @@ class LaneState(torch.optim.Optimizer):
     def _lanes_of(self, p: Tensor, name: str | None) -> Lanes:
         lanes = self._lanes.get(p)
         if lanes is None:
-            mask = self._mask
-            whole = mask is None or mask.count_of(str(name)) == p.numel()
-            lanes = Lanes(p.shape, None if whole or mask is None else mask.indices(str(name)).to(p.device))
+            mask, name = self._mask, str(name)
+            if mask is None or mask.count_of(name) == p.numel():
+                lanes = Lanes(p.shape)
+            else:
+                lanes = Lanes(p.shape, mask.bits[name].to(p.device), mask.count_of(name))
             self._lanes[p] = lanes
         return lanes
 
@@ -95,7 +97,7 @@ class LaneState(torch.optim.Optimizer):
         dense = group["dense_moments"]
         dtype = work_dtype(p)
         if not state:
-            like = p if dense or lanes.index is None else p.new_empty(lanes.count)
+            like = p if dense or lanes.bits is None else p.new_empty(lanes.count)
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             if group["betas"][0] != 0:
                 state["exp_avg"] = torch.zeros_like(like, dtype=dtype)
@@ -124,7 +126,7 @@ class LaneState(torch.optim.Optimizer):
         for group in self.param_groups:
             self._fit(group, new_mask)
         old = {p: self._lanes_of(p, name) for name, p, _ in self._named()}
-        self._mask, self._lanes = new_mask, {}
+        self._mask, self._lanes, self._plans = new_mask, {}, {}
         for name, p, group in self._named():
             group["mask_sha256"] = new_mask.digest if new_mask is not None else None
             if p not in self.state or not self.state[p]:
@@ -171,7 +173,7 @@ class LaneState(torch.optim.Optimizer):
             for key in MOMENTS:
                 full = torch.zeros_like(p, dtype=work_dtype(p))
                 if key in ours:
-                    lanes = Lanes(p.shape, None) if self._is_dense(p) else self._lanes_of(p, name)
+                    lanes = Lanes(p.shape) if self._is_dense(p) else self._lanes_of(p, name)
                     lanes.scatter_(full, ours[key])
                 state[i][key] = full
         return {"state": state, "param_groups": groups}
@@ -235,5 +237,5 @@ class LaneState(torch.optim.Optimizer):
         return {**super().__getstate__(), "_mask": self._mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lanes = {}
+        self._lanes, self._plans = {}, {}
         super().__setstate__(state)

@@ -14,6 +14,7 @@ from .errors import NativeLibraryError
 
 LIBRARY = "libpecker_cpu.so"
 ABI_VERSION = 2
+RANK_BLOCK = 4096  # kBlock in csrc/adam.h
 LEVELS = ("scalar", "avx2", "avx512")
 
 
@@ -166,3 +167,10 @@ def apply_(tensor: Tensor, bits: Tensor) -> Tensor:
     # The write happened behind autograd's back.
     torch.autograd.graph.increment_version(tensor)
     return tensor
+
+
+def rank_of(bits: Tensor, n: int) -> Tensor:
+    """int64 [ceil(n / 4096) + 1]: ones before each block of 4096 weights, and in all."""
+    rank = torch.empty((n + RANK_BLOCK - 1) // RANK_BLOCK + 1, dtype=torch.int64)
+    library().pecker_rank(bits.data_ptr(), n, rank.data_ptr())
+    return rank

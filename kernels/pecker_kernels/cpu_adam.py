@@ -15,12 +15,9 @@ from . import cpu
 from .adam_jobs import AdamJob, AdamStep
 from .errors import NativeLibraryError
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_HALF = (torch.bfloat16, torch.float16)
-_MODE_WHOLE, _MODE_COMPACT = 12, 13
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # The columns of AdamTensor in csrc/adam.h.
-_GRAD, _MASKED_GRAD, _COLUMNS = 1, 2, 17
-BLOCK = 4096
+_GRAD, _MASKED_GRAD, _N, _WHOLE, _COLUMNS = 1, 2, 10, 12, 17
 
 
 class _Settings(ctypes.Structure):
@@ -34,13 +31,6 @@ class _Settings(ctypes.Structure):
 
 class _Stats(ctypes.Structure):
     _fields_ = (("square_sum", ctypes.c_double), ("finite", ctypes.c_int64))
-
-
-def rank_of(bits: Tensor, n: int) -> Tensor:
-    """int64 [ceil(n / 4096) + 1]: ones before each block of 4096 weights, and in all."""
-    rank = torch.empty((n + BLOCK - 1) // BLOCK + 1, dtype=torch.int64)
-    cpu.library().pecker_rank(bits.data_ptr(), n, rank.data_ptr())
-    return rank
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -59,8 +49,8 @@ def refusal(jobs: Iterable[AdamJob]) -> str | None:
         given = [t for t in (p, job.grad, job.masked_grad, job.bits, *_state(job)) if t is not None]
         if any(t.device.type != "cpu" for t in given):
             return f"takes CPU tensors, got {sorted({str(t.device) for t in given})}"
-        if any(t.dtype not in _DTYPES for t in given if t is not job.bits):
-            return f"does not know {sorted({str(t.dtype) for t in given if t.dtype not in _DTYPES})}"
+        if any(t.dtype not in DTYPES for t in given if t is not job.bits):
+            return f"does not know {sorted({str(t.dtype) for t in given if t.dtype not in DTYPES})}"
         if not p.is_contiguous() and (job.bits is not None or not torch.ops.aten.is_non_overlapping_and_dense(p)):
             return "takes contiguous weights under a mask, and weights that are dense in memory without one"
         work = torch.float64 if p.dtype == torch.float64 else torch.float32
@@ -78,11 +68,11 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _fixed_row(job: AdamJob) -> list[int]:
-    rank = None if job.bits is None else job.rank()
+    rank = None if job.bits is None else job.lanes.rank()
     return [
         _pointer(job.param), 0, 0, _pointer(job.bits), _pointer(rank),
         _pointer(job.exp_avg), _pointer(job.exp_avg_sq), _pointer(job.master), _pointer(job.ema), _pointer(job.step),
-        job.param.numel(), job.first_index, int(job.whole), int(job.compact), _DTYPES[job.param.dtype], 0, 0,
+        job.param.numel(), job.first_index, int(job.whole), int(job.compact), DTYPES[job.param.dtype], 0, 0,
     ]  # fmt: skip
 
 
@@ -90,7 +80,6 @@ class _Table:
     """The rows of a list of jobs; what does not change from step to step is kept."""
 
     def __init__(self, jobs: Sequence[AdamJob]) -> None:
-        self.jobs = list(jobs)
         self.held = [(job.param.data_ptr(), *(id(t) for t in self._parts(job))) for job in jobs]
         self.rows = np.array([_fixed_row(job) for job in jobs], dtype=np.int64).reshape(-1, _COLUMNS)
         self.parts = [self._parts(job) for job in jobs]  # keeps alive what the rows point to
@@ -118,7 +107,7 @@ class _Table:
             grads = [getattr(job, which) for job in jobs]
             ready = [None if g is None else laid_out(g, job.param) for g, job in zip(grads, jobs)]
             self.rows[:, column] = [0 if g is None else g.data_ptr() for g in ready]
-            self.rows[:, _COLUMNS - 3 + column] = [0 if g is None else _DTYPES[g.dtype] for g in ready]
+            self.rows[:, _COLUMNS - 3 + column] = [0 if g is None else DTYPES[g.dtype] for g in ready]
         return copies
 
 
@@ -141,10 +130,10 @@ def _table(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> _Table:
     return table
 
 
-def _stats(table: _Table, settings: _Settings) -> _Stats:
+def _stats(rows: np.ndarray, settings: _Settings) -> _Stats:
     result = _Stats()
     cpu.library().pecker_grad_stats(
-        table.rows.ctypes.data, len(table.rows), ctypes.byref(settings), ctypes.byref(result), torch.get_num_threads()
+        rows.ctypes.data, len(rows), ctypes.byref(settings), ctypes.byref(result), torch.get_num_threads()
     )
     return result
 
@@ -154,7 +143,7 @@ def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any
     scaled. The sum is in float64 and the same on any number of threads."""
     table = _table(jobs, cache)
     copies = table.fill(jobs)
-    result = _stats(table, _settings(settings))
+    result = _stats(table.rows, _settings(settings))
     del copies
     return result.square_sum, bool(result.finite)
 
@@ -170,7 +159,7 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
     copies = table.fill(jobs)
     factor = 1.0
     if settings.clip_norm is not None:
-        norm = math.sqrt(_stats(table, _settings(settings)).square_sum)
+        norm = math.sqrt(_stats(table.rows, _settings(settings)).square_sum)
         factor = min(1.0, settings.clip_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
     cpu.library().pecker_adam(
         table.rows.ctypes.data, len(table.rows), ctypes.byref(_settings(settings, factor)), torch.get_num_threads()
@@ -179,3 +168,16 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
     for job in jobs:
         # The write happened behind autograd's back.
         torch.autograd.graph.increment_version(job.param)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no value of these CPU tensors of any floating dtype is NaN or inf."""
+    rows = np.zeros((len(tensors), _COLUMNS), dtype=np.int64)
+    held = [t.detach().contiguous() for t in tensors]
+    wide = [DTYPES[torch.float64 if t.dtype == torch.float64 else torch.float32] for t in held]
+    rows[:, _GRAD] = [t.data_ptr() for t in held]
+    rows[:, _N] = [t.numel() for t in held]
+    rows[:, _WHOLE] = 1
+    rows[:, _COLUMNS - 3] = wide
+    rows[:, _COLUMNS - 2] = [DTYPES[t.dtype] for t in held]
+    return bool(_stats(rows, _Settings(clip_value=math.inf, grad_factor=1.0, grad_scale=1.0)).finite)

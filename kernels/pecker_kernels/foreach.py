@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, cpu_adam, reference
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -22,6 +22,8 @@ def all_finite(tensors: Iterable[Tensor | None]) -> Tensor:
     live = [t.detach() for t in tensors if t is not None and t.numel()]
     if not live:
         return torch.tensor(True)
+    if all(t.device.type == "cpu" and t.dtype in cpu_adam.DTYPES for t in live) and cpu.available():
+        return torch.tensor(cpu_adam.all_finite(live))
     # The largest magnitude is NaN or inf exactly where some value is: one read, no temporary of the tensor's size.
     norms = torch._foreach_norm(live, float("inf"))
     return torch.stack([n.to(live[0].device, torch.float64) for n in norms]).isfinite().all()

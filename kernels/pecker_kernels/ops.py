@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bitmask, foreach, reference
-from .dispatch import check_impl
+from . import bitmask
+from .adam_jobs import AdamJob, AdamStep
+from .adam_step import AdamPlan, choose
+from .bitmask import check_bits
 from .errors import MaskError, PeckerKernelsError
 from .lanes import Lanes
 
@@ -113,45 +115,56 @@ def masked_adam_(
 
     Raises PeckerKernelsError for lists that do not match and MaskError for bits or moments of the wrong size.
     """
-    check_impl(impl, built=("auto", "reference"))
     _check_lists(params, grads, bits, exp_avgs, exp_avg_sqs, beta1)
     if step < 1:
         raise PeckerKernelsError(f"step counts from 1, got {step}")
-    lanes = []
+    jobs = []
+    first_index = 0
     for i, p in enumerate(params):
         if p.dtype not in (torch.float32, torch.float64):
             raise PeckerKernelsError(f"params[{i}] is {p.dtype}: the functional form takes float32 and float64")
-        index = None
+        lanes = Lanes(p.shape)
         if bits:
-            bitmask.check_bits(bits[i], p.numel(), f"bits[{i}]")
-            if bitmask.popcount(bits[i]) != p.numel():
-                index = bitmask.kept_indices(bits[i], p.numel()).to(p.device)
-        lanes.append(Lanes(p.shape, index))
-        if exp_avg_sqs[i].numel() != lanes[i].count or (exp_avgs and exp_avgs[i].numel() != lanes[i].count):
-            raise MaskError(
-                f"moments of params[{i}] do not hold one value for each of its {lanes[i].count} kept weights"
+            check_bits(bits[i], p.numel(), f"bits[{i}]")
+            lanes = Lanes(p.shape, bits[i].to(p.device))
+            lanes = Lanes(p.shape) if lanes.count == p.numel() else lanes
+        if exp_avg_sqs[i].numel() != lanes.count or (exp_avgs and exp_avgs[i].numel() != lanes.count):
+            raise MaskError(f"moments of params[{i}] do not hold one value for each of its {lanes.count} kept weights")
+        masked = lanes.bits is not None
+        like = (lanes.count,) if masked else p.shape
+        jobs.append(
+            AdamJob(
+                param=p,
+                grad=grads[i],
+                masked_grad=None,
+                bits=lanes.bits,
+                whole=not masked,
+                compact=masked,
+                exp_avg=exp_avgs[i].view(like) if exp_avgs else None,
+                exp_avg_sq=exp_avg_sqs[i].view(like),
+                master=None,
+                ema=None,
+                step=torch.tensor(float(step), device=p.device),
+                first_index=first_index,
+                kept=lanes,
             )
-    weights = [lane.gather(p) for lane, p in zip(lanes, params)]
-    kept = [lane.gather(g) for lane, g in zip(lanes, grads)]
-    kept = [g.clone() if lane.index is None else g for lane, g in zip(lanes, kept)]
-    (reference if impl == "reference" else foreach).clip_(kept, clip_value, clip_norm)
-    foreach.adam_(
-        weights,
-        kept,
-        [m.view(w.shape) for m, w in zip(exp_avgs, weights)] if exp_avgs else None,
-        [v.view(w.shape) for v, w in zip(exp_avg_sqs, weights)],
-        [torch.tensor(float(step), device=p.device) for p in params],
+        )
+        first_index += p.numel()
+    if not jobs:
+        return
+    settings = AdamStep(
         lr=lr,
         beta1=beta1,
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled_weight_decay,
-        impl=impl,
+        clip_value=clip_value,
+        clip_norm=clip_norm,
+        ema=None,
+        seed=0,
     )
-    for p, lane, weight in zip(params, lanes, weights):
-        if lane.index is not None:
-            lane.scatter_(p, weight)
+    AdamPlan(jobs, which=choose(impl, jobs)).step(settings)
 
 
 @masked_adam_.register_fake

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import foreach, reference
+from .adam_jobs import AdamJob, AdamStep
 from .adam_settings import check_group
-from .adam_state import HALF, MOMENTS, LaneState, work_dtype
+from .adam_state import HALF, LaneState
+from .adam_step import AdamPlan, choose
 from .errors import PeckerKernelsError
 from .lanes import Lanes
 from .mask import SaliencyMask
@@ -31,12 +32,17 @@ class MaskedAdam(LaneState):
         of (seed, step, position). float16 weights need "fp32"; float32 and float64 weights ignore it.
     state: "compact" keeps moments (and master, EMA) for salient weights only, 1-D in position order; "dense" for all.
     capturable: the step counters live on the parameters' device in any case; kept for parity with torch.
-    impl: "auto" | "reference"; others raise PeckerKernelsError.
+    impl: "auto" | "triton" | "cpu" | "reference". "auto" takes the kernels of the parameters' device, and torch's own
+        operations where those cannot serve (masked weights that are not contiguous, say); a named one is used or raises.
+    check_finite: skip the whole step, all groups and their counters, where a gradient that would be read is not finite;
+        `skipped` then holds 1.0 (0-dim float32 on the device), else 0.0. Nothing waits for the device.
 
-    Without `masked_grads` a weight outside the mask is never written, weight decay or not. Gradients are not checked: a
-    step on NaN writes NaN; ask `all_finite` first. Bad arguments raise PeckerKernelsError, a ValueError, in torch's
+    Without `masked_grads` a weight outside the mask is never written, weight decay or not. Without check_finite a step on
+    NaN writes NaN. torch.amp.GradScaler is served. Bad arguments raise PeckerKernelsError, a ValueError, in torch's
     words.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class MaskedAdam(LaneState):
         state: str = "compact",
         capturable: bool = False,
         impl: str = "auto",
+        check_finite: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -71,10 +78,13 @@ class MaskedAdam(LaneState):
             "state": state,
             "capturable": capturable,
             "impl": impl,
+            "check_finite": check_finite,
         }
         check_group(defaults)
         self._mask = mask
         self._lanes: dict[Tensor, Lanes] = {}
+        self._plans: dict[int, AdamPlan] = {}
+        self.skipped: Tensor | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -90,6 +100,7 @@ class MaskedAdam(LaneState):
         group["mask_sha256"] = self._mask.digest if self._mask is not None else None
         group.setdefault("dense_moments", group["state"] == "dense")
 
+    @torch.compiler.disable  # one opaque call: a compiled training step breaks its graph here, once
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, masked_grads: Mapping[str, Tensor] | Sequence[Tensor | None] | None = None, closure: Any = None
@@ -108,10 +119,51 @@ class MaskedAdam(LaneState):
             with torch.enable_grad():
                 loss = closure()
         extra = None if masked_grads is None else self._by_param(masked_grads)
+        work = []
         offset = 0
-        for group in self.param_groups:
-            offset = self._step_group(group, extra, offset)
+        for i, group in enumerate(self.param_groups):
+            plan = self._plan(i, group, extra, offset)
+            if plan is not None:
+                work.append((plan, self._settings(group), group["check_finite"]))
+            offset += sum(p.numel() for p in group["params"])
+        self._skip_not_finite(work)
+        for plan, settings, _ in work:
+            steps = [job.step for job in plan.jobs]
+            torch._foreach_add_(steps, 1)
+            if settings.found_inf is not None:
+                torch._foreach_sub_(steps, [settings.found_inf.to(s.device) for s in steps])
+            plan.step(settings)
         return loss
+
+    def _skip_not_finite(self, work: list[tuple[AdamPlan, AdamStep, bool]]) -> None:
+        """Where a gradient that would be read is not finite no group is stepped on."""
+        self.skipped = None
+        asked = [(plan, settings) for plan, settings, check in work if check]
+        if not asked:
+            return
+        found = [plan.not_finite(settings) for plan, settings in asked]
+        skip = torch.stack([f.to(found[0].device) for f in found]).any().float()
+        for _, settings, _ in work:
+            scaler = settings.found_inf
+            settings.found_inf = skip if scaler is None else torch.maximum(skip, scaler.to(skip.device))
+        self.skipped = skip
+
+    def _settings(self, group: dict[str, Any]) -> AdamStep:
+        # torch.amp.GradScaler hands its scale and its finding over as attributes.
+        return AdamStep(
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            clip_value=group["clip_value"],
+            clip_norm=group["clip_norm"],
+            ema=group["ema"],
+            seed=group["seed"],
+            found_inf=getattr(self, "found_inf", None),
+            grad_scale=getattr(self, "grad_scale", None),
+        )
 
     def _by_param(self, masked_grads: Mapping[str, Tensor] | Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
         named = [(name, p) for name, p, _ in self._named()]
@@ -132,108 +184,73 @@ class MaskedAdam(LaneState):
                 )
         return {p: g for _, p, g in pairs if g is not None}
 
-    def _step_group(self, group: dict[str, Any], extra: dict[Tensor, Tensor] | None, offset: int) -> int:
-        """Update one group whose first weight has flat index `offset` in the model; returns the next group's offset."""
-        names = group.get("param_names", [None] * len(group["params"]))
-        clip_value, clip_norm = group["clip_value"], group["clip_norm"]
-        beta1, beta2 = group["betas"]
-        # The gradient may be overwritten only where it is a copy.
-        l2 = group["weight_decay"] and not group["decoupled_weight_decay"]
-        copy_grads = bool(clip_value is not None or clip_norm is not None or (l2 and beta1 == 0))
+    def _plan(self, i: int, group: dict[str, Any], extra: dict[Tensor, Tensor] | None, offset: int) -> AdamPlan | None:
+        """The jobs of one group whose first weight has flat index `offset` in the model; None where no parameter has a
+        gradient. Jobs of an earlier step are taken up again where only gradients have changed."""
         if extra is not None:
             group["dense_moments"] = True
+        more = extra or {}
+        live = [p for p in group["params"] if p.grad is not None or p in more]
+        if not live:
+            return None
+        if any(p.grad is not None and p.grad.is_sparse for p in live):
+            raise RuntimeError("MaskedAdam does not support sparse gradients")
+        old = self._plans.get(i)
+        key = (extra is None, group["impl"], *map(id, live))
+        if old is not None and old.key == key and self._same_state(old, group):
+            plan = old
+        else:
+            plan = AdamPlan(self._jobs(group, live, extra is not None, offset), key)
+            self._plans[i] = plan
+        for job, p in zip(plan.jobs, live):
+            job.grad, job.masked_grad = p.grad, more.get(p)
+        if plan.which is None:
+            plan.which = choose(group["impl"], plan.jobs)
+        return plan
+
+    def _same_state(self, plan: AdamPlan, group: dict[str, Any]) -> bool:
+        average, master = group["ema"] is not None, group["master"] == "fp32"
+        for job in plan.jobs:
+            state = self.state[job.param]
+            if (
+                state.get("exp_avg_sq") is not job.exp_avg_sq
+                or state.get("exp_avg") is not job.exp_avg
+                or state.get("ema") is not job.ema
+                or state.get("master") is not job.master
+                or state.get("step") is not job.step
+                or (average and job.ema is None)
+                or (master and job.master is None and job.param.dtype in HALF)
+                or (group["betas"][0] != 0 and job.exp_avg is None)
+            ):
+                return False
+        return True
+
+    def _jobs(self, group: dict[str, Any], live: list[Tensor], whole: bool, offset: int) -> list[AdamJob]:
+        names = group.get("param_names", [None] * len(group["params"]))
+        wanted = set(live)
         jobs = []
         for name, p in zip(names, group["params"]):
             first, offset = offset, offset + p.numel()
-            more = extra.get(p) if extra is not None else None
-            if p.grad is None and more is None:
+            if p not in wanted:
                 continue
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError("MaskedAdam does not support sparse gradients")
             lanes = self._lanes_of(p, name)
             state = self._init_state(p, lanes, group)
-            jobs.append((p, self._gradient(p, more, lanes, extra is not None, copy_grads), lanes, state, first))
-        if not jobs:
-            return offset
-
-        whole = extra is not None  # every weight is updated, not the lanes alone
-        weights, moments = [], []
-        for p, _, lanes, state, _ in jobs:
-            # Rows of the state that belong to the weights updated now; `pick` copies where the state is dense and the
-            # update is not.
-            pick = lanes.gather if not whole and self._is_dense(p) else (lambda t: t)
-            source = pick(state["master"]) if "master" in state else (p.detach() if whole else lanes.gather(p.detach()))
-            weights.append(source.to(work_dtype(p)))
-            moments.append({key: pick(state[key]) for key in MOMENTS if key in state})
-        grads = [grad for _, grad, _, _, _ in jobs]
-        steps = [state["step"] for _, _, _, state, _ in jobs]
-        torch._foreach_add_(steps, 1)
-        reference_only = group["impl"] == "reference"
-        (reference if reference_only else foreach).clip_(grads, clip_value, clip_norm)
-        foreach.adam_(
-            weights,
-            grads,
-            [m["exp_avg"] for m in moments] if all("exp_avg" in m for m in moments) else None,
-            [m["exp_avg_sq"] for m in moments],
-            steps,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            impl=group["impl"],
-        )
-        for (p, _, lanes, state, first), weight, moment in zip(jobs, weights, moments):
-            self._write_back(p, weight, moment, lanes, state, group, whole, first)
-        if group["ema"] is not None:
-            emas = [state["ema"] for _, _, _, state, _ in jobs]
-            sources = [
-                state["master"] if "master" in state else self._weights(p, lanes).to(state["ema"].dtype)
-                for p, _, lanes, state, _ in jobs
-            ]
-            torch._foreach_lerp_(emas, sources, 1 - group["ema"])
-        return offset
-
-    def _gradient(self, p: Tensor, more: Tensor | None, lanes: Lanes, whole: bool, copy: bool) -> Tensor:
-        """The gradient to step on: of all weights where `whole`, else of the lanes."""
-        dtype = work_dtype(p)
-        if not whole:
-            assert p.grad is not None
-            grad = lanes.gather(p.grad).to(dtype)
-            return grad.clone() if copy and lanes.index is None and dtype == p.grad.dtype else grad
-        if more is None:
-            assert p.grad is not None
-            return p.grad.to(dtype, copy=copy)
-        total = torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype, copy=True)
-        if lanes.index is None:
-            return total.add_(more)
-        return lanes.scatter_(total, lanes.gather(total) + lanes.gather(more).to(dtype))
-
-    def _write_back(
-        self,
-        p: Tensor,
-        weight: Tensor,
-        moment: dict[str, Tensor],
-        lanes: Lanes,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        whole: bool,
-        first: int,
-    ) -> None:
-        """Put the updated values where they came from; nothing to do where they were updated in place."""
-        partial = not whole and lanes.index is not None
-        if partial and self._is_dense(p):
-            for key, value in moment.items():
-                lanes.scatter_(state[key], value)
-            if "master" in state:
-                lanes.scatter_(state["master"], weight)
-        if p.dtype == torch.bfloat16 and "master" not in state:
-            index = (Lanes(p.shape, None) if whole else lanes).flat_index(p.device) + first
-            weight = reference.stochastic_round_bf16(
-                weight, reference.random_bits16(index, group["seed"], state["step"])
+            masked = lanes.bits is not None
+            jobs.append(
+                AdamJob(
+                    param=p,
+                    grad=None,
+                    masked_grad=None,
+                    bits=lanes.bits,
+                    whole=whole or not masked,
+                    compact=masked and not self._is_dense(p),
+                    exp_avg=state.get("exp_avg"),
+                    exp_avg_sq=state["exp_avg_sq"],
+                    master=state.get("master"),
+                    ema=state.get("ema"),
+                    step=state["step"],
+                    first_index=first,
+                    kept=lanes,
+                )
             )
-        if partial:
-            lanes.scatter_(p, weight)
-        elif weight.dtype != p.dtype or p.dtype in HALF:
-            p.copy_(weight)
+        return jobs

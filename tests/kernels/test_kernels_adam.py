@@ -11,9 +11,10 @@ from kernel_gates import (
     snapshot,
     updates_and_moments,
 )
-from pecker_kernels import foreach, ops, reference
+from pecker_kernels import cpu_adam, foreach, ops, reference
 from pecker_kernels.lanes import Lanes
 
+IMPLS = ["cpu", "reference"]
 SETTINGS = [
     {"betas": (0.0, 0.999)},
     {"betas": (0.9, 0.95), "eps": 1e-6},
@@ -28,14 +29,14 @@ def peer(model, settings, **kwargs):
     return torch.optim.Adam(model.named_parameters(), lr=1e-3, **settings, **kwargs)
 
 
-def check_adam(settings, dtype=torch.float32, impl="auto", keep=None, **kwargs):
+def check_adam(settings, dtype=torch.float32, impl="cpu", keep=None, **kwargs):
     """The accuracy gate over a few steps; `keep` multiplies the peers' gradients by the mask."""
 
     def ours(model):
         return pk.MaskedAdam(model.named_parameters(), lr=1e-3, impl=impl, **settings, **kwargs)
 
     def torchs(model):
-        return peer(model, settings, fused=impl == "auto", foreach=False)
+        return peer(model, settings, fused=impl != "reference", foreach=False)
 
     found = dict(updates_and_moments(ours, dtype))
     same = dict(updates_and_moments(torchs, dtype, keep=keep))
@@ -49,13 +50,13 @@ def check_adam(settings, dtype=torch.float32, impl="auto", keep=None, **kwargs):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_without_a_mask_it_is_torch_adam(settings, impl):
     check_adam(settings, impl=impl)
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if "weight_decay" not in s], ids=str)
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("state", ["compact", "dense"])
 def test_masked_is_multiply_then_adam(settings, impl, state):
     mask = pk.SaliencyMask.random(small_model().named_parameters(), 0.4)
@@ -158,7 +159,7 @@ def test_compact_steps_before_the_first_differentiated_one():
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_clipping_counts_kept_weights(impl):
     model = small_model()
     mask = pk.SaliencyMask.random(model.named_parameters(), 0.3)
@@ -229,7 +230,7 @@ def test_all_finite():
 
 
 @pytest.mark.parametrize("density", [0.4, 1.0])
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_functional_form_is_the_optimizer(density, impl):
     model, other = small_model(), small_model()
     mask = pk.SaliencyMask.random(model.named_parameters(), density)
@@ -258,8 +259,10 @@ def test_functional_form_refusals_and_schema():
         pk.masked_adam_([p], [g], [bits], [], [torch.zeros(5)], 1, beta1=0.0)
     with pytest.raises(pk.PeckerKernelsError, match="counts from 1"):
         pk.masked_adam_([p], [g], [bits], [], [v], 0, beta1=0.0)
-    with pytest.raises(pk.PeckerKernelsError, match="impl='cpu'"):
-        pk.masked_adam_([p], [g], [bits], [], [v], 1, beta1=0.0, impl="cpu")
+    with pytest.raises(pk.PeckerKernelsError, match="impl='triton'"):
+        pk.masked_adam_([p], [g], [bits], [], [v], 1, beta1=0.0, impl="triton")
+    with pytest.raises(pk.PeckerKernelsError, match="contiguous weights under a mask"):
+        pk.masked_adam_([p.view(2, 5).t()], [g.view(5, 2)], [bits], [], [v], 1, beta1=0.0, impl="cpu")
     assert not p.any()
     torch.library.opcheck(
         ops.masked_adam_, ([p], [g], [bits], [], [v], 1, 1e-3, 0.0), test_utils=("test_schema", "test_faketensor")
@@ -270,23 +273,31 @@ def nothing(*args, **kwargs):
     pass
 
 
-def test_gates_fail_on_a_step_that_does_nothing(monkeypatch):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gates_fail_on_a_step_that_does_nothing(monkeypatch, impl):
+    monkeypatch.setattr(cpu_adam, "step", nothing)
     monkeypatch.setattr(foreach, "adam_", nothing)
     with pytest.raises(AssertionError):
-        check_adam(SETTINGS[0])
+        check_adam(SETTINGS[0], impl=impl)
 
 
-def test_gates_fail_on_a_wrong_bias_correction(monkeypatch):
-    real = foreach.adam_
-    monkeypatch.setattr(
-        foreach, "adam_", lambda p, g, m, v, steps, **kw: real(p, g, m, v, [s + 1 for s in steps], **kw)
-    )
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gates_fail_on_a_wrong_bias_correction(monkeypatch, impl):
+    real = pk.MaskedAdam._jobs
+
+    def late(self, *args):
+        jobs = real(self, *args)
+        for job in jobs:
+            job.step = self.state[job.param]["step"] = torch.ones(())
+        return jobs
+
+    monkeypatch.setattr(pk.MaskedAdam, "_jobs", late)
     with pytest.raises(AssertionError):
-        check_adam(SETTINGS[1])
+        check_adam(SETTINGS[1], impl=impl)
 
 
 def test_gates_fail_when_the_mask_is_ignored(monkeypatch):
-    monkeypatch.setattr(pk.MaskedAdam, "_lanes_of", lambda self, p, name: Lanes(p.shape, None))
+    monkeypatch.setattr(pk.MaskedAdam, "_lanes_of", lambda self, p, name: Lanes(p.shape))
     mask = pk.SaliencyMask.random(small_model().named_parameters(), 0.4)
     with pytest.raises(AssertionError):
         check_adam(SETTINGS[0], mask=mask, keep=mask.bool)

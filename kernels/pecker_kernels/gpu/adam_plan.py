@@ -155,6 +155,16 @@ def _check(job: AdamJob, device: torch.device) -> None:
             raise PeckerKernelsError(f"{name} is on {tensor.device}, the first weights are on {device}")
 
 
+def refusal(jobs: Sequence[AdamJob]) -> str | None:
+    """Why the kernels cannot serve these jobs; None where they can."""
+    try:
+        for job in jobs:
+            _check(job, jobs[0].param.device)
+    except PeckerKernelsError as error:
+        return str(error)
+    return None
+
+
 def _variant(job: AdamJob, lanes: LaneTable) -> Variant:
     tensors = (job.param, job.grad, job.masked_grad, job.exp_avg, job.exp_avg_sq, job.master, job.ema)
     return Variant(

@@ -1,0 +1,75 @@
+"""Carrying out an Adam step: which implementation serves a list of jobs, and what it keeps between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu_adam, lane_adam
+from .adam_jobs import AdamJob, AdamStep
+from .dispatch import resolve
+from .errors import PeckerKernelsError
+
+
+def _refusal(which: str, jobs: Sequence[AdamJob]) -> str | None:
+    if which == "cpu":
+        reason = cpu_adam.refusal(jobs)
+        return None if reason is None else f"the C++ Adam {reason}"
+    from .gpu import adam_plan
+
+    return adam_plan.refusal(jobs)
+
+
+def choose(impl: str, jobs: Sequence[AdamJob]) -> str:
+    """ "cpu", "triton", "reference", or "auto" for torch's own operations where no kernel can serve.
+
+    Raises PeckerKernelsError where the implementation asked for cannot take these tensors.
+    """
+    which = resolve(impl, *[job.param for job in jobs])
+    if which == "reference":
+        return impl
+    reason = _refusal(which, jobs)
+    if reason is None:
+        return which
+    if impl == "auto":
+        return "auto"
+    raise PeckerKernelsError(f"impl={impl!r}: {reason}")
+
+
+@dataclass(slots=True)
+class AdamPlan:
+    """Jobs that are carried out again and again, with other gradients.
+
+    key: what the jobs were made for, for their owner. which: as from `choose`. cache: the implementation's own.
+    """
+
+    jobs: list[AdamJob]
+    key: Hashable = None
+    which: str | None = None
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    def step(self, settings: AdamStep) -> None:
+        """Carry out the jobs; see AdamStep."""
+        if self.which == "cpu":
+            cpu_adam.step(self.jobs, settings, self.cache)
+        elif self.which == "triton":
+            from .gpu import adam
+
+            adam.step(self.jobs, settings, self.cache)
+        else:
+            assert self.which is not None
+            lane_adam.step(self.jobs, settings, self.which)
+
+    def not_finite(self, settings: AdamStep) -> Tensor:
+        """0-dim bool on the device: whether a gradient that the step would read holds NaN or inf."""
+        if self.which == "cpu":
+            return torch.tensor(not cpu_adam.grad_stats(self.jobs, settings, self.cache)[1])
+        if self.which == "triton":
+            from .gpu import gradstats
+
+            return gradstats.gradstats(self.jobs, settings, self.cache)[1] > 0
+        return lane_adam.grad_stats(self.jobs, settings)
