@@ -1,40 +1,9 @@
 """Shared fixtures: a tiny class-conditional model folder with a judge, random weights, that trains in milliseconds."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-
-
-def write_tiny_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, judge: bool = True) -> Path:
-    """Three classes and a null class, 1×8×8 images; a few thousand random weights."""
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    from pecker_fast.evaluate.judge import Reference, SmallClassifier, save_judge
-
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=4,
-    )
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
-    DDPMScheduler(beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type).save_pretrained(folder / "scheduler")
-    (folder / "model.json").write_text(json.dumps({"null_class": 3}))
-    if judge:
-        network = SmallClassifier(1, 8, 3, width=4, features=6)
-        labels = torch.arange(60) % 3
-        save_judge(folder / "judge", network, Reference(torch.rand(60, 6), labels), {"held_out_accuracy": 0.5})
-    return folder
-
+from tiny_models import write_tiny_model
 
 TINY_KEYS = {
     "forget": 0,

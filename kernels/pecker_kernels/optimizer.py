@@ -100,7 +100,7 @@ class MaskedAdam(LaneState):
         group["mask_sha256"] = self._mask.digest if self._mask is not None else None
         group.setdefault("dense_moments", group["state"] == "dense")
 
-    @torch.compiler.disable  # one opaque call: a compiled training step breaks its graph here, once
+    @torch._disable_dynamo  # one opaque call: a compiled training step breaks its graph here, once (torch does so too)
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, masked_grads: Mapping[str, Tensor] | Sequence[Tensor | None] | None = None, closure: Any = None

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import write_tiny_model
 from diffusers import DDPMScheduler
+from tiny_models import write_tiny_model
 
 from pecker_fast import checkpoint
 from pecker_fast.config import idle_keys, load_recipe, recipe_from, recipe_to_yaml

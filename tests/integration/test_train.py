@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import write_tiny_model
 from safetensors.torch import load_file
+from tiny_models import write_tiny_model
 
 from pecker_fast import checkpoint, io_safe
 from pecker_fast.config import recipe_to_yaml

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pecker_kernels as pk
@@ -381,3 +382,98 @@ def test_bf16_weights_move_by_steps_below_their_resolution():
     assert bool((p[~keep] == 1).all())
     # Rounding to nearest would leave 1.0 for ever; on average the ten steps arrive.
     assert abs(float(p.detach()[keep].float().mean()) - (1 - 1e-3)) < 1e-4
+
+
+def test_a_compiled_training_step_is_the_eager_one():
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 4)
+        mask = pk.SaliencyMask.random(model.named_parameters(), 0.4)
+        return model, pk.MaskedAdam(model.named_parameters(), mask, lr=0.1)
+
+    def train(model, optimizer, x):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (eager, a), (compiled, b) = make(), make()
+    compiled_train = torch.compile(train, backend="eager")
+    for i in range(3):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(i))
+        train(eager, a, x)
+        compiled_train(compiled, b, x)
+    assert all(torch.equal(p, q) for p, q in zip(eager.parameters(), compiled.parameters()))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_step_on_gradients_that_are_not_finite_is_skipped(impl, masked):
+    model = small_model()
+    mask = pk.SaliencyMask.random(model.named_parameters(), 0.4) if masked else None
+    groups = [{"params": [pair]} for pair in model.named_parameters()]
+    optimizer = pk.MaskedAdam(groups, mask, impl=impl, check_finite=True, ema=0.9)
+    fill_grads(model, seed=0)
+    optimizer.step()
+    assert float(optimizer.skipped) == 0
+    before, state = snapshot(model), copy.deepcopy(optimizer.state_dict()["state"])
+    grads = fill_grads(model, seed=1)
+    weight = model[0].weight
+    keep = mask.bool("0.weight") if masked else torch.ones_like(weight, dtype=torch.bool)
+    weight.grad[keep.nonzero(as_tuple=True)[0][:1], keep.nonzero(as_tuple=True)[1][:1],
+                keep.nonzero(as_tuple=True)[2][:1], keep.nonzero(as_tuple=True)[3][:1]] = float("nan")  # fmt: skip
+    optimizer.step()
+    assert float(optimizer.skipped) == 1
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for i, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[i][key]) for key, value in values.items())
+    if masked:
+        weight.grad = grads["0.weight"].clone()
+        weight.grad[~keep] = float("inf")  # never read
+    else:
+        weight.grad = grads["0.weight"]
+    optimizer.step()
+    assert float(optimizer.skipped) == 0
+    assert float(optimizer.state[weight]["step"]) == 2
+
+
+def test_grad_scaler_unscales_and_skips():
+    results = []
+    for scale in (None, 1024.0):
+        model = small_model()
+        mask = pk.SaliencyMask.random(model.named_parameters(), 0.4)
+        optimizer = pk.MaskedAdam(model.named_parameters(), mask, lr=0.1, clip_value=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for i in range(3):
+            fill_grads(model, seed=i)
+            for p in model.parameters():
+                if p.grad is not None and scale is not None:
+                    p.grad *= scale
+            scaler.scale(torch.zeros(()))  # makes the scale's tensor
+            if i == 1:
+                model[0].bias.grad.fill_(float("inf"))
+            if i != 1 or scale is not None:
+                scaler.step(optimizer)
+            scaler.update(scale)
+        results.append(snapshot(model))
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values()))
+
+
+def test_jobs_are_taken_up_again_and_made_anew_when_state_changes():
+    model = small_model()
+    mask = pk.SaliencyMask.random(model.named_parameters(), 0.4)
+    optimizer = pk.MaskedAdam(model.named_parameters(), mask, betas=(0.0, 0.9))
+    plans = []
+    for i in range(8):
+        fill_grads(model, seed=i)
+        if i == 2:
+            optimizer.param_groups[0]["ema"] = 0.5
+        if i == 4:
+            optimizer.set_mask(pk.SaliencyMask.random(model.named_parameters(), 0.4, seed=1))
+        if i == 6:
+            p = model[0].weight
+            optimizer.state[p]["exp_avg_sq"] = torch.full_like(optimizer.state[p]["exp_avg_sq"], 7.0)
+        optimizer.step()
+        plans.append(optimizer._plans[0])
+    same = [a is b for a, b in itertools.pairwise(plans)]
+    assert same == [True, False, True, False, True, False, True]
+    assert float(optimizer.state[model[0].weight]["exp_avg_sq"].min()) > 5

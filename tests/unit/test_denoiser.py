@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import write_tiny_model
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
 
 from pecker_fast import draws
 from pecker_fast.conditions import class_conditions

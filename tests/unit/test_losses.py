@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import write_tiny_model
+from tiny_models import write_tiny_model
 
 from pecker_fast import losses
 from pecker_fast.denoiser import Denoiser, load_denoiser
