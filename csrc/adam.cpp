@@ -72,6 +72,10 @@ PECKER_API void pecker_rank(const uint8_t* bits, int64_t n, int64_t* rank) {
   rank[block] = total;
 }
 
+PECKER_API void pecker_advance(const pecker::AdamTensor* table, int64_t n_tensors) {
+  for (int64_t i = 0; i < n_tensors; ++i) ++*table[i].step;
+}
+
 PECKER_API void pecker_adam(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
                             int threads) {
   int64_t n_bytes;

@@ -22,7 +22,7 @@ struct AdamTensor {
   void* exp_avg_sq;
   void* master;             // null: the parameter is its own truth
   void* ema;                // null: none
-  const float* step;        // counts this step, from 1
+  float* step;              // counts this step, from 1
   int64_t n;
   int64_t first_index;
   int64_t whole;    // all weights are updated; bits choose from masked_grad alone

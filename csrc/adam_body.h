@@ -353,7 +353,7 @@ constexpr int64_t kMostLanes = 512;
 
 template <typename Direct, typename Kept>
 static void for_stretches(const AdamTensor& t, int64_t begin, int64_t end, const Direct& direct, const Kept& kept) {
-  constexpr int64_t run = 4;  // this many full words in a row are worth stepping on in place
+  constexpr int64_t run = 2;  // this many full words in a row are worth stepping on in place
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = std::min(kBlock, end - at);
     if (t.whole || !t.bits) {

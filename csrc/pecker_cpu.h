@@ -72,6 +72,8 @@ int level();
 
 // bits [ceil(n / 8)] -> rank [ceil(n / 4096) + 1]: ones before each block of 4096 weights, and in all.
 PECKER_API void pecker_rank(const uint8_t* bits, int64_t n, int64_t* rank);
+// Adds one to the step counter of every row.
+PECKER_API void pecker_advance(const pecker::AdamTensor* table, int64_t n_tensors);
 // One Adam step over a table of tensors, and what is known of its gradients beforehand (csrc/adam.h).
 PECKER_API void pecker_adam(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings, int threads);
 PECKER_API void pecker_grad_stats(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,

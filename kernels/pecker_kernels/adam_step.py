@@ -52,6 +52,16 @@ class AdamPlan:
     which: str | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
+    def advance(self, settings: AdamStep) -> None:
+        """Count this step, unless settings.found_inf says that it will be skipped."""
+        if self.which == "cpu" and settings.found_inf is None:
+            cpu_adam.advance(self.jobs, self.cache)
+            return
+        steps = [job.step for job in self.jobs]
+        torch._foreach_add_(steps, 1)
+        if settings.found_inf is not None:
+            torch._foreach_sub_(steps, [settings.found_inf.to(step.device) for step in steps])
+
     def step(self, settings: AdamStep) -> None:
         """Carry out the jobs; see AdamStep."""
         if self.which == "cpu":

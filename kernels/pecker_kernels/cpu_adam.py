@@ -80,18 +80,20 @@ class _Table:
     """The rows of a list of jobs; what does not change from step to step is kept."""
 
     def __init__(self, jobs: Sequence[AdamJob]) -> None:
-        self.held = [(job.param.data_ptr(), *(id(t) for t in self._parts(job))) for job in jobs]
+        self.jobs = jobs  # keeps alive what the rows point to
+        self.addresses = self._addresses(jobs)
         self.rows = np.array([_fixed_row(job) for job in jobs], dtype=np.int64).reshape(-1, _COLUMNS)
-        self.parts = [self._parts(job) for job in jobs]  # keeps alive what the rows point to
 
     @staticmethod
-    def _parts(job: AdamJob) -> tuple[Any, ...]:
-        return job.bits, job.exp_avg, job.exp_avg_sq, job.master, job.ema, job.step, job.whole, job.compact
+    def _addresses(jobs: Sequence[AdamJob]) -> list[int]:
+        state = [
+            t.data_ptr() for job in jobs for t in (job.exp_avg, job.exp_avg_sq, job.master, job.ema) if t is not None
+        ]
+        return [job.param.data_ptr() for job in jobs] + state
 
     def fits(self, jobs: Sequence[AdamJob]) -> bool:
-        return len(jobs) == len(self.held) and all(
-            held == (job.param.data_ptr(), *(id(t) for t in self._parts(job))) for held, job in zip(self.held, jobs)
-        )
+        """Whether these are the jobs it was made for and nothing was moved; jobs are changed in their gradients only."""
+        return jobs is self.jobs and self.addresses == self._addresses(jobs)
 
     def fill(self, jobs: Sequence[AdamJob]) -> list[Tensor]:
         """Point the rows at this step's gradients; returns the copies that must live until the call is done."""
@@ -148,6 +150,12 @@ def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any
     return result.square_sum, bool(result.finite)
 
 
+def advance(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> None:
+    """Count one step on each job's counter."""
+    table = _table(jobs, cache)
+    cpu.library().pecker_advance(table.rows.ctypes.data, len(table.rows))
+
+
 def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> None:
     """Carry out the jobs. cache: a dict the caller keeps for these jobs between steps.
 
@@ -165,9 +173,8 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
         table.rows.ctypes.data, len(table.rows), ctypes.byref(_settings(settings, factor)), torch.get_num_threads()
     )
     del copies
-    for job in jobs:
-        # The write happened behind autograd's back.
-        torch.autograd.graph.increment_version(job.param)
+    # The write happened behind autograd's back.
+    torch.autograd.graph.increment_version([job.param for job in jobs])
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -128,10 +129,7 @@ class MaskedAdam(LaneState):
             offset += sum(p.numel() for p in group["params"])
         self._skip_not_finite(work)
         for plan, settings, _ in work:
-            steps = [job.step for job in plan.jobs]
-            torch._foreach_add_(steps, 1)
-            if settings.found_inf is not None:
-                torch._foreach_sub_(steps, [settings.found_inf.to(s.device) for s in steps])
+            plan.advance(settings)
             plan.step(settings)
         return loss
 
@@ -210,18 +208,22 @@ class MaskedAdam(LaneState):
 
     def _same_state(self, plan: AdamPlan, group: dict[str, Any]) -> bool:
         average, master = group["ema"] is not None, group["master"] == "fp32"
+        moment = group["betas"][0] != 0
         for job in plan.jobs:
             state = self.state[job.param]
-            if (
-                state.get("exp_avg_sq") is not job.exp_avg_sq
-                or state.get("exp_avg") is not job.exp_avg
-                or state.get("ema") is not job.ema
-                or state.get("master") is not job.master
-                or state.get("step") is not job.step
-                or (average and job.ema is None)
-                or (master and job.master is None and job.param.dtype in HALF)
-                or (group["betas"][0] != 0 and job.exp_avg is None)
-            ):
+            held = (
+                state.get("exp_avg_sq"),
+                state.get("exp_avg"),
+                state.get("ema"),
+                state.get("master"),
+                state.get("step"),
+            )
+            mine = (job.exp_avg_sq, job.exp_avg, job.ema, job.master, job.step)
+            if not all(map(operator.is_, held, mine)):
+                return False
+            if (average and job.ema is None) or (moment and job.exp_avg is None):
+                return False
+            if master and job.master is None and job.param.dtype in HALF:
                 return False
         return True
 
