@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SUITES = ("adam", "threshold", "saliency", "bits", "gpu")
+PARTS_COMMAND = "python bench/parts.py --label NAME"
 SHORTEST_SHARE = 0.0005
 
 
@@ -75,10 +76,32 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+def parts_table(result: dict[str, Any]) -> str:
+    """bench/parts.py's columns beside each other, the ratio of the first to the last at the end."""
+    machine, networks = result["machine"], result["networks"]
+    labels = list(next(iter(networks.values()))["parts_ms"])
+    heads = [f"{name}: {label}" for name in networks for label in (*labels, "ratio")]
+    rows = []
+    for part in next(iter(networks.values()))["parts_ms"][labels[0]]:
+        cells = []
+        for network in networks.values():
+            times = [network["parts_ms"][label][part] for label in labels]
+            cells += [
+                *(f"{ms:,.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in times),
+                f"**{times[0] / times[-1]:.1f} ×**",
+            ]
+        rows.append(f"| {part} | {' | '.join(cells)} |")
+    sizes = ", ".join(f"{name} {network['weights'] / 1e6:,.1f} M weights" for name, network in networks.items())
+    about = f"ms, {machine['threads']} threads, torch {machine['torch']}; {sizes}; `{PARTS_COMMAND}`."
+    return "\n".join([about, "", f"| part | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *rows])
+
+
 def load(results: Path = RESULTS) -> dict[str, str]:
     """{suite: table} of the result files that are there."""
     found = {suite: results / f"{suite}.json" for suite in SUITES}
-    return {suite: table(json.loads(path.read_text())) for suite, path in found.items() if path.is_file()}
+    tables = {suite: table(json.loads(path.read_text())) for suite, path in found.items() if path.is_file()}
+    parts = results / "parts.json"
+    return tables | ({"parts": parts_table(json.loads(parts.read_text()))} if parts.is_file() else {})
 
 
 def replaced(text: str, tables: dict[str, str]) -> str:
