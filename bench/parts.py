@@ -62,7 +62,6 @@ def measure(shapes: Shapes, rounds: int) -> dict[str, float]:
     half = pk.SaliencyMask.from_scores(scores, density=0.5)
     masks = {density: pk.SaliencyMask.from_scores(scores, density=density) for density in (0.1, 0.01)}
     rows = pk.SaliencyMask.from_scores(scores, density=0.1, structure="row")
-    del scores
     found["finite check of all gradients"] = median_ms(lambda: bool(pk.all_finite(grads)), rounds)
 
     def step(mask: pk.SaliencyMask | None, **kwargs: object) -> float:
