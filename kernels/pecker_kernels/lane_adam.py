@@ -100,7 +100,7 @@ def _write_back(job: AdamJob, weight: Tensor, m: Tensor | None, v: Tensor, s: Ad
         weight = reference.stochastic_round_bf16(weight, reference.random_bits16(index, s.seed, job.step))
     if partial:
         lanes.scatter_(p, weight)
-    elif weight.dtype != p.dtype or job.master is not None:
+    elif p.dtype != work_dtype(p) or job.master is not None:
         p.copy_(weight)
     if job.ema is not None and s.ema is not None:
         source = weight.to(job.ema.dtype)
