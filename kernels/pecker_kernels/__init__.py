@@ -1,5 +1,6 @@
 """Kernels for masked unlearning: saliency scores, exact thresholds, one-bit masks, a masked Adam. Needs torch alone."""
 
+from . import ops_select as ops_select
 from .adopt import adopt
 from .errors import MaskError, NativeLibraryError, PeckerKernelsError, ScoreError
 from .foreach import all_finite

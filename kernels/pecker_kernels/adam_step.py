@@ -13,6 +13,7 @@ from . import cpu_adam, lane_adam
 from .adam_jobs import AdamJob, AdamStep
 from .dispatch import resolve
 from .errors import PeckerKernelsError
+from .lanes import Lanes
 
 
 def _refusal(which: str, jobs: Sequence[AdamJob]) -> str | None:
@@ -83,3 +84,52 @@ class AdamPlan:
 
             return gradstats.gradstats(self.jobs, settings, self.cache)[1] > 0
         return lane_adam.grad_stats(self.jobs, settings)
+
+
+def _gradient_only(g: Tensor, bits: Tensor | None) -> AdamJob:
+    """A job whose gradient can be looked at, not one to step with: its weights and state are stand-ins."""
+    lanes = Lanes(g.shape) if bits is None else Lanes(g.shape, bits.to(g.device))
+    masked = lanes.count != g.numel()
+    g = g.detach().contiguous() if masked else g.detach()
+    stand_in = g if g.dtype in (torch.float32, torch.float64) else torch.empty_like(g, dtype=torch.float32)
+    return AdamJob(
+        param=stand_in,
+        grad=g,
+        masked_grad=None,
+        bits=lanes.bits if masked else None,
+        whole=not masked,
+        compact=masked,
+        exp_avg=None,
+        exp_avg_sq=stand_in.view(-1)[: lanes.count] if masked else stand_in,
+        master=None,
+        ema=None,
+        step=torch.zeros((), device=g.device),
+        first_index=0,
+        kept=lanes if masked else Lanes(g.shape),
+    )
+
+
+def square_sum(grads: Sequence[Tensor], bits: Sequence[Tensor], clip_value: float | None, impl: str) -> Tensor:
+    """0-dim float64 on the first gradient's device: Σ g² over the weights that bits keep ([] = all), clamped to
+    ±clip_value first. Other weights are not read; at least one gradient."""
+    jobs = [_gradient_only(g, bits[i] if bits else None) for i, g in enumerate(grads)]
+    settings = AdamStep(
+        lr=0.0,
+        beta1=0.0,
+        beta2=0.0,
+        eps=0.0,
+        weight_decay=0.0,
+        decoupled_weight_decay=False,
+        clip_value=clip_value,
+        clip_norm=None,
+        ema=None,
+        seed=0,
+    )
+    which = choose(impl, jobs)
+    if which == "cpu":
+        return torch.tensor(cpu_adam.grad_stats(jobs, settings, {})[0], dtype=torch.float64)
+    if which == "triton":
+        from .gpu import gradstats
+
+        return gradstats.gradstats(jobs, settings, {})[0]
+    return lane_adam.square_sum(jobs, settings)

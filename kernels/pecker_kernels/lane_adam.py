@@ -48,6 +48,14 @@ def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep) -> Tensor:
     return ~foreach.all_finite([_gradient(job, _lanes(job), settings) for job in jobs])
 
 
+def square_sum(jobs: Sequence[AdamJob], settings: AdamStep) -> Tensor:
+    """0-dim float64 on the first job's device: Σ g² of the gradients the step would take, clamped, not yet scaled."""
+    grads = [_gradient(job, _lanes(job), settings) for job in jobs]
+    foreach.clip_(grads, settings.clip_value, None)
+    norms = [torch.linalg.vector_norm(g).to(grads[0].device, torch.float64) for g in grads]
+    return torch.stack(norms).square().sum()
+
+
 def step(jobs: Sequence[AdamJob], settings: AdamStep, impl: str) -> None:
     """Carry out the jobs. impl: "auto" runs torch's fused kernel where it can, "reference" the formulas of reference.py.
 
@@ -100,7 +108,7 @@ def _write_back(job: AdamJob, weight: Tensor, m: Tensor | None, v: Tensor, s: Ad
         weight = reference.stochastic_round_bf16(weight, reference.random_bits16(index, s.seed, job.step))
     if partial:
         lanes.scatter_(p, weight)
-    elif weight.dtype != p.dtype or job.master is not None:
+    elif p.dtype != work_dtype(p) or job.master is not None:
         p.copy_(weight)
     if job.ema is not None and s.ema is not None:
         source = weight.to(job.ema.dtype)

@@ -101,6 +101,12 @@ def contrast_(score: Tensor, other_square_sum: Tensor, count: int, floor_value: 
     return score.div_((other_square_sum / count).sqrt_().add_(floor_value))
 
 
+def clip_norm_factor(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), 0-dim, with the L2 norm over all grads."""
+    norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 def clip_(grads: Sequence[Tensor], clip_value: float | None, clip_norm: float | None) -> None:
     """Elementwise clamp to ±clip_value, then one common factor so that the L2 norm over all grads is at most clip_norm,
     in place.
@@ -111,8 +117,7 @@ def clip_(grads: Sequence[Tensor], clip_value: float | None, clip_norm: float | 
         if clip_value is not None:
             g.clamp_(-clip_value, clip_value)
     if clip_norm is not None and grads:
-        norm = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = clip_norm_factor(grads, clip_norm)
         for g in grads:
             g.mul_(factor)
 

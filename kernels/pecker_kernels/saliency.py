@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import PeckerKernelsError, ScoreError
-from .select_backend import Census, serving
+from .select_backend import Backend, Census, serving
 
 REDUCTIONS = ("sum", "abs", "square")
+
+
+def contrast_(
+    ops: Backend,
+    scores: Sequence[Tensor],
+    square_sums: Sequence[Tensor],
+    count: int,
+    floor: float,
+    magnitude: bool,
+    names: Sequence[str] | None = None,
+) -> Census:
+    """SaliencyScores.contrast_ on plain tensors, by a given implementation: contiguous float32 of equal shapes."""
+    if not (math.isfinite(floor) and floor > 0):
+        raise PeckerKernelsError(f"floor must be a positive number, got {floor}")
+    sums = ops.rms_sums(square_sums, count).tolist()
+    mean = math.fsum(sums) / max(1, sum(s.numel() for s in scores))
+    if not math.isfinite(mean):
+        bad = next(i for i, value in enumerate(sums) if not math.isfinite(value))
+        label = f"{names[bad]!r}" if names is not None else f"tensor {bad}"
+        raise ScoreError(f"retain scores of {label} hold NaN or inf: the gradients they come from are not finite")
+    if mean == 0:
+        raise ScoreError("every retain gradient is zero: there is nothing to contrast with")
+    return ops.contrast_(scores, square_sums, count, floor * mean, magnitude)
 
 
 class SaliencyScores:
@@ -104,22 +127,13 @@ class SaliencyScores:
             raise PeckerKernelsError(
                 'contrast_ takes the root mean square: build the other scores with reduction="square"'
             )
-        if not (math.isfinite(floor) and floor > 0):
-            raise PeckerKernelsError(f"floor must be a positive number, got {floor}")
         if self._contrasted:
             raise PeckerKernelsError("scores were already contrasted")
         ours, theirs = self.accumulators(), retain_scores.accumulators()
         if [(n, s.shape) for n, s in ours] != [(n, s.shape) for n, s in theirs]:
             raise PeckerKernelsError("contrast_ takes scores of the same parameters in the same order")
-        squares, count = [s for _, s in theirs], retain_scores.accumulations
-        sums = self._ops.rms_sums(squares, count).tolist()
-        mean = math.fsum(sums) / self.total
-        if not math.isfinite(mean):
-            bad = next(name for (name, _), value in zip(theirs, sums) if not math.isfinite(value))
-            raise ScoreError(f"retain scores of {bad!r} hold NaN or inf: the gradients they come from are not finite")
-        if mean == 0:
-            raise ScoreError("every retain gradient is zero: there is nothing to contrast with")
-        scores = [s for _, s in ours]
-        self._remember(self._ops.contrast_(scores, squares, count, floor * mean, self.reduction == "sum"))
+        scores, squares, count = [s for _, s in ours], [s for _, s in theirs], retain_scores.accumulations
+        magnitude = self.reduction == "sum"
+        self._remember(contrast_(self._ops, scores, squares, count, floor, magnitude, self.names))
         self._contrasted = True
         return self

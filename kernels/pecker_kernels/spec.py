@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import bitmask, foreach, ops, reference, saliency, threshold
+from . import bitmask, foreach, ops, ops_select, reference, saliency, threshold
 from .dispatch import IMPLEMENTATIONS
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
@@ -27,6 +27,11 @@ class OpSpec:
     truth: Callable
     flops: Callable[[int, float], float]  # (n, d) -> floating operations
     bytes_moved: Callable[[int, float], float]  # (n, d) -> bytes
+
+
+def _live_lines(d: float) -> float:
+    """Share of the 64-byte lines of float32 that hold a kept weight, lanes at random."""
+    return 1 - (1 - d) ** 16
 
 
 SPECS = {
@@ -91,7 +96,7 @@ SPECS = {
             IMPLEMENTATIONS,
             threshold.keep_top_k,
             reference.keep_top_k,
-            flops=lambda n, d: n,
+            flops=lambda n, d: ops_select.KEEP_FLOPS * n,
             # The passes of kth_largest, one more that writes bits, and those bits unpacked.
             bytes_moved=lambda n, d: 8 * n + 4 * n + n / 8 + n / 8 + n,
         ),
@@ -102,7 +107,8 @@ SPECS = {
             IMPLEMENTATIONS,
             saliency.SaliencyScores.accumulate,
             reference.accumulate_,
-            flops=lambda n, d: 2 * n,
+            # "square", the dearest: "sum" and "abs" are one addition.
+            flops=lambda n, d: ops_select.ACCUMULATE_FLOPS["square"] * n,
             # float32 gradients; the histogram of the last call is counted in the cache.
             bytes_moved=lambda n, d: 12 * n,
         ),
@@ -113,8 +119,7 @@ SPECS = {
             IMPLEMENTATIONS,
             saliency.SaliencyScores.contrast_,
             reference.contrast_,
-            # s / (√(o / n) + floor), and √(o / n) once more for the mean before it.
-            flops=lambda n, d: 4 * n + 3 * n,
+            flops=lambda n, d: ops_select.CONTRAST_FLOPS * n,
             bytes_moved=lambda n, d: 12 * n + 4 * n,
         ),
         OpSpec(
@@ -130,14 +135,34 @@ SPECS = {
         OpSpec(
             "masked_adam_",
             ("params [n]", "grads [n]", "bits [n / 8]", "exp_avgs [d n]", "exp_avg_sqs [d n]", "step"),
-            ("float32", "float64"),
-            ("auto", "reference"),
+            _FLOATS,
+            IMPLEMENTATIONS,
             ops.masked_adam_,
             reference.adam_,
             flops=lambda n, d: ops.ADAM_FLOPS * d * n,
             # Compact moments are dense vectors; parameter and gradient lines of 64 bytes are moved whole where any lane
             # is live.
-            bytes_moved=lambda n, d: 16 * d * n + 12 * n * (1 - (1 - d) ** 16) + n / 8,
+            bytes_moved=lambda n, d: 16 * d * n + 12 * n * _live_lines(d) + n / 8,
+        ),
+        OpSpec(
+            "differentiated_adam_",
+            ("params [n]", "grads [n]", "bits [n / 8]", "exp_avgs [n]", "exp_avg_sqs [n]", "step", "masked_grads [n]"),
+            _FLOATS,
+            IMPLEMENTATIONS,
+            ops.masked_adam_,
+            reference.adam_,
+            flops=lambda n, d: (ops.ADAM_FLOPS + ops.MASKED_GRAD_FLOPS) * n,
+            bytes_moved=lambda n, d: 28 * n + 4 * n * _live_lines(d) + n / 8,
+        ),
+        OpSpec(
+            "clip_norm_factor",
+            ("grads [n]", "bits [n / 8]", "max_norm"),
+            _FLOATS,
+            IMPLEMENTATIONS,
+            ops_select.clip_norm_factor,
+            reference.clip_norm_factor,
+            flops=lambda n, d: ops_select.CLIP_NORM_FLOPS * n,
+            bytes_moved=lambda n, d: 4 * n * _live_lines(d) + n / 8,
         ),
     )
 }

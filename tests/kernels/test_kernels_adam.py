@@ -250,6 +250,14 @@ def test_functional_form_is_the_optimizer(density, impl):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_bfloat16_weights_without_a_mask_move(impl):
+    p = torch.nn.Parameter(torch.ones(65, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    pk.MaskedAdam([p], lr=0.1, impl=impl).step()
+    torch.testing.assert_close(p.detach().float(), torch.full((65,), 0.9), rtol=2**-7, atol=0)
+
+
 def test_functional_form_refusals_and_schema():
     p, g, v = torch.zeros(10), torch.ones(10), torch.zeros(4)
     bits = pk.SaliencyMask.random({"a": p}, 0.4).bits["a"]
