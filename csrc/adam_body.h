@@ -240,40 +240,40 @@ static const T* gradient(const AdamTensor& t, const Stretch& s, const Coefficien
     gather(s, t.grad, t.grad_dtype, to);
   else
     widen(t.grad, t.grad_dtype, s.at, s.count, to);
-  if (extra) {
-    const auto add = [&](int64_t i, T x) { to[i] += x; };
-    if (!t.bits) {
-      alignas(64) T more[kBlock];
-      widen(t.masked_grad, t.masked_grad_dtype, s.at, s.count, more);
-      for (int64_t i = 0; i < s.count; ++i) to[i] += more[i];
-    } else {
-      uint64_t words[kBlock / 64];
-      const int64_t n_words = read_words(t.bits, s.at, s.count, words);
-      for (int64_t w = 0; w < n_words; ++w) {
-        uint64_t word = words[w];
+  const bool scaled = c.scale != 1;
+  if (scaled)
+    for (int64_t i = 0; i < s.count; ++i) to[i] /= c.scale;
+  if (!extra) return to;
+  if (!t.bits) {
+    alignas(64) T more[kBlock];
+    widen(t.masked_grad, t.masked_grad_dtype, s.at, s.count, more);
+    for (int64_t i = 0; i < s.count; ++i) to[i] += scaled ? more[i] / c.scale : more[i];
+    return to;
+  }
+  uint64_t words[kBlock / 64];
+  const int64_t n_words = read_words(t.bits, s.at, s.count, words);
+  for (int64_t w = 0; w < n_words; ++w) {
+    uint64_t word = words[w];
 #if PECKER_LEVEL == 2
-        if constexpr (sizeof(T) == 4)
-          if (t.masked_grad_dtype == kFloat32) {
-            const float* const from = static_cast<const float*>(t.masked_grad) + s.at;
-            for (int64_t i = 64 * w; word; i += 16, word >>= 16) {
-              const __mmask16 k = static_cast<__mmask16>(word);
-              const __m512 x = _mm512_maskz_loadu_ps(k, to + i);
-              _mm512_mask_storeu_ps(to + i, k, _mm512_add_ps(x, _mm512_maskz_loadu_ps(k, from + i)));
-            }
-            continue;
-          }
-#endif
-        for (; word; word &= word - 1) {
-          const int64_t i = 64 * w + __builtin_ctzll(word);
-          T x;
-          widen(t.masked_grad, t.masked_grad_dtype, s.at + i, 1, &x);
-          add(i, x);
+    if constexpr (sizeof(T) == 4)
+      if (t.masked_grad_dtype == kFloat32) {
+        const float* const from = static_cast<const float*>(t.masked_grad) + s.at;
+        for (int64_t i = 64 * w; word; i += 16, word >>= 16) {
+          const __mmask16 k = static_cast<__mmask16>(word);
+          __m512 more = _mm512_maskz_loadu_ps(k, from + i);
+          if (scaled) more = _mm512_div_ps(more, _mm512_set1_ps(c.scale));
+          _mm512_mask_storeu_ps(to + i, k, _mm512_add_ps(_mm512_maskz_loadu_ps(k, to + i), more));
         }
+        continue;
       }
+#endif
+    for (; word; word &= word - 1) {
+      const int64_t i = 64 * w + __builtin_ctzll(word);
+      T more;
+      widen(t.masked_grad, t.masked_grad_dtype, s.at + i, 1, &more);
+      to[i] += scaled ? more / c.scale : more;
     }
   }
-  if (c.scale != 1)
-    for (int64_t i = 0; i < s.count; ++i) to[i] /= c.scale;
   return to;
 }
 

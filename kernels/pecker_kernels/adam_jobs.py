@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from .errors import PeckerKernelsError
 from .lanes import Lanes
 
 
@@ -49,6 +51,22 @@ class AdamJob:
         if self.kept is None:
             self.kept = Lanes(self.param.shape, self.bits)
         return self.kept
+
+    def check(self) -> None:
+        """Raise PeckerKernelsError for tensors that no implementation could walk together: kernels read raw memory."""
+        p, n = self.param, self.param.numel()
+        for g in (self.grad, self.masked_grad):
+            if g is not None and g.shape != p.shape:
+                raise PeckerKernelsError(f"a gradient is {list(g.shape)}, its weights {list(p.shape)}")
+        lanes = self.lanes.count if self.compact else n
+        for t in (self.exp_avg, self.exp_avg_sq, self.master, self.ema):
+            if t is not None and t.numel() != lanes:
+                raise PeckerKernelsError(f"the state of weights {list(p.shape)} holds {t.numel()} values for {lanes}")
+        if self.bits is not None and self.bits.numel() != (n + 7) // 8:
+            raise PeckerKernelsError(f"the mask of weights {list(p.shape)} has {self.bits.numel()} bytes")
+        step = self.step
+        if step.dtype != torch.float32 or step.numel() != 1:
+            raise PeckerKernelsError(f"steps are counted in one float32 number, got {step.dtype} {list(step.shape)}")
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from .lanes import Lanes
 from .mask import SaliencyMask
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PER_WEIGHT = (*MOMENTS, "master", "ema")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -32,6 +33,7 @@ class LaneState(torch.optim.Optimizer):
     _mask: SaliencyMask | None
     _lanes: dict[Tensor, Lanes]
     _plans: dict[int, AdamPlan]
+    skipped: Tensor | None
 
     @property
     def mask(self) -> SaliencyMask | None:
@@ -50,7 +52,7 @@ class LaneState(torch.optim.Optimizer):
             raise PeckerKernelsError(
                 "a mask goes by name: pass model.named_parameters() (or groups of named parameters)"
             )
-        for name, p in zip(group["param_names"], group["params"]):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
             if name not in mask.bits:
                 raise MaskError(
                     f"parameter {name!r} is not in the mask: leave it out of the optimizer or build a new mask"
@@ -60,7 +62,8 @@ class LaneState(torch.optim.Optimizer):
 
     def _named(self) -> Iterator[tuple[str | None, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
-            for name, p in zip(group.get("param_names", [None] * len(group["params"])), group["params"]):
+            names = group.get("param_names", [None] * len(group["params"]))
+            for name, p in zip(names, group["params"], strict=True):
                 yield name, p, group
 
     def _lanes_of(self, p: Tensor, name: str | None) -> Lanes:
@@ -70,7 +73,7 @@ class LaneState(torch.optim.Optimizer):
             if mask is None or mask.count_of(name) == p.numel():
                 lanes = Lanes(p.shape)
             else:
-                lanes = Lanes(p.shape, mask.bits[name].to(p.device), mask.count_of(name))
+                lanes = Lanes(p.shape, mask.bits[name].to(p.device, copy=True), mask.count_of(name))
             self._lanes[p] = lanes
         return lanes
 
@@ -192,6 +195,11 @@ class LaneState(torch.optim.Optimizer):
             check_group({**self.defaults, **group})
         digest = self._mask.digest if self._mask is not None else None
         params = list(self._named())
+        # State goes by position; torch would take the saved names over, and names choose the bits of the mask.
+        own = [str(name) for name, _, _ in self._named()]
+        theirs = [name for group in groups for name in group.get("param_names", [])]
+        if theirs != own and sorted(theirs) == sorted(own):
+            raise PeckerKernelsError("the saved state lists the same parameters in another order")
         ids = [i for group in groups for i in group["params"]]
         mask_of = {i: group.get("mask_sha256") for group in groups for i in group["params"]}
         for i, (name, p, _) in zip(ids, params):
@@ -201,6 +209,8 @@ class LaneState(torch.optim.Optimizer):
             if "exp_avg_sq" not in saved or "step" not in saved:
                 raise PeckerKernelsError(f"the saved state of parameter {i if name is None else name!r} is not Adam's")
             shape = saved["exp_avg_sq"].shape
+            if any(torch.is_tensor(t) and t.shape != shape for key, t in saved.items() if key in PER_WEIGHT):
+                raise PeckerKernelsError(f"the saved state of parameter {i if name is None else name!r} is damaged")
             if shape == p.shape:
                 continue
             if mask_of[i] != digest or shape.numel() != self._lanes_of(p, name).count:
@@ -208,7 +218,12 @@ class LaneState(torch.optim.Optimizer):
                     f"the saved moments of parameter {i if name is None else name!r} belong to another mask or model: "
                     "build the optimizer with the mask they were saved with"
                 )
-        super().load_state_dict(dict(state_dict))
+        renamed = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
+        for group, mine in zip(renamed, self.param_groups):
+            if "param_names" in mine:
+                group["param_names"] = mine["param_names"]
+        super().load_state_dict({**state_dict, "param_groups": renamed})
+        self._plans = {}
         for group in self.param_groups:
             for key in TORCH_DEFAULTS:
                 if key not in DEFAULTS:
@@ -237,5 +252,5 @@ class LaneState(torch.optim.Optimizer):
         return {**super().__getstate__(), "_mask": self._mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lanes, self._plans = {}, {}
+        self._lanes, self._plans, self.skipped = {}, {}, None
         super().__setstate__(state)

@@ -28,8 +28,10 @@ def _refusal(which: str, jobs: Sequence[AdamJob]) -> str | None:
 def choose(impl: str, jobs: Sequence[AdamJob]) -> str:
     """ "cpu", "triton", "reference", or "auto" for torch's own operations where no kernel can serve.
 
-    Raises PeckerKernelsError where the implementation asked for cannot take these tensors.
+    Raises PeckerKernelsError where the tensors do not fit each other, or the implementation asked for cannot take them.
     """
+    for job in jobs:
+        job.check()
     which = resolve(impl, *[job.param for job in jobs])
     if which == "reference":
         return impl
@@ -52,6 +54,15 @@ class AdamPlan:
     key: Hashable = None
     which: str | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.jobs[0].param.device
+
+    def prepare(self) -> None:
+        """Raise what `step` would raise, before anything is counted or written."""
+        if self.which == "cpu":
+            cpu_adam.prepare(self.jobs, self.cache)
 
     def advance(self, settings: AdamStep) -> None:
         """Count this step, unless settings.found_inf says that it will be skipped."""

@@ -30,6 +30,15 @@ def check_bits(bits: Tensor, n: int, what: str = "bits") -> None:
         raise MaskError(f"{what}: expected uint8 [{(n + 7) // 8}] for {n} weights, got {bits.dtype} {list(bits.shape)}")
 
 
+def sound_bits(bits: Tensor, n: int, what: str = "bits") -> Tensor:
+    """The bits in one piece, for kernels that walk them. Raises MaskError where `check_bits` does and for ones in the
+    padding; waits for the device."""
+    check_bits(bits, n, what)
+    if n % 8 and int(bits[-1]) >> (n % 8):
+        raise MaskError(f"{what} has ones in the padding behind its {n} weights")
+    return bits.contiguous()
+
+
 def pack_bits(keep: Tensor, impl: str = "auto") -> Tensor:
     """bool or uint8 [any shape] (non-zero = one) -> uint8 [ceil(n / 8)] on the same device, least significant bit
     first."""

@@ -53,6 +53,10 @@ def refusal(jobs: Iterable[AdamJob]) -> str | None:
             return f"does not know {sorted({str(t.dtype) for t in given if t.dtype not in DTYPES})}"
         if not p.is_contiguous() and (job.bits is not None or not torch.ops.aten.is_non_overlapping_and_dense(p)):
             return "takes contiguous weights under a mask, and weights that are dense in memory without one"
+        if any(t.numel() and not t.data_ptr() for t in given):
+            return f"takes tensors with memory of their own, got {type(p).__name__}"
+        if p.dtype == torch.bfloat16 and job.master is None and not p.is_contiguous():
+            return "rounds bfloat16 weights by their row-major position, and takes them contiguous"
         work = torch.float64 if p.dtype == torch.float64 else torch.float32
         if any(t.dtype != work for t in _state(job)):
             return f"keeps the state of {p.dtype} weights in {work}"
@@ -86,31 +90,27 @@ class _Table:
 
     @staticmethod
     def _addresses(jobs: Sequence[AdamJob]) -> list[int]:
-        state = [
-            t.data_ptr() for job in jobs for t in (job.exp_avg, job.exp_avg_sq, job.master, job.ema) if t is not None
-        ]
-        return [job.param.data_ptr() for job in jobs] + state
+        return [t.data_ptr() for job in jobs for t in (job.param, job.step, *_state(job))]
 
     def fits(self, jobs: Sequence[AdamJob]) -> bool:
         """Whether these are the jobs it was made for and nothing was moved; jobs are changed in their gradients only."""
         return jobs is self.jobs and self.addresses == self._addresses(jobs)
 
     def fill(self, jobs: Sequence[AdamJob]) -> list[Tensor]:
-        """Point the rows at this step's gradients; returns the copies that must live until the call is done."""
-        copies: list[Tensor] = []
+        """Point the rows at this step's gradients; returns what must live until the call is done."""
+        held: list[Tensor] = []
 
         def laid_out(g: Tensor, p: Tensor) -> Tensor:
-            if alike(g, p):
-                return g
-            copies.append(torch.empty_like(p, dtype=g.dtype).copy_(g))
-            return copies[-1]
+            g = g.resolve_neg()
+            return g if alike(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
 
         for column, which in ((_GRAD, "grad"), (_MASKED_GRAD, "masked_grad")):
             grads = [getattr(job, which) for job in jobs]
             ready = [None if g is None else laid_out(g, job.param) for g, job in zip(grads, jobs)]
+            held += [g for g in ready if g is not None]
             self.rows[:, column] = [0 if g is None else g.data_ptr() for g in ready]
             self.rows[:, _COLUMNS - 3 + column] = [0 if g is None else DTYPES[g.dtype] for g in ready]
-        return copies
+        return held
 
 
 def _settings(s: AdamStep, factor: float = 1.0) -> _Settings:
@@ -125,6 +125,8 @@ def _settings(s: AdamStep, factor: float = 1.0) -> _Settings:
 def _table(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> _Table:
     table = cache.get("cpu")
     if table is None or not table.fits(jobs):
+        for job in jobs:
+            job.check()
         reason = refusal(jobs)
         if reason is not None:
             raise NativeLibraryError(f"the C++ Adam {reason}")
@@ -144,10 +146,15 @@ def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any
     """(sum of squares, all finite) of the gradients that `step` would take on the updated weights, clamped but not yet
     scaled. The sum is in float64 and the same on any number of threads."""
     table = _table(jobs, cache)
-    copies = table.fill(jobs)
+    held = table.fill(jobs)
     result = _stats(table.rows, _settings(settings))
-    del copies
+    del held
     return result.square_sum, bool(result.finite)
+
+
+def prepare(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> None:
+    """Raise now what `step` would raise."""
+    _table(jobs, cache)
 
 
 def advance(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> None:
@@ -164,7 +171,7 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
     if settings.found_inf is not None and float(settings.found_inf) != 0:
         return
     table = _table(jobs, cache)
-    copies = table.fill(jobs)
+    held = table.fill(jobs)
     factor = 1.0
     if settings.clip_norm is not None:
         norm = math.sqrt(_stats(table.rows, _settings(settings)).square_sum)
@@ -172,7 +179,7 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
     cpu.library().pecker_adam(
         table.rows.ctypes.data, len(table.rows), ctypes.byref(_settings(settings, factor)), torch.get_num_threads()
     )
-    del copies
+    del held
     # The write happened behind autograd's back.
     torch.autograd.graph.increment_version([job.param for job in jobs])
 
@@ -180,7 +187,7 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no value of these CPU tensors of any floating dtype is NaN or inf."""
     rows = np.zeros((len(tensors), _COLUMNS), dtype=np.int64)
-    held = [t.detach().contiguous() for t in tensors]
+    held = [t.detach().resolve_neg().contiguous() for t in tensors]
     wide = [DTYPES[torch.float64 if t.dtype == torch.float64 else torch.float32] for t in held]
     rows[:, _GRAD] = [t.data_ptr() for t in held]
     rows[:, _N] = [t.numel() for t in held]

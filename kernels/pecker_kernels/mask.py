@@ -56,7 +56,7 @@ class SaliencyMask:
         counts: Mapping[str, int] | None = None,
     ) -> None:
         selection.check_choice(structure, scope, tile)
-        self.bits = dict(bits)
+        self.bits = {name: packed.contiguous() for name, packed in bits.items()}
         self.shapes = {name: torch.Size(shapes[name]) for name in self.bits}
         self.structure, self.scope, self.tile = structure, scope, (int(tile[0]), int(tile[1]))
         self.threshold = threshold

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import bitmask
 from .adam_jobs import AdamJob, AdamStep
 from .adam_step import AdamPlan, choose
-from .bitmask import check_bits
+from .bitmask import sound_bits
 from .errors import MaskError, PeckerKernelsError
 from .lane_adam import work_dtype
 from .lanes import Lanes
@@ -159,8 +159,7 @@ def masked_adam_(
                 raise PeckerKernelsError(f"{name}[{i}] is {list(lists[name][i].shape)}, params[{i}] {list(p.shape)}")
         lanes = Lanes(p.shape)
         if bits:
-            check_bits(bits[i], p.numel(), f"bits[{i}]")
-            lanes = Lanes(p.shape, bits[i].to(p.device))
+            lanes = Lanes(p.shape, sound_bits(bits[i], p.numel(), f"bits[{i}]").to(p.device))
             lanes = Lanes(p.shape) if lanes.count == p.numel() else lanes
         compact = lanes.bits is not None and not masked_grads
         like = torch.Size([lanes.count]) if compact else p.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import adam_step, saliency, threshold
-from .bitmask import check_bits
+from .bitmask import sound_bits
 from .errors import PeckerKernelsError
 from .select_backend import serving
 
@@ -105,8 +105,7 @@ def clip_norm_factor(
     for i, g in enumerate(grads):
         if not g.is_floating_point():
             raise PeckerKernelsError(f"grads[{i}] is {g.dtype}: a norm is taken over floating tensors")
-        if bits:
-            check_bits(bits[i], g.numel(), f"bits[{i}]")
+    bits = [sound_bits(b, g.numel(), f"bits[{i}]") for i, (b, g) in enumerate(zip(bits, grads))]
     result = _scalar_of(grads)
     if not grads:
         return result.fill_(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,11 @@ from .adam_step import AdamPlan, choose
 from .errors import PeckerKernelsError
 from .lanes import Lanes
 from .mask import SaliencyMask
+
+
+def _kind(tensor: Tensor | None) -> Hashable:
+    """What the choice of an implementation depends on."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 class MaskedAdam(LaneState):
@@ -38,9 +43,10 @@ class MaskedAdam(LaneState):
     check_finite: skip the whole step, all groups and their counters, where a gradient that would be read is not finite;
         `skipped` then holds 1.0 (0-dim float32 on the device), else 0.0. Nothing waits for the device.
 
-    Without `masked_grads` a weight outside the mask is never written, weight decay or not. Without check_finite a step on
-    NaN writes NaN. torch.amp.GradScaler is served. Bad arguments raise PeckerKernelsError, a ValueError, in torch's
-    words.
+    Without `masked_grads` a weight outside the mask is never written, weight decay or not; the mask is copied, so only
+    `set_mask` changes it. Without check_finite a step on NaN writes NaN. torch.amp.GradScaler is served; masked_grads are
+    unscaled and checked here too, unless its `unscale_` was called. Bad arguments raise PeckerKernelsError, a
+    ValueError, in torch's words.
     """
 
     _step_supports_amp_scaling = True
@@ -120,34 +126,50 @@ class MaskedAdam(LaneState):
             with torch.enable_grad():
                 loss = closure()
         extra = None if masked_grads is None else self._by_param(masked_grads)
+        try:
+            self._step_all(extra)
+        finally:
+            # The next backward pass needs the gradients' memory.
+            for plan in self._plans.values():
+                for job in plan.jobs:
+                    job.grad = job.masked_grad = None
+        return loss
+
+    def _step_all(self, extra: dict[Tensor, Tensor] | None) -> None:
+        """Everything that can be refused is refused before a step is counted or a weight written."""
         work = []
         offset = 0
+        # A scaler has looked at p.grad alone.
+        unseen = extra is not None and getattr(self, "found_inf", None) is not None
         for i, group in enumerate(self.param_groups):
             plan = self._plan(i, group, extra, offset)
             if plan is not None:
-                work.append((plan, self._settings(group), group["check_finite"]))
+                plan.prepare()
+                work.append((plan, self._settings(group, plan.device), group["check_finite"] or unseen))
             offset += sum(p.numel() for p in group["params"])
         self._skip_not_finite(work)
         for plan, settings, _ in work:
             plan.advance(settings)
+        for plan, settings, _ in work:
             plan.step(settings)
-        return loss
 
     def _skip_not_finite(self, work: list[tuple[AdamPlan, AdamStep, bool]]) -> None:
         """Where a gradient that would be read is not finite no group is stepped on."""
-        self.skipped = None
         asked = [(plan, settings) for plan, settings, check in work if check]
         if not asked:
+            checks = any(group["check_finite"] for group in self.param_groups)
+            self.skipped = torch.zeros(()) if checks else None
             return
         found = [plan.not_finite(settings) for plan, settings in asked]
         skip = torch.stack([f.to(found[0].device) for f in found]).any().float()
-        for _, settings, _ in work:
-            scaler = settings.found_inf
-            settings.found_inf = skip if scaler is None else torch.maximum(skip, scaler.to(skip.device))
+        for plan, settings, _ in work:
+            here, scaler = skip.to(plan.device), settings.found_inf
+            settings.found_inf = here if scaler is None else torch.maximum(here, scaler)
         self.skipped = skip
 
-    def _settings(self, group: dict[str, Any]) -> AdamStep:
-        # torch.amp.GradScaler hands its scale and its finding over as attributes.
+    def _settings(self, group: dict[str, Any], device: torch.device) -> AdamStep:
+        # torch.amp.GradScaler hands its scale and its finding over as attributes, the finding summed over devices.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         return AdamStep(
             lr=group["lr"],
             beta1=group["betas"][0],
@@ -159,8 +181,8 @@ class MaskedAdam(LaneState):
             clip_norm=group["clip_norm"],
             ema=group["ema"],
             seed=group["seed"],
-            found_inf=getattr(self, "found_inf", None),
-            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=None if found_inf is None else (torch.as_tensor(found_inf, device=device) != 0).float(),
+            grad_scale=None if grad_scale is None else grad_scale.to(device),
         )
 
     def _by_param(self, masked_grads: Mapping[str, Tensor] | Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
@@ -194,7 +216,7 @@ class MaskedAdam(LaneState):
         if any(p.grad is not None and p.grad.is_sparse for p in live):
             raise RuntimeError("MaskedAdam does not support sparse gradients")
         old = self._plans.get(i)
-        key = (extra is None, group["impl"], *map(id, live))
+        key = (extra is None, group["impl"], *((id(p), _kind(p), _kind(p.grad), _kind(more.get(p))) for p in live))
         if old is not None and old.key == key and self._same_state(old, group):
             plan = old
         else:
@@ -231,7 +253,7 @@ class MaskedAdam(LaneState):
         names = group.get("param_names", [None] * len(group["params"]))
         wanted = set(live)
         jobs = []
-        for name, p in zip(names, group["params"]):
+        for name, p in zip(names, group["params"], strict=True):
             first, offset = offset, offset + p.numel()
             if p not in wanted:
                 continue
