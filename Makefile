@@ -53,12 +53,13 @@ bench: setup
 	@$(BIN)/python -m pytest bench/test_bench_iteration.py --benchmark-json=bench/results/iteration_digits.json
 	@$(BIN)/python bench/tables.py --write docs/performance.md
 
-# A GPU machine brings its own torch, built for its driver: no environment is made here.
+# A GPU machine brings its own torch, built for its driver: no environment is made here. It needs pytest, pytest-benchmark,
+# hypothesis, expecttest and diffusers beside torch and triton.
 gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")' || exit 2
-	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/kernels
+	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/kernels
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec 'for suite in bench/test_gpu_*.py; do test -f $$suite || continue; \
-		$(PYTHON) -m pytest $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'
+		$(PYTHON) -m pytest -o addopts=-q $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'
 
 clean:
 	rm -rf $(VENV) build
