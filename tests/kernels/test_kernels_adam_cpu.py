@@ -14,13 +14,6 @@ SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 257, 4095, 4096, 4097, 70_001)
 DENSITIES = (0.003, 0.05, 0.12, 0.5, 0.97, 1.0)
 
 
-@pytest.fixture(params=range(cpu.cpu_level_max() + 1), ids=lambda i: cpu.LEVELS[i])
-def level(request):
-    cpu.set_cpu_level(request.param)
-    yield request.param
-    cpu.set_cpu_level(cpu.cpu_level_max())
-
-
 def keep_of(n, density, seed=0, clustered=False):
     generator = torch.Generator().manual_seed(seed)
     if not clustered:

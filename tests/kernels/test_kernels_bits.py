@@ -12,16 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=range(3), ids=cpu.LEVELS)
-def level(request):
-    before = cpu.cpu_level()
-    if request.param > cpu.cpu_level_max():
-        pytest.skip("this machine lacks the instruction set")
-    cpu.set_cpu_level(request.param)
-    yield request.param
-    cpu.set_cpu_level(before)
-
-
 def random_keep(n, seed=0, density=0.4):
     return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
 

@@ -16,16 +16,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TINY = 1e-45  # the smallest denormal
 
 
-@pytest.fixture(params=range(3), ids=cpu.LEVELS)
-def level(request):
-    before = cpu.cpu_level()
-    if request.param > cpu.cpu_level_max():
-        pytest.skip("this machine lacks the instruction set")
-    cpu.set_cpu_level(request.param)
-    yield request.param
-    cpu.set_cpu_level(before)
-
-
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
