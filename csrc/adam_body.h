@@ -422,8 +422,23 @@ class Feed {
  private:
   void gather_listed() {
     const Stretch s{base_, listed_ - gathered_, 0, lanes_ + gathered_};
-    gradient(t_, s, c_, b_.g + gathered_);
-    weights(t_, s, b_.p + gathered_);
+    constexpr int64_t own = sizeof(T) == 4 ? kFloat32 : kFloat64;
+    if (t_.param_dtype == own && t_.grad_dtype == own && t_.grad && !t_.master && c_.scale == 1) {
+      // The common case in one loop: a position is loaded once.
+      const T* const p = static_cast<const T*>(t_.param) + base_;
+      const T* const g = static_cast<const T*>(t_.grad) + base_;
+      T* const to_p = b_.p + gathered_;
+      T* const to_g = b_.g + gathered_;
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < s.count; ++i) {
+        const uint16_t lane = s.lanes[i];
+        to_p[i] = p[lane];
+        to_g[i] = g[lane];
+      }
+    } else {
+      gradient(t_, s, c_, b_.g + gathered_);
+      weights(t_, s, b_.p + gathered_);
+    }
     gathered_ = listed_;
   }
 
