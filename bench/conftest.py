@@ -1,6 +1,7 @@
 """What a result file says of the machine: kind and versions, not its name; and the command, without the raw timings."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     scale = os.environ.get("BENCH_SCALE", "full")
     arguments = [a.replace(f"{ROOT}{os.sep}", "") for a in map(str, config.invocation_params.args)]
+    # Where else the file was put is the machine's business.
+    arguments = [re.sub(r"^(--benchmark-json=)/.*/", r"\1", a) for a in arguments]
     output_json["command"] = " ".join([*([f"BENCH_SCALE={scale}"] if scale != "full" else []), "pytest", *arguments])
     output_json["scale"] = scale
     for entry in output_json["benchmarks"]:

@@ -227,7 +227,7 @@ struct Buffers {
   alignas(64) uint16_t half[kBlock];
 };
 
-// The gradient of a stretch; null `direct` means it was put into `to`.
+// The gradient of a stretch: where it lies, or put into `to`.
 template <typename T>
 static const T* gradient(const AdamTensor& t, const Stretch& s, const Coefficients<T>& c, T* to) {
   constexpr int64_t own = sizeof(T) == 4 ? kFloat32 : kFloat64;
