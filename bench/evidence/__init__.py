@@ -1,0 +1,1 @@
+"""What bench/study.py runs and reports: plan, trials, stages, outcomes, tables, figures."""
