@@ -1,11 +1,12 @@
 """Compact gradients in Triton: the step on dense gradients of the same values, to the bit."""
 
+import pecker_kernels as pk
 import pytest
 import torch
 from adam_rig import Rig, with_settings
 from pecker_kernels.gpu import adam, adam_lanes, adam_plan, gradstats
 
-SHAPES = [(300,), (5, 13), (7,), (), (0, 3), (1, 64)]
+SHAPES = [(150,), (5, 13), (7,), (), (0, 3), (1, 64)]
 KINDS = {"bitmap": 0.0, "index": 2.0}
 
 
@@ -109,6 +110,31 @@ def test_gates_fail_on_a_neighbours_gradient(device, kind, monkeypatch):
     monkeypatch.setattr(adam_plan, "ranked_table", late)
     with pytest.raises(AssertionError, match="values too far"):
         check(device, with_settings(), density=0.3, rule="differentiated")
+
+
+def test_the_optimizer_keeps_its_tables_while_kinds_take_turns(device, monkeypatch):
+    built, real = [], adam_lanes.masked_table
+    monkeypatch.setattr(adam_plan, "masked_table", lambda bits, n: (built.append(n), real(bits, n))[1])
+    shapes = {"a": (9, 20), "b": (70,)}
+    made = [
+        {name: torch.nn.Parameter(torch.ones(shape, device=device)) for name, shape in shapes.items()} for _ in "12"
+    ]
+    mask = pk.SaliencyMask.random(made[0].items(), 0.3)
+    optimizers = [pk.MaskedAdam(params.items(), mask, impl="triton", ema=0.9) for params in made]
+    for i, (rule, compact) in enumerate([("masked", True), ("masked", False), ("masked", True), ("both", True)] * 2):
+        random = torch.Generator().manual_seed(i)
+        grads = {name: torch.randn(shape, generator=random).to(device) for name, shape in shapes.items()}
+        for hand_over, params, optimizer in zip((compact, False), made, optimizers):
+            given = {name: g[mask.bool(name)] for name, g in grads.items()} if hand_over else grads
+            for p in params.values():
+                p.grad = torch.ones_like(p) if rule == "both" else None
+            optimizer.step(given) if rule == "both" else optimizer.step(compact_grads=given)
+        assert bool(built) == (i in (0, 4)), "lists of lanes were made anew"  # 4: the state has become dense
+        built.clear()
+        for name in shapes:
+            assert torch.equal(made[0][name], made[1][name])
+            for key, value in optimizers[0].state[made[0][name]].items():
+                assert torch.equal(value, optimizers[1].state[made[1][name]][key])
 
 
 def test_what_does_not_fit_is_refused(device):
