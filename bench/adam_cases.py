@@ -15,12 +15,12 @@ from masks import describe, make_mask
 from pecker_kernels.spec import SPECS
 from shapes import Shapes, iteration_flops, network, size, small
 
-MASKED = ("masked", "differentiated", "extras")
+MASKED = ("masked", "compact", "differentiated", "extras")
 
 
 @dataclass(frozen=True)
 class AdamCase:
-    """density 1 of "extras": no mask at all."""
+    """density 1 of "extras": no mask at all. "compact": ours gets the gradients of kept weights alone."""
 
     operation: str
     network: str
@@ -52,6 +52,7 @@ def adam_cases(networks: tuple[str, ...]) -> list[AdamCase]:
         # One flat tensor has rows of a single weight, and no tiles.
         structures = () if name == "flat" else ("row", "tile")
         cases += [AdamCase("masked", name, s, d) for s in structures for d in (0.5, 0.1, 0.01)]
+        cases += [AdamCase("compact", name, s, 0.1) for s in structures[:1]]
         cases += [AdamCase("differentiated", name, "element", d) for d in (0.5, 0.1)]
         cases += [AdamCase("extras", name, "element", d) for d in (1.0, 0.1)]
     return cases
@@ -81,6 +82,7 @@ def check(build: Builder, case: AdamCase, device: str, masked: bool = True, step
         for p, g in zip(problem.params, source):
             p.data.zero_()
             p.grad.copy_(g)
+        problem.__dict__.pop("compact", None)
         contender.run()
         for dtype, (weights, optimizer) in twins.items():
             for i, (w, g, m) in enumerate(zip(weights, source, keep)):
@@ -137,6 +139,8 @@ def step_cost(case: AdamCase, mask: pk.SaliencyMask | None, n: int, line_bytes: 
     if case.operation == "differentiated":
         return 28 * n + lines + n / 8, SPECS["adam_"].flops(n, 1.0) + kept
     moved = per_weight * kept + 3 * lines + (0 if mask is None else n / 8)
+    if case.operation == "compact":
+        return moved - lines + 4 * kept, flops
     if case.operation == "extras":
         # The average is read and written; the check is one more comparison on a gradient that is read anyway.
         return moved + 8 * kept, flops + n + 2 * kept + 3 * kept
@@ -151,7 +155,7 @@ def _problem(name: str, device: str) -> Problem:
 def adam_case(case: AdamCase, device: str = "cpu") -> Case:
     """Build everything that is timed; weights and gradients are shared by the cases of one tensor list."""
     problem = _problem(case.network, device)
-    for name in ("float_masks", "forget"):
+    for name in ("float_masks", "forget", "compact"):
         problem.__dict__.pop(name, None)
     problem.betas, problem.mask = case.betas, case.mask(problem.shapes, device)
     ours, same, dense = OPERATIONS[case.operation]

@@ -59,6 +59,12 @@ class Problem:
         return self._normal()
 
     @cached_property
+    def compact(self) -> list[Tensor]:
+        """The gradients of kept weights, as a backward pass that skips the others leaves them."""
+        assert self.mask is not None
+        return [g[self.mask.bool(name)] for (name, _), g in zip(self.shapes, self.grads)]
+
+    @cached_property
     def float_masks(self) -> list[Tensor]:
         """The mask as mask-multiplying code keeps it: 1.0 and 0.0."""
         assert self.mask is not None
@@ -74,14 +80,20 @@ class Problem:
 Builder = Callable[[Problem], Contender]
 
 
-def ours(problem: Problem, **settings: Any) -> pk.MaskedAdam:
+def ours(problem: Problem, named: Any = None, **settings: Any) -> pk.MaskedAdam:
     return pk.MaskedAdam(
-        problem.named, problem.mask, LR, problem.betas, EPS, impl=implementation(problem.device), **settings
+        named or problem.named, problem.mask, LR, problem.betas, EPS, impl=implementation(problem.device), **settings
     )
 
 
 def ours_step(problem: Problem) -> Contender:
     return Contender("ours", ours(problem).step)
+
+
+def ours_compact(problem: Problem) -> Contender:
+    """The same weights without a dense gradient, which the peers need."""
+    optimizer = ours(problem, [(name, torch.nn.Parameter(p.detach())) for name, p in problem.named])
+    return Contender("ours", lambda: optimizer.step(compact_grads=problem.compact))
 
 
 def ours_differentiated(problem: Problem) -> Contender:
@@ -198,6 +210,7 @@ OPERATIONS: dict[str, tuple[Builder, list[Builder], list[Builder]]] = {
     "dense": (ours_step, [fused, *OTHERS], []),
     "dense_beta1_0": (ours_step, [fused, *OTHERS], []),
     "masked": (ours_step, [mask_multiply, boolean_index], [fused]),
+    "compact": (ours_compact, [mask_multiply, boolean_index], []),
     "differentiated": (ours_differentiated, [combine_loop, combine_foreach], []),
     "extras": (ours_extras, [fused_foreach], []),
 }

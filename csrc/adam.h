@@ -27,6 +27,7 @@ struct AdamTensor {
   int64_t first_index;
   int64_t whole;    // all weights are updated; bits choose from masked_grad alone
   int64_t compact;  // state holds one value for each kept weight
+  int64_t grad_compact, masked_grad_compact;  // so does that gradient; grad only without `whole`, masked_grad only with it
   int64_t param_dtype, grad_dtype, masked_grad_dtype;
 };
 

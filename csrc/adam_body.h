@@ -227,15 +227,54 @@ struct Buffers {
   alignas(64) uint16_t half[kBlock];
 };
 
+// Whether the gradient of a stretch is one run of numbers that can be stepped on where it lies.
+template <typename T>
+static bool gradient_in_place(const AdamTensor& t, const Coefficients<T>& c) {
+  return t.grad && t.grad_dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64) && !(t.masked_grad && t.whole) && c.scale == 1;
+}
+
+// to += masked_grad of the kept weights, one after the other from `rank`.
+template <typename T>
+static void add_compact(const AdamTensor& t, const uint64_t* words, int64_t n_words, int64_t rank, const Coefficients<T>& c, T* to) {
+  constexpr int64_t own = sizeof(T) == 4 ? kFloat32 : kFloat64;
+  const bool scaled = c.scale != 1;
+  for (int64_t w = 0; w < n_words; ++w) {
+    uint64_t word = words[w];
+    const int64_t count = __builtin_popcountll(word);
+    T wide[64];
+    const T* from = wide;
+    if (t.masked_grad_dtype == own)
+      from = static_cast<const T*>(t.masked_grad) + rank;
+    else
+      widen(t.masked_grad, t.masked_grad_dtype, rank, count, wide);
+    rank += count;
+#if PECKER_LEVEL == 2
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t i = 64 * w; word; i += 16, word >>= 16) {
+        const __mmask16 k = static_cast<__mmask16>(word);
+        const int ones = __builtin_popcount(k);
+        __m512 more = _mm512_maskz_expand_ps(k, _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << ones) - 1), from));
+        if (scaled) more = _mm512_div_ps(more, _mm512_set1_ps(c.scale));
+        _mm512_mask_storeu_ps(to + i, k, _mm512_add_ps(_mm512_maskz_loadu_ps(k, to + i), more));
+        from += ones;
+      }
+      continue;
+    }
+#endif
+    for (; word; word &= word - 1, ++from) to[64 * w + __builtin_ctzll(word)] += scaled ? *from / c.scale : *from;
+  }
+}
+
 // The gradient of a stretch: where it lies, or put into `to`.
 template <typename T>
 static const T* gradient(const AdamTensor& t, const Stretch& s, const Coefficients<T>& c, T* to) {
-  constexpr int64_t own = sizeof(T) == 4 ? kFloat32 : kFloat64;
   const bool extra = t.masked_grad && t.whole;
-  if (!s.lanes && t.grad && t.grad_dtype == own && !extra && c.scale == 1)
-    return static_cast<const T*>(t.grad) + s.at;
+  if ((!s.lanes || t.grad_compact) && gradient_in_place(t, c))
+    return static_cast<const T*>(t.grad) + (t.grad_compact ? s.lane : s.at);
   if (!t.grad)
     std::fill(to, to + s.count, T{0});
+  else if (t.grad_compact)
+    widen(t.grad, t.grad_dtype, s.lane, s.count, to);
   else if (s.lanes)
     gather(s, t.grad, t.grad_dtype, to);
   else
@@ -252,6 +291,10 @@ static const T* gradient(const AdamTensor& t, const Stretch& s, const Coefficien
   }
   uint64_t words[kBlock / 64];
   const int64_t n_words = read_words(t.bits, s.at, s.count, words);
+  if (t.masked_grad_compact) {
+    add_compact(t, words, n_words, t.rank[s.at / kBlock], c, to);
+    return to;
+  }
   for (int64_t w = 0; w < n_words; ++w) {
     uint64_t word = words[w];
 #if PECKER_LEVEL == 2
@@ -401,13 +444,15 @@ template <typename T>
 class Feed {
  public:
   Feed(const AdamTensor& t, const Coefficients<T>& c, uint32_t key, int64_t base, Buffers<T>& b)
-      : t_(t), c_(c), key_(key), base_(base), b_(b) {}
+      : t_(t), c_(c), key_(key), base_(base), b_(b) {
+    if (t.grad_compact && gradient_in_place(t, c)) run_ = static_cast<const T*>(t.grad);
+  }
 
   int64_t add(int64_t at, int64_t n, const uint64_t* words, int64_t n_words, int64_t lane) {
     if (listed_ == 0) lane_ = lane;
     const int64_t more = list_lanes(words, n_words, at - base_, false, lanes_ + listed_);
     prefetch(t_.param, size_of(t_.param_dtype), base_, lanes_ + listed_, more, at, n);
-    if (t_.grad) prefetch(t_.grad, size_of(t_.grad_dtype), base_, lanes_ + listed_, more, at, n);
+    if (t_.grad && !t_.grad_compact) prefetch(t_.grad, size_of(t_.grad_dtype), base_, lanes_ + listed_, more, at, n);
     gather_listed();
     listed_ += more;
     if (gathered_ >= kEnough) step(gathered_ / 16 * 16);
@@ -421,9 +466,11 @@ class Feed {
 
  private:
   void gather_listed() {
-    const Stretch s{base_, listed_ - gathered_, 0, lanes_ + gathered_};
+    const Stretch s{base_, listed_ - gathered_, lane_ + gathered_, lanes_ + gathered_};
     constexpr int64_t own = sizeof(T) == 4 ? kFloat32 : kFloat64;
-    if (t_.param_dtype == own && t_.grad_dtype == own && t_.grad && !t_.master && c_.scale == 1) {
+    if (run_) {
+      weights(t_, s, b_.p + gathered_);
+    } else if (t_.param_dtype == own && t_.grad_dtype == own && t_.grad && !t_.grad_compact && !t_.master && c_.scale == 1) {
       // The common case in one loop: a position is loaded once.
       const T* const p = static_cast<const T*>(t_.param) + base_;
       const T* const g = static_cast<const T*>(t_.grad) + base_;
@@ -443,10 +490,10 @@ class Feed {
   }
 
   void step(int64_t count) {
-    step_stretch(t_, Stretch{base_, count, lane_, lanes_}, c_, key_, b_.p, b_.g, b_);
+    step_stretch(t_, Stretch{base_, count, lane_, lanes_}, c_, key_, b_.p, run_ ? run_ + lane_ : b_.g, b_);
     const auto close_up = [=](auto* values, int64_t n) { std::memmove(values, values + count, (n - count) * sizeof(*values)); };
     close_up(lanes_, listed_);
-    close_up(b_.g, gathered_);
+    if (!run_) close_up(b_.g, gathered_);
     if (!t_.master) close_up(b_.p, gathered_);
     lane_ += count;
     listed_ -= count;
@@ -459,6 +506,7 @@ class Feed {
   const uint32_t key_;
   const int64_t base_;
   Buffers<T>& b_;
+  const T* run_ = nullptr;  // a compact gradient that is read where it lies
   int64_t lane_ = 0, listed_ = 0, gathered_ = 0;
   alignas(64) uint16_t lanes_[kEnough + 2 * kMostLanes + 64];
 };
@@ -515,7 +563,11 @@ static GradStats stats_range(const AdamTensor& t, const AdamSettings& settings, 
       t, begin, end, [&](int64_t at, int64_t n, int64_t lane) { count(Stretch{at, n, lane, nullptr}); },
       [&](int64_t at, int64_t n, const uint64_t* words, int64_t n_words, int64_t lane) {
         (void)n;
-        const Stretch s{at, list_lanes(words, n_words, 0, false, lanes), lane, lanes};
+        Stretch s{at, 0, lane, lanes};
+        if (t.grad_compact)
+          for (int64_t w = 0; w < n_words; ++w) s.count += __builtin_popcountll(words[w]);
+        else
+          s.count = list_lanes(words, n_words, 0, false, lanes);
         count(s);
         return s.count;
       });

@@ -18,7 +18,8 @@ class AdamJob:
 
     param: floating tensor of any shape, dense in memory.
     grad: gradient of the parameter's shape and any float dtype, None = zero (only with masked_grad).
-    masked_grad: the differentiated rule: the step is taken on grad + m ⊙ masked_grad.
+    masked_grad: the differentiated rule: the step is taken on grad + m ⊙ masked_grad. It, or grad where not `whole`, may
+        be compact: 1-D with one value per kept weight in position order.
     bits: uint8 [ceil(n / 8)] in row-major order, None = every weight is kept.
     whole: every weight is updated (no mask, or the differentiated rule, where bits only choose from masked_grad);
         otherwise only the kept ones, and no other weight or state is written.
@@ -52,11 +53,21 @@ class AdamJob:
             self.kept = Lanes(self.param.shape, self.bits)
         return self.kept
 
+    def is_compact(self, grad: Tensor | None) -> bool:
+        """Whether this gradient holds the kept weights alone. (With as many kept weights as a vector has, bits is None.)"""
+        return grad is not None and self.bits is not None and grad.dim() == 1 and grad.shape != self.param.shape
+
+    def may_be_compact(self, name: str) -> bool:
+        """name: "grad" or "masked_grad"."""
+        return self.whole if name == "masked_grad" else not self.whole and self.masked_grad is None
+
     def check(self) -> None:
         """Raise PeckerKernelsError for tensors that no implementation could walk together: kernels read raw memory."""
         p, n = self.param, self.param.numel()
-        for g in (self.grad, self.masked_grad):
-            if g is not None and g.shape != p.shape:
+        for name, g in (("grad", self.grad), ("masked_grad", self.masked_grad)):
+            if g is None or g.shape == p.shape:
+                continue
+            if not (self.may_be_compact(name) and self.is_compact(g) and g.numel() == self.lanes.count):
                 raise PeckerKernelsError(f"a gradient is {list(g.shape)}, its weights {list(p.shape)}")
         lanes = self.lanes.count if self.compact else n
         for t in (self.exp_avg, self.exp_avg_sq, self.master, self.ema):

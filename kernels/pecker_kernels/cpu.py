@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NativeLibraryError
 
 LIBRARY = "libpecker_cpu.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 RANK_BLOCK = 4096  # kBlock in csrc/adam.h
 LEVELS = ("scalar", "avx2", "avx512")
 

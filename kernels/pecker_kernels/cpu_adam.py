@@ -16,8 +16,8 @@ from .adam_jobs import AdamJob, AdamStep
 from .errors import NativeLibraryError
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# The columns of AdamTensor in csrc/adam.h.
-_GRAD, _MASKED_GRAD, _N, _WHOLE, _COLUMNS = 1, 2, 10, 12, 17
+# The columns of AdamTensor in csrc/adam.h; masked_grad's follow grad's.
+_GRAD, _N, _WHOLE, _GRAD_COMPACT, _GRAD_DTYPE, _COLUMNS = 1, 10, 12, 14, 17, 19
 
 
 class _Settings(ctypes.Structure):
@@ -76,7 +76,7 @@ def _fixed_row(job: AdamJob) -> list[int]:
     return [
         _pointer(job.param), 0, 0, _pointer(job.bits), _pointer(rank),
         _pointer(job.exp_avg), _pointer(job.exp_avg_sq), _pointer(job.master), _pointer(job.ema), _pointer(job.step),
-        job.param.numel(), job.first_index, int(job.whole), int(job.compact), DTYPES[job.param.dtype], 0, 0,
+        job.param.numel(), job.first_index, int(job.whole), int(job.compact), 0, 0, DTYPES[job.param.dtype], 0, 0,
     ]  # fmt: skip
 
 
@@ -100,16 +100,20 @@ class _Table:
         """Point the rows at this step's gradients; returns what must live until the call is done."""
         held: list[Tensor] = []
 
-        def laid_out(g: Tensor, p: Tensor) -> Tensor:
+        def laid_out(g: Tensor, p: Tensor, compact: bool) -> Tensor:
             g = g.resolve_neg()
+            if compact:
+                return g.contiguous()
             return g if alike(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
 
-        for column, which in ((_GRAD, "grad"), (_MASKED_GRAD, "masked_grad")):
+        for i, which in enumerate(("grad", "masked_grad")):
             grads = [getattr(job, which) for job in jobs]
-            ready = [None if g is None else laid_out(g, job.param) for g, job in zip(grads, jobs)]
+            compact = [job.is_compact(g) for g, job in zip(grads, jobs)]
+            ready = [None if g is None else laid_out(g, job.param, c) for g, job, c in zip(grads, jobs, compact)]
             held += [g for g in ready if g is not None]
-            self.rows[:, column] = [0 if g is None else g.data_ptr() for g in ready]
-            self.rows[:, _COLUMNS - 3 + column] = [0 if g is None else DTYPES[g.dtype] for g in ready]
+            self.rows[:, _GRAD + i] = [0 if g is None else g.data_ptr() for g in ready]
+            self.rows[:, _GRAD_COMPACT + i] = compact
+            self.rows[:, _GRAD_DTYPE + i] = [0 if g is None else DTYPES[g.dtype] for g in ready]
         return held
 
 
@@ -192,6 +196,6 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     rows[:, _GRAD] = [t.data_ptr() for t in held]
     rows[:, _N] = [t.numel() for t in held]
     rows[:, _WHOLE] = 1
-    rows[:, _COLUMNS - 3] = wide
-    rows[:, _COLUMNS - 2] = [DTYPES[t.dtype] for t in held]
+    rows[:, _GRAD_DTYPE - 1] = wide
+    rows[:, _GRAD_DTYPE] = [DTYPES[t.dtype] for t in held]
     return bool(_stats(rows, _Settings(clip_value=math.inf, grad_factor=1.0, grad_scale=1.0)).finite)

@@ -33,14 +33,14 @@ def _gradient(job: AdamJob, lanes: Lanes, settings: AdamStep) -> Tensor:
 
     if not job.whole or job.masked_grad is None:
         assert job.grad is not None
-        return ready(lanes.gather(job.grad)).clone()
+        return ready(job.grad if job.is_compact(job.grad) else lanes.gather(job.grad)).clone()
     total = torch.zeros_like(job.param, dtype=dtype)
     if job.grad is not None:
         total.copy_(ready(job.grad))
     if job.bits is None:
         return total.add_(ready(job.masked_grad))
-    kept = job.lanes
-    return kept.scatter_(total, kept.gather(total) + ready(kept.gather(job.masked_grad)))
+    kept, more = job.lanes, job.masked_grad
+    return kept.scatter_(total, kept.gather(total) + ready(more if job.is_compact(more) else kept.gather(more)))
 
 
 def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep) -> Tensor:

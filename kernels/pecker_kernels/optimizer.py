@@ -17,6 +17,8 @@ from .errors import PeckerKernelsError
 from .lanes import Lanes
 from .mask import SaliencyMask
 
+Gradients = Mapping[str, Tensor | None] | Sequence[Tensor | None]
+
 
 def _kind(tensor: Tensor | None) -> Hashable:
     """What the choice of an implementation depends on."""
@@ -110,7 +112,7 @@ class MaskedAdam(LaneState):
     @torch._disable_dynamo  # one opaque call: a compiled training step breaks its graph here, once (torch does so too)
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, masked_grads: Mapping[str, Tensor] | Sequence[Tensor | None] | None = None, closure: Any = None
+        self, masked_grads: Gradients | None = None, closure: Any = None, *, compact_grads: Gradients | None = None
     ) -> Any:
         """One Adam step on the parameters that have a gradient; returns the closure's loss, if there is a closure.
 
@@ -118,6 +120,13 @@ class MaskedAdam(LaneState):
         masked_grads given, {name: gradient} or a list in parameter order (None = no gradient): the differentiated rule,
         a dense Adam step on p.grad + m ⊙ masked_grads. Every weight moves then, so the moments become dense whatever
         `state` says, and stay so. Neither `.grad` nor `masked_grads` are changed.
+        compact_grads, a mapping or a list in the same way: gradients that stand in for `.grad` in a step without
+        masked_grads, where None leaves `.grad` in force. A parameter that has both is refused.
+
+        An entry of either is of the parameter's shape, or compact: 1-D with one value for each weight the mask keeps, in
+        position order, as compact state is. The step is the same to the bit. GradScaler looks at `.grad` alone: compact
+        gradients are unscaled and checked here like masked_grads, but what is found does not lower its scale, and its
+        update() needs some parameter with a `.grad`.
         """
         if callable(masked_grads):  # torch calls step(closure)
             masked_grads, closure = None, masked_grads
@@ -125,9 +134,14 @@ class MaskedAdam(LaneState):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        extra = None if masked_grads is None else self._by_param(masked_grads)
+        if masked_grads is not None and compact_grads is not None:
+            raise PeckerKernelsError(
+                "compact_grads stand in for .grad in steps without masked_grads, which may be compact"
+            )
+        extra = None if masked_grads is None else self._by_param(masked_grads, "masked_grads")
+        given = {} if compact_grads is None else self._by_param(compact_grads, "compact_grads")
         try:
-            self._step_all(extra)
+            self._step_all(given, extra)
         finally:
             # The next backward pass needs the gradients' memory.
             for plan in self._plans.values():
@@ -135,14 +149,14 @@ class MaskedAdam(LaneState):
                     job.grad = job.masked_grad = None
         return loss
 
-    def _step_all(self, extra: dict[Tensor, Tensor] | None) -> None:
+    def _step_all(self, given: dict[Tensor, Tensor], extra: dict[Tensor, Tensor] | None) -> None:
         """Everything that can be refused is refused before a step is counted or a weight written."""
         work = []
         offset = 0
         # A scaler has looked at p.grad alone.
-        unseen = extra is not None and getattr(self, "found_inf", None) is not None
+        unseen = (extra is not None or bool(given)) and getattr(self, "found_inf", None) is not None
         for i, group in enumerate(self.param_groups):
-            plan = self._plan(i, group, extra, offset)
+            plan = self._plan(i, group, given, extra, offset)
             if plan is not None:
                 plan.prepare()
                 work.append((plan, self._settings(group, plan.device), group["check_finite"] or unseen))
@@ -185,45 +199,66 @@ class MaskedAdam(LaneState):
             grad_scale=None if grad_scale is None else grad_scale.to(device),
         )
 
-    def _by_param(self, masked_grads: Mapping[str, Tensor] | Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
+    def _by_param(self, grads: Gradients, what: str) -> dict[Tensor, Tensor]:
+        """Those there are, each of its parameter's shape or compact."""
         named = [(name, p) for name, p, _ in self._named()]
         pairs: list[tuple[str | None, Tensor, Tensor | None]]
-        if isinstance(masked_grads, Mapping):
-            unknown = set(masked_grads) - {name for name, _ in named}
+        if isinstance(grads, Mapping):
+            unknown = set(grads) - {name for name, _ in named}
             if unknown:
-                raise PeckerKernelsError(f"masked_grads names {sorted(unknown)[0]!r}, which is no parameter here")
-            pairs = [(name, p, masked_grads.get(name)) for name, p in named if name is not None]
+                raise PeckerKernelsError(f"{what} names {sorted(unknown)[0]!r}, which is no parameter here")
+            pairs = [(name, p, grads.get(name)) for name, p in named if name is not None]
         else:
-            if len(masked_grads) != len(named):
-                raise PeckerKernelsError(f"masked_grads has {len(masked_grads)} entries for {len(named)} parameters")
-            pairs = [(name, p, g) for (name, p), g in zip(named, masked_grads)]
-        for name, p, g in pairs:
-            if g is not None and g.shape != p.shape:
-                raise PeckerKernelsError(
-                    f"masked_grads of {name!r} has shape {list(g.shape)}, the parameter {list(p.shape)}"
-                )
-        return {p: g for _, p, g in pairs if g is not None}
+            if len(grads) != len(named):
+                raise PeckerKernelsError(f"{what} has {len(grads)} entries for {len(named)} parameters")
+            pairs = [(name, p, g) for (name, p), g in zip(named, grads)]
+        return {p: self._fitting(g, p, name, what) for name, p, g in pairs if g is not None}
 
-    def _plan(self, i: int, group: dict[str, Any], extra: dict[Tensor, Tensor] | None, offset: int) -> AdamPlan | None:
+    def _fitting(self, g: Tensor, p: Tensor, name: str | None, what: str) -> Tensor:
+        if g.device != p.device:
+            raise PeckerKernelsError(f"{what} of {name!r} is on {g.device}, the parameter on {p.device}")
+        if what == "compact_grads" and p.grad is not None and g is not p.grad:
+            raise PeckerKernelsError(f"compact_grads names {name!r}, which has a .grad too: set that to None")
+        if g.shape == p.shape:
+            return g
+        lanes = self._lanes_of(p, name) if self._mask is not None else None
+        if lanes is None or g.dim() != 1 or g.numel() != lanes.count:
+            compact = "" if lanes is None else f", [{lanes.count}] where compact"
+            raise PeckerKernelsError(
+                f"{what} of {name!r} has shape {list(g.shape)}, the parameter {list(p.shape)}{compact}"
+            )
+        return g if lanes.bits is not None else g.reshape(p.shape)
+
+    def _plan(
+        self,
+        i: int,
+        group: dict[str, Any],
+        given: dict[Tensor, Tensor],
+        extra: dict[Tensor, Tensor] | None,
+        offset: int,
+    ) -> AdamPlan | None:
         """The jobs of one group whose first weight has flat index `offset` in the model; None where no parameter has a
         gradient. Jobs of an earlier step are taken up again where only gradients have changed."""
         if extra is not None:
             group["dense_moments"] = True
         more = extra or {}
-        live = [p for p in group["params"] if p.grad is not None or p in more]
+        grads = {p: given.get(p, p.grad) for p in group["params"]}
+        live = [p for p, g in grads.items() if g is not None or p in more]
         if not live:
             return None
-        if any(p.grad is not None and p.grad.is_sparse for p in live):
+        if any(g is not None and g.is_sparse for g in grads.values()):
             raise RuntimeError("MaskedAdam does not support sparse gradients")
         old = self._plans.get(i)
-        key = (extra is None, group["impl"], *((id(p), _kind(p), _kind(p.grad), _kind(more.get(p))) for p in live))
+        key = (extra is None, group["impl"], *((id(p), _kind(p), _kind(grads[p]), _kind(more.get(p))) for p in live))
         if old is not None and old.key == key and self._same_state(old, group):
             plan = old
         else:
             plan = AdamPlan(self._jobs(group, live, extra is not None, offset), key)
+            if old is not None and self._same_state(old, group):
+                plan.cache = old.cache  # other gradients of the same tensors: lists of lanes stay what they are
             self._plans[i] = plan
         for job, p in zip(plan.jobs, live):
-            job.grad, job.masked_grad = p.grad, more.get(p)
+            job.grad, job.masked_grad = grads[p], more.get(p)
         if plan.which is None:
             plan.which = choose(group["impl"], plan.jobs)
         return plan

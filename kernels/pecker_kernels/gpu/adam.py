@@ -45,6 +45,8 @@ def update(
     first,
     place,
     state_first,
+    state_row,
+    rank,
     row,
     live,
     weight1,
@@ -58,6 +60,7 @@ def update(
     GRAD: tl.constexpr,
     MORE: tl.constexpr,
     SELECT: tl.constexpr,
+    COMPACT_GRADS: tl.constexpr,
     SCALED: tl.constexpr,
     CLAMPED: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -68,18 +71,20 @@ def update(
     EMA: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One block of weights at first + place, their state at state_first + row; live None: all lanes are.
+    """One block of weights at first + place, their state at state_first + state_row; live None: all lanes are.
 
+    rank, row: where compact gradients lie, see load_gradient.
     weight1, weight2, ema_weight: 1-β₁, 1-β₂ and 1-decay, because 1 - float32(.999) has lost five digits.
     """
     mine = scalars + job * SCALARS
     param = pointer(table, job, PARAM_AT, PARAM, ALIGNED) + first
     exp_avg_sq = pointer(table, job, EXP_AVG_SQ_AT, tl.float32, ALIGNED) + state_first
-    g = load_gradient(table, job, first, place, live, tl.load(mine + 4), GRAD, MORE, SELECT, SCALED, ALIGNED)
-    v = tl.load(exp_avg_sq + row, mask=live)
+    g = load_gradient(table, job, first, place, rank, row, live, tl.load(mine + 4), GRAD, MORE, SELECT, COMPACT_GRADS,
+                      SCALED, ALIGNED)  # fmt: skip
+    v = tl.load(exp_avg_sq + state_row, mask=live)
     if MASTER:
         master = pointer(table, job, MASTER_AT, tl.float32, ALIGNED) + state_first
-        p = tl.load(master + row, mask=live)
+        p = tl.load(master + state_row, mask=live)
     else:
         p = as_float(tl.load(param + place, mask=live))
     if CLAMPED:
@@ -93,14 +98,14 @@ def update(
     m = g
     if EXP_AVG:
         exp_avg = pointer(table, job, EXP_AVG_AT, tl.float32, ALIGNED) + state_first
-        m = lerp(tl.load(exp_avg + row, mask=live), g, float32(weight1))
-        tl.store(exp_avg + row, m, mask=live)
+        m = lerp(tl.load(exp_avg + state_row, mask=live), g, float32(weight1))
+        tl.store(exp_avg + state_row, m, mask=live)
     v = fma(weight2 * g, g, v * beta2)
-    tl.store(exp_avg_sq + row, v, mask=live)
+    tl.store(exp_avg_sq + state_row, v, mask=live)
     # Division and root are the correctly rounded ones: the approximate ones would use up the tolerance.
     p = fma(-tl.load(mine), tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), tl.load(mine + 1)) + eps), p)
     if MASTER:
-        tl.store(master + row, p, mask=live)
+        tl.store(master + state_row, p, mask=live)
     if PARAM.primitive_bitwidth == 16 and PARAM.is_int():  # bfloat16
         if MASTER:
             stored = nearest_bf16(p)
@@ -115,7 +120,7 @@ def update(
         ema = pointer(table, job, EMA_AT, tl.float32, ALIGNED) + state_first
         if not MASTER:
             p = as_float(stored)
-        tl.store(ema + row, lerp(tl.load(ema + row, mask=live), p, float32(ema_weight)), mask=live)
+        tl.store(ema + state_row, lerp(tl.load(ema + state_row, mask=live), p, float32(ema_weight)), mask=live)
 
 
 @triton.jit
@@ -136,6 +141,7 @@ def adam_kernel(
     GRAD: tl.constexpr,
     MORE: tl.constexpr,
     SELECT: tl.constexpr,
+    COMPACT_GRADS: tl.constexpr,
     SCALED: tl.constexpr,
     CLAMPED: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -159,22 +165,21 @@ def adam_kernel(
             place = tl.arange(0, BLOCK)
             # Full blocks apart: a mask on the addresses of a ragged end would forbid wide accesses.
             if count == BLOCK:
-                update(table, scalars, job, first, place, first, place, None, weight1, weight2, beta2, eps,
-                       weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2,
-                       DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
+                update(table, scalars, job, first, place, first, place, rank, place, None, weight1, weight2, beta2,
+                       eps, weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, COMPACT_GRADS, SCALED,
+                       CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
             else:
-                update(table, scalars, job, first, place, first, place, place < count, weight1, weight2, beta2, eps,
-                       weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2,
-                       DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
+                update(table, scalars, job, first, place, first, place, rank, place, place < count, weight1, weight2,
+                       beta2, eps, weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, COMPACT_GRADS,
+                       SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
         else:
             source = pointer(table, job, BITS, tl.uint8 if LANES == BITMAP else tl.uint16, False)
             place, row, live = lanes_of(source, first, rank, count, LANES, BLOCK)
-            if not COMPACT:
-                rank = first
-                row = place
-            update(table, scalars, job, first, place, rank, row, live, weight1, weight2, beta2, eps, weight_decay,
-                   clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, SCALED, CLAMPED, CLIPPED, L2, DECOUPLED, EXP_AVG,
-                   MASTER, EMA, ALIGNED)  # fmt: skip
+            state_first = rank if COMPACT else first
+            state_row = row if COMPACT else place
+            update(table, scalars, job, first, place, state_first, state_row, rank, row, live, weight1, weight2, beta2,
+                   eps, weight_decay, clip_value, ema_weight, PARAM, GRAD, MORE, SELECT, COMPACT_GRADS, SCALED, CLAMPED,
+                   CLIPPED, L2, DECOUPLED, EXP_AVG, MASTER, EMA, ALIGNED)  # fmt: skip
 
 
 def compile_arguments(variant: Variant, settings: AdamStep) -> dict[str, Any]:
@@ -246,10 +251,11 @@ def adam_bytes(
     exp_avg: bool = True,
     master: bool = False,
     ema: bool = False,
+    compact_grad: bool = False,
 ) -> float:
     """Bytes moved by a step over `lanes` of n weights that lie at random, in sectors of 32 bytes; kind: "whole", "bitmap"
-    or "index". Weights and state are read and written, the gradient is read, master weights stand in for the read of
-    the weights."""
+    or "index". Weights and state are read and written, the gradient is read (of the kept weights alone where it is
+    compact), master weights stand in for the read of the weights."""
     lanes = n if lanes is None else lanes
 
     def touched(size: int) -> float:
@@ -258,4 +264,5 @@ def adam_bytes(
     state = 4 * 2 * (1 + exp_avg + master + ema)
     mask = {"whole": 0.0, "bitmap": n / 8, "index": 2.0 * lanes}[kind]
     state_bytes = state * (lanes if compact or kind == "whole" else touched(4) / 4)
-    return (1 if master else 2) * touched(param_size) + touched(grad_size) + state_bytes + mask
+    grad_bytes = grad_size * lanes if compact_grad else touched(grad_size)
+    return (1 if master else 2) * touched(param_size) + grad_bytes + state_bytes + mask

@@ -17,7 +17,10 @@ _NUMBERS = ("weight1", "weight2", "beta2", "eps", "weight_decay", "clip_value", 
 _ADAM = {**_TABLES, "scalars": "*fp32", **dict.fromkeys(_NUMBERS, "fp32")}
 _STATS = {**_TABLES, "partial": "*fp32", "stride": "i32", "grad_scale": "*fp32", "clip_value": "fp32"}
 _PLAIN: dict[str, Any] = {
-    **dict.fromkeys(("COMPACT", "SELECT", "SCALED", "CLAMPED", "CLIPPED", "L2", "DECOUPLED", "MASTER", "EMA"), False),
+    **dict.fromkeys(
+        ("COMPACT", "SELECT", "COMPACT_GRADS", "SCALED", "CLAMPED", "CLIPPED", "L2", "DECOUPLED", "MASTER", "EMA"),
+        False,
+    ),
     "LANES": WHOLE.value,
     "PARAM": tl.float32,
     "GRAD": tl.float32,
@@ -41,18 +44,24 @@ _VARIANTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "dense_bf16_master": ({**_BF16, "MASTER": True}, 128, 128),
     "dense_fp16_master": ({"PARAM": tl.float16, "GRAD": tl.float16, "MASTER": True}, 128, 128),
     "differentiated": ({"MORE": tl.float32, "SELECT": True}, 128, 128),
+    "differentiated_compact": ({"MORE": tl.float32, "SELECT": True, "COMPACT_GRADS": True}, 128, 128),
     "differentiated_beta1_zero": ({"MORE": tl.float32, "SELECT": True, "EXP_AVG": False}, 128, 128),
     "bitmap": (_BITMAP, 32, 32),
     "bitmap_beta1_zero": ({**_BITMAP, "EXP_AVG": False}, 32, 32),
     "bitmap_dense_state": ({**_BITMAP, "COMPACT": False}, 32, 32),
     "bitmap_everything": ({**_BITMAP, **_EVERYTHING}, 32, 32),
     "bitmap_bf16_stochastic": ({**_BITMAP, **_BF16, "EXP_AVG": False}, 32, 32),
+    "bitmap_compact_grad": ({**_BITMAP, "COMPACT_GRADS": True}, 32, 32),
+    "bitmap_compact_grad_dense_state": ({**_BITMAP, "COMPACT_GRADS": True, "COMPACT": False}, 32, 32),
+    "bitmap_compact_grad_everything": ({**_BITMAP, **_EVERYTHING, "COMPACT_GRADS": True}, 32, 32),
     "index": (_INDEX, 32, 32),
     "index_beta1_zero": ({**_INDEX, "EXP_AVG": False}, 32, 32),
     "index_everything": ({**_INDEX, **_EVERYTHING}, 32, 32),
     "index_bf16_stochastic": ({**_INDEX, **_BF16, "EXP_AVG": False}, 32, 32),
+    "index_compact_grad": ({**_INDEX, "COMPACT_GRADS": True}, 32, 32),
+    "index_compact_grad_bf16": ({**_INDEX, **_BF16, "COMPACT_GRADS": True, "EXP_AVG": False}, 32, 32),
 }
-_STATS_ONLY = ("LANES", "GRAD", "MORE", "SELECT", "SCALED", "CLAMPED", "ALIGNED", "BLOCK")
+_STATS_ONLY = ("LANES", "GRAD", "MORE", "SELECT", "COMPACT_GRADS", "SCALED", "CLAMPED", "ALIGNED", "BLOCK")
 
 
 def _adam(name: str, constants: dict[str, Any], load_bits: int, store_bits: int) -> KernelBuild:
@@ -82,6 +91,7 @@ def _prepare(name: str, absent: tuple[str, ...], log_beta1: float | None) -> Ker
 COMPILE = [
     *(_adam(name, *build) for name, build in _VARIANTS.items()),
     *map(_stats, ("dense", "dense_everything", "differentiated", "bitmap", "index")),
+    *map(_stats, ("differentiated_compact", "bitmap_compact_grad", "index_compact_grad")),
     _prepare("plain", ("lr_tensor", "found_inf", "grad_scale", "square_sum"), None),
     _prepare("everything", (), -0.1),
 ]

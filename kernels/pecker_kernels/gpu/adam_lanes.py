@@ -32,28 +32,43 @@ INDEX = tl.constexpr(2)
 @dataclass(frozen=True, slots=True)
 class LaneTable:
     """The chunks of one tensor. chunks: int64 [C, 3] of first position (of the chunk, or of its tile), rank of the first
-    lane, and positions (WHOLE, BITMAP) or lanes (INDEX) in the chunk. lanes: weights that are updated. source: what the
-    kernel reads them from, the uint8 bits or the int16 list (two's complement of the 16-bit positions)."""
+    lane, and positions (WHOLE, BITMAP) or lanes (INDEX) in the chunk. lanes: weights that are updated. ones: those
+    that the mask keeps. source: what the kernel reads them from, the uint8 bits or the int16 list (two's complement of the
+    16-bit positions)."""
 
     kind: int
     chunks: Tensor
     lanes: int
+    ones: int
     source: Tensor | None
 
 
 def whole_table(n: int, device: torch.device, block: int = BLOCK) -> LaneTable:
     """All n positions, in chunks of `block`."""
     first = torch.arange(0, n, block, device=device)
-    return LaneTable(WHOLE.value, torch.stack([first, first, (n - first).clamp_(max=block)], dim=1), n, None)
+    return LaneTable(WHOLE.value, torch.stack([first, first, (n - first).clamp_(max=block)], dim=1), n, n, None)
+
+
+def _counts(bits: Tensor, block: int) -> Tensor:
+    """int64: ones in each block of positions."""
+    padded = torch.nn.functional.pad(bits, (0, -bits.numel() % (block // 8))).view(-1, block // 8)
+    pairs = padded - ((padded >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
+
+
+def ranked_table(bits: Tensor, n: int, block: int = BLOCK) -> LaneTable:
+    """All n positions, in chunks of `block` that know how many of the ones in uint8 [ceil(n / 8)] bits lie before them;
+    waits for the device."""
+    chunks, counts = whole_table(n, bits.device, block).chunks, _counts(bits, block)
+    chunks[:, 1] = counts.cumsum(0) - counts
+    return LaneTable(WHOLE.value, chunks, n, int(counts.sum()), None)
 
 
 def masked_table(bits: Tensor, n: int, block: int = BLOCK, tile: int = TILE) -> LaneTable:
     """The ones of uint8 [ceil(n / 8)] bits, as a bitmap or as lists, whichever suits their density; waits for the
     device."""
-    padded = torch.nn.functional.pad(bits, (0, -bits.numel() % (block // 8))).view(-1, block // 8)
-    pairs = padded - ((padded >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    counts = ((nibbles + (nibbles >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
+    counts = _counts(bits, block)
     live = counts.nonzero().view(-1)
     lanes = int(counts.sum())
     if lanes == n:
@@ -62,7 +77,7 @@ def masked_table(bits: Tensor, n: int, block: int = BLOCK, tile: int = TILE) -> 
         return index_table(bits, n, block, tile)
     first = live * block
     chunks = torch.stack([first, (counts.cumsum(0) - counts)[live], (n - first).clamp_(max=block)], dim=1)
-    return LaneTable(BITMAP.value, chunks, lanes, bits)
+    return LaneTable(BITMAP.value, chunks, lanes, lanes, bits)
 
 
 def index_table(bits: Tensor, n: int, block: int = BLOCK, tile: int = TILE) -> LaneTable:
@@ -75,7 +90,7 @@ def index_table(bits: Tensor, n: int, block: int = BLOCK, tile: int = TILE) -> L
     owner = torch.repeat_interleave(torch.arange(count.numel(), device=bits.device), pieces)
     before = (torch.arange(owner.numel(), device=bits.device) - (pieces.cumsum(0) - pieces)[owner]) * block
     chunks = torch.stack([tiles[owner], rank[owner] + before, (count[owner] - before).clamp_(max=block)], dim=1)
-    return LaneTable(INDEX.value, chunks, position.numel(), (position % tile).to(torch.int16))
+    return LaneTable(INDEX.value, chunks, position.numel(), position.numel(), (position % tile).to(torch.int16))
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adam_jobs import AdamJob
 from ..errors import PeckerKernelsError
-from .adam_lanes import WHOLE, LaneTable, masked_table, whole_table
+from .adam_lanes import WHOLE, LaneTable, masked_table, ranked_table, whole_table
 
 # Columns of the job table, int64.
 PARAM_AT, GRAD_AT, MORE_AT, BITS, EXP_AVG_AT, EXP_AVG_SQ_AT, MASTER_AT, EMA_AT, STEP_AT, FIRST_INDEX = map(
@@ -37,7 +37,8 @@ KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 @dataclass(frozen=True, slots=True)
 class Variant:
     """What one launch is compiled for. kind: WHOLE, BITMAP or INDEX. param, grad, more: Triton types, None = absent.
-    select: masked_grad counts only where bits are set. aligned: every address is a multiple of 16 bytes."""
+    select: masked_grad counts only where bits are set. compact_grads: it, or grad where there is none, holds kept weights
+    alone. aligned: every address is a multiple of 16 bytes."""
 
     kind: int
     compact: bool
@@ -45,6 +46,7 @@ class Variant:
     grad: Any
     more: Any
     select: bool
+    compact_grads: bool
     exp_avg: bool
     master: bool
     ema: bool
@@ -92,8 +94,11 @@ def _same_walk(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _like(grad: Tensor | None, param: Tensor) -> Tensor | None:
-    """The gradient in the parameter's memory order, a copy where it has another."""
+def _like(grad: Tensor | None, job: AdamJob) -> Tensor | None:
+    """The gradient in the parameter's memory order, a copy where it has another; a compact one in order."""
+    param = job.param
+    if grad is not None and job.is_compact(grad):
+        return grad.contiguous()
     if grad is None or grad.shape != param.shape or _same_walk(grad, param):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -110,7 +115,7 @@ def walkable(jobs: Sequence[AdamJob]) -> list[AdamJob]:
     for job in jobs:
         if not job.param.numel():
             continue
-        grad, masked_grad = _like(job.grad, job.param), _like(job.masked_grad, job.param)
+        grad, masked_grad = _like(job.grad, job), _like(job.masked_grad, job)
         same = grad is job.grad and masked_grad is job.masked_grad
         out.append(job if same else replace(job, grad=grad, masked_grad=masked_grad))
     return out
@@ -124,10 +129,11 @@ def _check(job: AdamJob, device: torch.device) -> None:
         raise PeckerKernelsError(f"{p.dtype} weights are not served by Triton (float32, bfloat16, float16 are)")
     named = {"grad": job.grad, "masked_grad": job.masked_grad}
     for name, g in named.items():
-        if g is not None and (g.dtype not in KINDS or g.shape != p.shape):
+        compact = job.may_be_compact(name) and job.is_compact(g)
+        if g is not None and (g.dtype not in KINDS or not (g.shape == p.shape or compact)):
             raise PeckerKernelsError(
                 f"{name} is {g.dtype} {list(g.shape)}: Triton takes float32, bfloat16 or float16 of the weights' shape "
-                f"{list(p.shape)}"
+                f"{list(p.shape)}, or compact"
             )
     if job.bits is not None and not p.is_contiguous():
         raise PeckerKernelsError(f"masked weights must be contiguous for Triton, got strides {list(p.stride())}")
@@ -166,7 +172,9 @@ def refusal(jobs: Sequence[AdamJob]) -> str | None:
 
 
 def _variant(job: AdamJob, lanes: LaneTable) -> Variant:
-    tensors = (job.param, job.grad, job.masked_grad, job.exp_avg, job.exp_avg_sq, job.master, job.ema)
+    more_compact = job.is_compact(job.masked_grad)
+    grads = (job.grad, None if more_compact else job.masked_grad)
+    tensors = (job.param, *grads, job.exp_avg, job.exp_avg_sq, job.master, job.ema)
     return Variant(
         kind=lanes.kind,
         compact=job.compact and lanes.kind != WHOLE.value,
@@ -174,6 +182,7 @@ def _variant(job: AdamJob, lanes: LaneTable) -> Variant:
         grad=None if job.grad is None else KINDS[job.grad.dtype],
         more=None if job.masked_grad is None else KINDS[job.masked_grad.dtype],
         select=job.whole and job.bits is not None and job.masked_grad is not None,
+        compact_grads=more_compact or job.is_compact(job.grad),
         exp_avg=job.exp_avg is not None,
         master=job.master is not None,
         ema=job.ema is not None,
@@ -195,6 +204,8 @@ def _upload(rows: list[list[int]], device: torch.device) -> Tensor:
 
 
 def _lane_table(job: AdamJob, device: torch.device) -> LaneTable:
+    if job.whole and job.bits is not None and job.is_compact(job.masked_grad):
+        return ranked_table(job.bits, job.param.numel())
     if job.whole or job.bits is None:
         return whole_table(job.param.numel(), device)
     return masked_table(job.bits, job.param.numel())
@@ -255,12 +266,15 @@ def _renew(jobs: list[AdamJob], fingerprint: Hashable, old: Plan | None, capturi
     tables = []
     for job in jobs:
         _check(job, device)
-        masked = not job.whole and job.bits is not None
-        key = (id(job.param), job.param.numel(), masked and _mask_identity(job.bits))
+        masked = job.bits is not None and (not job.whole or job.is_compact(job.masked_grad))
+        key = (id(job.param), job.param.numel(), job.whole, masked and _mask_identity(job.bits))
         if key not in known and capturing:
             raise PeckerKernelsError("take one step with these tensors and masks before capturing a CUDA graph")
         lanes[key] = known[key] if key in known else _lane_table(job, device)
         tables.append(lanes[key])
+        for g in (job.grad, job.masked_grad):
+            if job.is_compact(g) and g is not None and g.numel() != lanes[key].ones:
+                raise PeckerKernelsError(f"a compact gradient of {g.numel()} values for {lanes[key].ones} kept weights")
         for state in (job.exp_avg, job.exp_avg_sq, job.master, job.ema) if job.compact else ():
             if state is not None and state.numel() != lanes[key].lanes:
                 raise PeckerKernelsError(f"compact state of {state.numel()} values for {lanes[key].lanes} kept weights")

@@ -48,31 +48,46 @@ def load_gradient(
     job,
     first,
     place,
+    rank,
+    row,
     live,
     grad_scale,
     GRAD: tl.constexpr,
     MORE: tl.constexpr,
     SELECT: tl.constexpr,
+    COMPACT_GRADS: tl.constexpr,
     SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """float32 [BLOCK]: grad + masked_grad, unscaled, not clamped. live None: all lanes are. Other lanes are undefined.
 
-    SELECT: masked_grad counts only where the mask's bits are set.
+    SELECT: masked_grad counts only where the mask's bits are set. COMPACT_GRADS: masked_grad where there is one, else
+    grad, holds kept weights alone: grad the one of lane i at rank + row[i], masked_grad the first of this block at rank.
     """
     g = tl.zeros(place.shape, tl.float32)
     if GRAD is not None:
-        grad = pointer(table, job, GRAD_AT, GRAD, ALIGNED) + first
-        g = as_float(tl.load(grad + place, mask=live))
+        if COMPACT_GRADS and MORE is None:
+            g = as_float(tl.load(pointer(table, job, GRAD_AT, GRAD, False) + rank + row, mask=live))
+        else:
+            grad = pointer(table, job, GRAD_AT, GRAD, ALIGNED) + first
+            g = as_float(tl.load(grad + place, mask=live))
         if SCALED:
             g = tl.div_rn(g, grad_scale)
     if MORE is not None:
-        more = pointer(table, job, MORE_AT, MORE, ALIGNED) + first
+        if COMPACT_GRADS:
+            more = pointer(table, job, MORE_AT, MORE, False) + rank
+        else:
+            more = pointer(table, job, MORE_AT, MORE, ALIGNED) + first
         if SELECT:
             bits = pointer(table, job, BITS, tl.uint8, False) + first // 8
             byte = tl.load(bits + place // 8, mask=live).to(tl.int32)
             chosen = ((byte >> (place % 8)) & 1) != 0
-            if live is None:
+            if COMPACT_GRADS:
+                if live is not None:
+                    chosen = chosen & live
+                one = chosen.to(tl.int32)
+                extra = tl.load(more + tl.cumsum(one, 0) - one, mask=chosen)
+            elif live is None:
                 # A byte of the mask stands for one 32-byte sector of float32: dead sectors are skipped, and eight
                 # lanes with one predicate can still be read by wide loads.
                 extra = tl.load(more + place, mask=byte != 0)
@@ -102,6 +117,7 @@ def gradstats_kernel(
     GRAD: tl.constexpr,
     MORE: tl.constexpr,
     SELECT: tl.constexpr,
+    COMPACT_GRADS: tl.constexpr,
     SCALED: tl.constexpr,
     CLAMPED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -122,13 +138,16 @@ def gradstats_kernel(
         place = tl.arange(0, BLOCK)
         live = place < count
         if count == BLOCK:
-            g = load_gradient(table, job, first, place, None, scale, GRAD, MORE, SELECT, SCALED, ALIGNED)
+            g = load_gradient(table, job, first, place, rank, place, None, scale, GRAD, MORE, SELECT, COMPACT_GRADS,
+                              SCALED, ALIGNED)  # fmt: skip
         else:
-            g = load_gradient(table, job, first, place, live, scale, GRAD, MORE, SELECT, SCALED, ALIGNED)
+            g = load_gradient(table, job, first, place, rank, place, live, scale, GRAD, MORE, SELECT, COMPACT_GRADS,
+                              SCALED, ALIGNED)  # fmt: skip
     else:
         source = pointer(table, job, BITS, tl.uint8 if LANES == BITMAP else tl.uint16, False)
-        place, _row, live = lanes_of(source, first, rank, count, LANES, BLOCK)
-        g = load_gradient(table, job, first, place, live, scale, GRAD, MORE, SELECT, SCALED, ALIGNED)
+        place, row, live = lanes_of(source, first, rank, count, LANES, BLOCK)
+        g = load_gradient(table, job, first, place, rank, row, live, scale, GRAD, MORE, SELECT, COMPACT_GRADS, SCALED,
+                          ALIGNED)  # fmt: skip
     g = tl.where(live, g, 0.0)
     endless = (tl.abs(g) < float("inf")) == 0  # NaN compares false
     if CLAMPED:
@@ -144,6 +163,7 @@ def gradient_arguments(variant: Variant) -> dict[str, Any]:
         "GRAD": variant.grad,
         "MORE": variant.more,
         "SELECT": variant.select,
+        "COMPACT_GRADS": variant.compact_grads,
         "ALIGNED": variant.aligned,
         "BLOCK": BLOCK,
     }

@@ -73,7 +73,8 @@ class Rig:
     or "dense". Weights, gradients and dense state outside the mask are poisoned. zero: weights start each step from zero, so
     that their accuracy is that of the update (ulps do not see the factor lr). one_sign: no gradient is negative, so that
     exp_avg never cancels: with a common factor on the gradient every implementation rounds it on its own, and where
-    that is magnified a luckier peer would say nothing.
+    that is magnified a luckier peer would say nothing. compact_grads: the gradient, or the masked_grad where there is one,
+    is handed over as its kept values.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class Rig:
         zero: bool = True,
         one_sign: bool = False,
         has_grad: bool = True,
+        compact_grads: bool = False,
         step: Callable[..., None] = adam.step,
     ) -> None:
         self.device, self.settings, self.rule, self.zero, self._step = device, settings, rule, zero, step
-        self.one_sign, self.has_grad = one_sign, has_grad
+        self.one_sign, self.has_grad, self.compact_grads = one_sign, has_grad, compact_grads
         self.compact = state == "compact" and density is not None and rule != "differentiated"
         self.grad_dtype, self.offset = grad_dtype, offset
         self.random = torch.Generator().manual_seed(len(shapes))
@@ -129,6 +131,11 @@ class Rig:
     def _poisoned(self, value: Tensor, lanes: Tensor) -> Guarded:
         return Guarded.make(poison(value, lanes).to(self.device), self.offset)
 
+    def _handed(self, value: Tensor, lanes: Tensor, compact: bool) -> Tensor:
+        if compact:
+            return Guarded.make(value[lanes].to(self.device), self.offset).value
+        return self._poisoned(value, lanes).value
+
     def _gradient(self, shape: Sequence[int]) -> Tensor:
         g = gradient(shape, self.random).to(self.grad_dtype)
         return g.abs() if self.one_sign else g
@@ -144,7 +151,7 @@ class Rig:
             if self.rule != "masked":
                 more = self._gradient(one.keep.shape)
                 total = total + torch.where(one.keep, more.double(), 0.0)
-                more = self._poisoned(more, one.keep).value
+                more = self._handed(more, one.keep, self.compact_grads)
             value = {name: t.value for name, t in one.tensors.items()}
             if self.zero:
                 for name in {"param", "master"} & value.keys():
@@ -153,7 +160,7 @@ class Rig:
             jobs.append(
                 AdamJob(
                     value["param"],
-                    self._poisoned(grad, one.lanes).value if self.has_grad else None,
+                    self._handed(grad, one.lanes, self.compact_grads and more is None) if self.has_grad else None,
                     more,
                     one.bits,
                     self.rule == "differentiated",
