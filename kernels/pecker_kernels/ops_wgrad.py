@@ -57,9 +57,7 @@ def _check(grad_out: Tensor, x: Tensor, tiles: Tensor, height: int, width: int) 
 
 
 @tile_weight_grad.register_fake
-def _(
-    grad_out: Tensor, x: Tensor, tiles: Tensor, count: int, height: int, width: int, impl: str = "auto"
-) -> Tensor:
+def _(grad_out: Tensor, x: Tensor, tiles: Tensor, count: int, height: int, width: int, impl: str = "auto") -> Tensor:
     return x.new_empty(count)
 
 

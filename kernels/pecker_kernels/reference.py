@@ -162,9 +162,7 @@ def live_weight_grad(grad_out: Tensor, x: Tensor, keep: Tensor) -> Tensor:
     return (grad_out.t() @ x)[keep]
 
 
-def strip_weight_grad(
-    grad_out: Tensor, x: Tensor, strips: Sequence[tuple[slice | Tensor, slice | Tensor]]
-) -> Tensor:
+def strip_weight_grad(grad_out: Tensor, x: Tensor, strips: Sequence[tuple[slice | Tensor, slice | Tensor]]) -> Tensor:
     """The same for weights kept in strips, (rows, columns) each, computing no others: [Σ rows · columns], strip by strip,
     each row-major."""
     parts = [(grad_out[:, rows].t() @ x[:, columns]).reshape(-1) for rows, columns in strips]

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import PeckerKernelsError
+from . import interpreted
 from .registry import KernelBuild
 from .table import TRITON_TYPES, on_device_of
 
+UNIT = 16  # sizes and addresses (in bytes) that are multiples allow wide accesses
 SMALLEST = 16  # side of a tile that a matrix unit takes
 SPLITS = 16  # at most
 DEPTH = 512  # values of k that are worth a split
@@ -45,23 +47,30 @@ def bytes_moved(k: int, tiles: int, height: int, width: int, lanes: int, element
     return element_size * (tiles * k * (height + width) + lanes)
 
 
+@triton.jit
+def multiple(value, of: tl.constexpr):
+    """The same value, for one that is a multiple; tl.multiple_of is lost on arguments that are not specialised."""
+    return value // of * of
+
+
 @triton.jit(do_not_specialize=["k_end", "rows", "columns", "stride_g", "stride_x", "depth", "across", "parts", "lanes"])
 def tiles_kernel(
     grad_out, x, tiles, out, k_end: tl.int32, rows: tl.int32, columns: tl.int32,
     stride_g: tl.int64, stride_x: tl.int64, depth: tl.int32, across: tl.int32, parts: tl.int32, lanes: tl.int64,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """out[split * lanes + lane] = the sum over k in [split * depth, (split + 1) * depth)."""
+    """out[split * lanes + lane] = the sum over k in [split * depth, (split + 1) * depth). STEPS: depth / BLOCK_K for the
+    interpreter, whose loops end at Python numbers; None leaves it open."""
     tile, part, split = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     entry = tiles + 4 * tile.to(tl.int64)
-    top, left = tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32)
-    bottom, right = tl.minimum(top + HEIGHT, rows), tl.minimum(left + WIDTH, columns)
+    # Multiples of UNIT all of them, as the compiler can see: else values would be read one by one.
+    top, left = multiple(tl.load(entry).to(tl.int32), UNIT), multiple(tl.load(entry + 1).to(tl.int32), UNIT)
+    bottom = multiple(tl.minimum(top + HEIGHT, rows), UNIT)
+    right = multiple(tl.minimum(left + WIDTH, columns), UNIT)
+    stride_g, stride_x = multiple(stride_g, UNIT), multiple(stride_x, UNIT)
     down, along = (part // across) * BLOCK_M, (part % across) * BLOCK_N
-    if ALIGNED:  # else nothing is known of a number that is loaded, and values would be read one by one
-        top, left = tl.multiple_of(top, 16), tl.multiple_of(left, 16)
-        bottom, right = tl.multiple_of(bottom, 16), tl.multiple_of(right, 16)
-        stride_g, stride_x = tl.multiple_of(stride_g, 16), tl.multiple_of(stride_x, 16)
     row, column = top + down + tl.arange(0, BLOCK_M), left + along + tl.arange(0, BLOCK_N)
     row_in, column_in = (row < bottom)[None, :], (column < right)[None, :]
     first = split * depth
@@ -70,25 +79,27 @@ def tiles_kernel(
     k = (first + step).to(tl.int64)[:, None]
     from_g, from_x = grad_out + k * stride_g + row[None, :], x + k * stride_x + column[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(first, last, BLOCK_K):
-        inside = (start + step < last)[:, None]
+    for i in range(0, tl.cdiv(last - first, BLOCK_K) if STEPS is None else STEPS):
+        inside = (first + i * BLOCK_K + step < last)[:, None]
         g = tl.load(from_g, mask=inside & row_in, other=0)
         value = tl.load(from_x, mask=inside & column_in, other=0)
+        if STEPS is not None:  # the interpreter multiplies bfloat16 as integers; as float32 the products are exact
+            g, value = g.to(tl.float32), value.to(tl.float32)
         total = tl.dot(tl.trans(g), value, total, input_precision=PRECISION)
         from_g += BLOCK_K * stride_g
         from_x += BLOCK_K * stride_x
-    lane, wide = tl.load(entry + 2), tl.load(entry + 3)
-    here = split * lanes + lane + (row - top).to(tl.int64)[:, None] * wide + (column - left)[None, :]
+    lane, wide = multiple(split * lanes + tl.load(entry + 2), UNIT), multiple(tl.load(entry + 3), UNIT)
+    here = lane + (row - top).to(tl.int64)[:, None] * wide + (column - left)[None, :]
     tl.store(out + here, total.to(out.dtype.element_ty), mask=(row < bottom)[:, None] & column_in)
 
 
-@triton.jit(do_not_specialize=["lanes", "splits"])
-def add_kernel(partial, out, lanes: tl.int64, splits: tl.int32, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["lanes"])
+def add_kernel(partial, out, lanes: tl.int64, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """out[lane] = partial[0, lane] + partial[1, lane] + … in this order; lanes: of a row, a multiple of BLOCK."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    lanes = tl.multiple_of(lanes, BLOCK)
+    lanes = multiple(lanes, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in range(0, splits):
+    for split in tl.static_range(SPLITS):
         total += tl.load(partial + split * lanes + at)
     tl.store(out + at, total.to(out.dtype.element_ty))
 
@@ -98,11 +109,12 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def blocks(dtype: torch.dtype, tile: tuple[int, int], how: str) -> Blocks:
-    """No side is larger than the tile's, rounded down to a power of two."""
+def blocks(dtype: torch.dtype, tile: tuple[int, int], how: str, aligned: bool) -> Blocks:
+    """No side is larger than the tile's, rounded down to a power of two; values read one by one take registers."""
     m, n = (1 << (min(128, side).bit_length() - 1) for side in tile)
-    if dtype == torch.float32 and how == "ieee":
+    if not aligned or (dtype == torch.float32 and how == "ieee"):
         m, n = min(m, 64), min(n, 64)
+    if dtype == torch.float32 and how == "ieee":
         return Blocks(m, n, 16, 4 if m * n > 1024 else 2, 3)
     warps = 8 if m * n > 8192 else 4
     return Blocks(m, n, 32 if dtype == torch.float32 else 64, warps, 3)
@@ -134,7 +146,9 @@ def tile_weight_grad(
         return torch.zeros(count, dtype=x.dtype, device=x.device)
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (grad_out, x))
     how = precision()
-    block = blocks(x.dtype, (height, width), how)
+    sizes = (height, width, rows, columns, g.stride(0), x.stride(0), g.data_ptr(), x.data_ptr())
+    aligned = all(size % UNIT == 0 for size in sizes)
+    block = blocks(x.dtype, (height, width), how, aligned)
     across = triton.cdiv(width, block.n)
     parts = triton.cdiv(height, block.m) * across
     tiles = tiles.contiguous()
@@ -147,12 +161,11 @@ def tile_weight_grad(
     padded = triton.cdiv(count, ADD_BLOCK) * ADD_BLOCK
     out = torch.empty(padded if splits > 1 else count, dtype=x.dtype, device=x.device)
     target = out if splits == 1 else torch.empty(splits * padded, dtype=torch.float32, device=x.device)
-    sizes = (height, width, rows, columns, g.stride(0), x.stride(0), g.data_ptr(), x.data_ptr())
     with on_device_of([x]):
         tiles_kernel[(programs, splits)](
             g, x, tiles, target, k, rows, columns, g.stride(0), x.stride(0), depth, across, parts, padded,
-            height, width, all(size % 16 == 0 for size in sizes), how, *block[:3],
-            num_warps=block.warps, num_stages=block.stages,
+            height, width, UNIT if aligned else 1, how, *block[:3],
+            depth // block.k if interpreted() else None, num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         if splits > 1:
             add_kernel[(padded // ADD_BLOCK,)](target, out, padded, splits, ADD_BLOCK, num_warps=ADD_WARPS)
@@ -160,7 +173,7 @@ def tile_weight_grad(
 
 
 def _build(name: str, kind: tl.dtype, dtype: torch.dtype, side: int, how: str, aligned: bool) -> KernelBuild:
-    block = blocks(dtype, (side, side), how)
+    block = blocks(dtype, (side, side), how, aligned)
     return KernelBuild(
         f"wgrad_tiles_{name}",
         tiles_kernel,
@@ -170,10 +183,11 @@ def _build(name: str, kind: tl.dtype, dtype: torch.dtype, side: int, how: str, a
             **dict.fromkeys(("stride_g", "stride_x", "lanes"), "i64"),
         },
         {
-            "HEIGHT": side, "WIDTH": side, "ALIGNED": aligned, "PRECISION": how,
-            "BLOCK_M": block.m, "BLOCK_N": block.n, "BLOCK_K": block.k,
+            "HEIGHT": side, "WIDTH": side, "UNIT": UNIT if aligned else 1, "PRECISION": how,
+            "BLOCK_M": block.m, "BLOCK_N": block.n, "BLOCK_K": block.k, "STEPS": None,
         },
         block.warps,
+        128 if aligned else 0,
         unaligned=() if aligned else ("grad_out", "x"),
         options={"num_stages": block.stages},
     )  # fmt: skip
@@ -190,8 +204,8 @@ COMPILE = [
         KernelBuild(
             f"wgrad_add_{kind}",
             add_kernel,
-            {"partial": "*fp32", "out": f"*{kind}", "lanes": "i64", "splits": "i32"},
-            {"BLOCK": ADD_BLOCK},
+            {"partial": "*fp32", "out": f"*{kind}", "lanes": "i64"},
+            {"SPLITS": SPLITS, "BLOCK": ADD_BLOCK},
             ADD_WARPS,
             128,
             64,

@@ -92,9 +92,7 @@ def plan_weight(weight: Tensor, mask: SaliencyMask, name: str, tiled: bool) -> P
     within = keep.index_select(0, rows)
     shape_of_rows = (rows.numel(), *weight.shape[1:])
     bits = None if count == within.numel() else bitmask.pack_bits(within).to(weight.device)
-    return Part(
-        "rows", shape_of_rows, to_device(choice(rows), weight.device), lanes=Lanes(shape_of_rows, bits, count)
-    )
+    return Part("rows", shape_of_rows, to_device(choice(rows), weight.device), lanes=Lanes(shape_of_rows, bits, count))
 
 
 def plan_bias(bias: Tensor, mask: SaliencyMask, name: str) -> Part:

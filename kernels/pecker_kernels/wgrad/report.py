@@ -33,7 +33,9 @@ def kind_of(module: nn.Module) -> str:
     return "norm" if isinstance(module, _NORMS) or type(module).__name__.endswith("Norm") else "other"
 
 
-def report_layer(name: str, module: nn.Module, mode: str, impl: str, mask: SaliencyMask, names: list[str]) -> LayerReport:
+def report_layer(
+    name: str, module: nn.Module, mode: str, impl: str, mask: SaliencyMask, names: list[str]
+) -> LayerReport:
     """names: the layer's parameters as the mask calls them."""
     first, total = names[0], sum(mask.shapes[n].numel() for n in names)
     shape = mask.shapes[first]

@@ -33,9 +33,7 @@ class _Entry:
     lanes: Lanes | None = None
 
 
-def skip_weight_gradients(
-    model: nn.Module, mask: SaliencyMask, impl: str = "auto", prefix: str = ""
-) -> SparseBackward:
+def skip_weight_gradients(model: nn.Module, mask: SaliencyMask, impl: str = "auto", prefix: str = "") -> SparseBackward:
     """From now on the backward pass of `model` computes gradients of live weights alone.
 
     Linear layers and convolutions without groups compute live rows (output channels), or live tiles under a tile mask;
