@@ -75,6 +75,7 @@ class LiveProduct(torch.autograd.Function):
             if needs_bias or needs_bias_leaf:
                 grad_bias = products.grad_bias(grad_out)
             if needs_bias_leaf:
+                assert grad_bias is not None
                 grad_bias_leaf = pick(grad_bias, 0, plan.bias.rows).to(plan.bias_leaf.dtype)
         return grad_x, None, grad_bias if needs_bias else None, grad_leaf, grad_bias_leaf, None
 
@@ -85,10 +86,15 @@ class Switch:
     paused = 0
 
 
+def own_forward(module: nn.Module) -> types.MethodType:
+    """The forward of the module's class, bound."""
+    return types.MethodType(type(module).forward, module)
+
+
 class LiveForward:
     """Stands in for module.forward. A copied or unpickled module gets its class's own forward instead."""
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, switch: Switch) -> None:
+    def __init__(self, module: Any, plan: LayerPlan, switch: Switch) -> None:
         self.module, self.plan, self.switch = module, plan, switch
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ class LiveForward:
         return y.squeeze(0) if alone else y
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (type(self.module).forward, self.module)
+        return own_forward, (self.module,)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -38,7 +38,10 @@ class Part:
 
 def servable(module: nn.Module) -> bool:
     """Whether the layer's products are known here: a plain linear layer or convolution with its class's own forward."""
-    if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+    forward = vars(module).get("forward", module.forward)  # a copy of a module may hold its own one
+    if getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module:
+        return False
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return False
     if type(module) is nn.Linear:
         return True
@@ -49,9 +52,8 @@ def products_of(module: nn.Module, triton: bool) -> Linear | Convolution:
     return Linear(triton) if type(module) is nn.Linear else Convolution(module)
 
 
-def triton_refuses(module: nn.Module, tile: tuple[int, int]) -> str | None:
-    """Why the grouped product cannot serve the layer's weight, to follow "impl='triton'"; None where it can."""
-    weight = module.weight
+def triton_refuses(weight: Tensor, tile: tuple[int, int]) -> str | None:
+    """Why the grouped product cannot serve the weight, to follow "impl='triton'"; None where it can."""
     if not gpu.runs_on(weight):
         return gpu.missing(weight)
     if min(tile) < SMALLEST_TILE:
@@ -66,7 +68,7 @@ def uses_triton(module: nn.Module, mask: SaliencyMask, impl: str) -> bool:
     PeckerKernelsError where impl="triton" cannot be honoured."""
     if type(module) is not nn.Linear or mask.structure != "tile" or impl == "reference":
         return False
-    complaint = triton_refuses(module, mask.tile)
+    complaint = triton_refuses(module.weight, mask.tile)
     if complaint and impl == "triton":
         raise PeckerKernelsError(f"impl='triton' {complaint}")
     return complaint is None

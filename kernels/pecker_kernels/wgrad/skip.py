@@ -63,11 +63,12 @@ class SparseBackward:
     """A model whose backward pass skips dead weights; made by `skip_weight_gradients`, left by `undo` or a with-block.
 
     leaves: aligned with model.named_parameters(), what to differentiate for: the parameter itself (dense gradient), a
-    tensor that stands for its live part, or None (dead, or frozen before): no gradient.
+    tensor that stands for its live part, or None (dead, or frozen before): no gradient. active: until `undo`.
     """
 
     def __init__(self, model: nn.Module, mask: SaliencyMask, impl: str, prefix: str) -> None:
         self.model, self.mask = model, mask
+        self.active = True
         self._switch = Switch()
         self._swapped: list[tuple[nn.Module, LiveForward]] = []
         self._frozen: list[nn.Parameter] = []
@@ -191,14 +192,11 @@ class SparseBackward:
             rows.append(report_layer(name, module, mode, by, self.mask, [entry.name for entry in known]))
         return rows
 
-    @property
-    def active(self) -> bool:
-        return self.model in _ACTIVE
-
     def undo(self) -> None:
         """Give the layers their own forward and the parameters their requires_grad back; a second time does nothing."""
         if not self.active:
             return
+        self.active = False
         for module, forward in self._swapped:
             if vars(module).get("forward") is forward:
                 del module.forward
