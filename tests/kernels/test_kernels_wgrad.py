@@ -389,6 +389,16 @@ def test_channels_last_stays_channels_last():
     assert all(seen)
 
 
+def test_a_channels_last_group_norm_above_dead_layers():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Conv2d(8, 4, 3)).double()
+    x = images(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    mask, dense = mask_of(model, {"1.weight": True}), dense_grads(model, x)
+    model.to(memory_format=torch.channels_last)
+    with pk.skip_weight_gradients(model, mask) as skip:
+        check_against(skip, mask, live_grads(skip, x), dense)
+    assert not model[1]._forward_pre_hooks
+
+
 @pytest.mark.parametrize("structure", ["element", "row", "tile", "tensor"])
 def test_autocast(structure):
     model, x = layers(dtype=torch.float32), images(2, 3, 8, 8, dtype=torch.float32)

@@ -66,7 +66,8 @@ def test_gradients_of_live_weights(make, structure, density):
         y = model(images())
         found = live_grads(skip, images())
         modes = {row.mode for row in skip.report()}
-    assert torch.equal(y, model(images()))
+    # torch's attention chooses its kernel by what requires a gradient.
+    torch.testing.assert_close(y, model(images()), rtol=1e-12, atol=1e-12)
     check_against(skip, mask, found, dense, tolerance=1e-9)
     assert "dead" in modes or density > 0.1
     assert structure in ("element", "tensor") or {"row": "rows", "tile": "tiles"}[structure] in modes
@@ -99,14 +100,13 @@ def backward_flops(model, x):
 
 def positions_of(model, x):
     """{module: rows of its flattened input, or batch times output pixels} of one pass."""
-    positions, handles = {}, []
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            handles.append(
-                module.register_forward_hook(
-                    lambda m, _, y: positions.__setitem__(m, y.numel() // m.weight.shape[0])
-                )
-            )  # fmt: skip
+    positions = {}
+
+    def note(module, _, y):
+        positions[module] = y.numel() // module.weight.shape[0]
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    handles = [m.register_forward_hook(note) for m in layers]
     model(x)
     for handle in handles:
         handle.remove()
@@ -136,9 +136,9 @@ def test_backward_flops_are_those_of_live_weights(structure, density):
     live = sum(weight_grad_flops(n, mask.count_of(names[m.weight])) for m, n in positions.items())
     with pk.skip_weight_gradients(model, mask, impl="reference"):
         found = backward_flops(model, x)
-    # Tiles of convolutions compute every tap of the channels they touch.
-    assert below + live <= found * 1.0001
-    if structure != "tile":
+    if structure == "tile":  # convolutions compute every tap of the channels they touch
+        assert found >= 0.98 * (below + live)
+    else:
         assert found == pytest.approx(below + live, rel=0.02)
     assert found < below + 0.9 * (dense - below)
     assert backward_flops(model, x) == dense

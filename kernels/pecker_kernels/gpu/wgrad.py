@@ -115,7 +115,7 @@ def blocks(dtype: torch.dtype, tile: tuple[int, int], how: str, aligned: bool) -
     if not aligned or (dtype == torch.float32 and how == "ieee"):
         m, n = min(m, 64), min(n, 64)
     if dtype == torch.float32 and how == "ieee":
-        return Blocks(m, n, 16, 4 if m * n > 1024 else 2, 3)
+        return Blocks(m, n, 16, 8 if m * n > 1024 else 2, 3)
     warps = 8 if m * n > 8192 else 4
     return Blocks(m, n, 32 if dtype == torch.float32 else 64, warps, 3)
 
@@ -187,7 +187,7 @@ def _build(name: str, kind: tl.dtype, dtype: torch.dtype, side: int, how: str, a
             "BLOCK_M": block.m, "BLOCK_N": block.n, "BLOCK_K": block.k, "STEPS": None,
         },
         block.warps,
-        128 if aligned else 0,
+        (64 if how == "tf32" else 128) if aligned else 0,
         unaligned=() if aligned else ("grad_out", "x"),
         options={"num_stages": block.stages},
     )  # fmt: skip

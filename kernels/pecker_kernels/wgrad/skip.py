@@ -15,6 +15,7 @@ from ..dispatch import check_impl, resolve
 from ..errors import PeckerKernelsError
 from ..lanes import Lanes
 from ..mask import SaliencyMask
+from .conv import is_channels_last
 from .function import LayerPlan, LiveForward, Switch
 from .plan import SMALLEST_TILE, Part, plan_bias, plan_weight, products_of, servable, uses_triton
 from .report import LayerReport, report_layer
@@ -31,6 +32,15 @@ class _Entry:
     param: nn.Parameter
     leaf: Tensor | None
     lanes: Lanes | None = None
+
+
+def _channels_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """torch 2.13 on a CPU writes a channels-last group norm's input gradient where none was asked for, above dead layers,
+    and crashes; the other layout is sound."""
+    x, *more = args
+    if x.device.type != "cpu" or x.requires_grad or not torch.is_grad_enabled() or not is_channels_last(x):
+        return None
+    return x.contiguous(), *more
 
 
 def skip_weight_gradients(model: nn.Module, mask: SaliencyMask, impl: str = "auto", prefix: str = "") -> SparseBackward:
@@ -87,6 +97,11 @@ class SparseBackward:
             if entry.leaf is None and entry.param.requires_grad:
                 self._frozen.append(entry.param)
         self._freeze(True)
+        self._hooks = [
+            module.register_forward_pre_hook(_channels_first)
+            for module in model.modules()
+            if isinstance(module, nn.GroupNorm) and any(p.requires_grad for p in module.parameters())
+        ]
         _ACTIVE.add(model)
 
     def _plan(self, impl: str) -> dict[nn.Module, LayerPlan]:
@@ -200,6 +215,8 @@ class SparseBackward:
         for module, forward in self._swapped:
             if vars(module).get("forward") is forward:
                 del module.forward
+        for hook in self._hooks:
+            hook.remove()
         self._freeze(False)
         _ACTIVE.discard(self.model)
 
