@@ -1,11 +1,13 @@
 """The grouped product over live tiles: values, lanes, splits of k and what is refused."""
 
+import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import check_sums
 from pecker_kernels import PeckerKernelsError, ops_wgrad, reference
 from pecker_kernels.gpu import wgrad
 from pecker_kernels.wgrad.tiles import plan_tiles
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,3 +137,25 @@ def test_refusals(device):
     assert wgrad.tile_weight_grad(g[:0], x[:0], tiles.table, tiles.count, 16, 16).count_nonzero() == 0
     empty = tiles.table[:0]
     assert wgrad.tile_weight_grad(g, x, empty, 0, 16, 16).shape == (0,)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_layers_use_it(device, impl):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 48), nn.SiLU(), nn.Linear(48, 33)).to(device)
+    mask = pk.SaliencyMask.random(model.named_parameters(), 0.4, structure="tile", tile=(16, 16), seed=1)
+    x = torch.randn(2, 5, 40, device=device)
+    dense = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    with pk.skip_weight_gradients(model, mask, impl=impl) as skip:
+        assert {row.impl for row in skip.report() if row.mode == "tiles"} == {"triton"}
+        model(x).square().sum().backward()
+        for (name, _), d, g in zip(model.named_parameters(), dense, skip.grads(), strict=True):
+            if g is not None:
+                torch.testing.assert_close(g, d[mask.bool(name)] if g.shape != d.shape else d, rtol=1e-4, atol=1e-4)
+    small = pk.SaliencyMask.random(model.named_parameters(), 0.4, structure="tile", tile=(8, 16), seed=1)
+    with pk.skip_weight_gradients(model, small) as skip:
+        assert "tiles" not in {row.mode for row in skip.report()}
+    with pytest.raises(PeckerKernelsError, match="from 16x16 on, got 8x16"):
+        pk.skip_weight_gradients(model, small, impl="triton")
+    with pytest.raises(PeckerKernelsError, match=r"got torch\.float64"):
+        pk.skip_weight_gradients(model.double(), mask, impl="triton")
