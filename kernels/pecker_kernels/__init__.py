@@ -9,6 +9,7 @@ from .ops import masked_adam_
 from .optimizer import MaskedAdam
 from .saliency import SaliencyScores
 from .threshold import kth_largest
+from .wgrad import SparseBackward, skip_weight_gradients
 
 __all__ = [
     "MaskError",
@@ -18,8 +19,10 @@ __all__ = [
     "SaliencyMask",
     "SaliencyScores",
     "ScoreError",
+    "SparseBackward",
     "adopt",
     "all_finite",
     "kth_largest",
     "masked_adam_",
+    "skip_weight_gradients",
 ]

@@ -156,6 +156,19 @@ def adam_(
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
 
 
+def live_weight_grad(grad_out: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """[k, rows], [k, columns], bool [rows, columns] -> [ones]: what a linear layer's weight gradient Σₖ grad_out ⊗ x holds
+    at the weights kept, in row-major order."""
+    return (grad_out.t() @ x)[keep]
+
+
+def strip_weight_grad(grad_out: Tensor, x: Tensor, strips: Sequence[tuple[slice | Tensor, slice | Tensor]]) -> Tensor:
+    """The same for weights kept in strips, (rows, columns) each, computing no others: [Σ rows · columns], strip by strip,
+    each row-major."""
+    parts = [(grad_out[:, rows].t() @ x[:, columns]).reshape(-1) for rows, columns in strips]
+    return torch.cat(parts) if parts else grad_out.new_empty(0)
+
+
 def _mix(x: Tensor) -> Tensor:
     """A 32-bit integer finaliser ("lowbias32", C. Wellons) on int64 tensors holding values below 2**32."""
     word = 0xFFFFFFFF

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import bitmask, foreach, ops, ops_select, reference, saliency, threshold
+from . import bitmask, foreach, ops, ops_select, ops_wgrad, reference, saliency, threshold
 from .dispatch import IMPLEMENTATIONS
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
@@ -163,6 +163,18 @@ SPECS = {
             reference.clip_norm_factor,
             flops=lambda n, d: ops_select.CLIP_NORM_FLOPS * n,
             bytes_moved=lambda n, d: 4 * n * _live_lines(d) + n / 8,
+        ),
+        OpSpec(
+            "tile_weight_grad",
+            ("grad_out [k, rows]", "x [k, columns]", "tiles [live, 4]"),
+            ("float32", "float16", "bfloat16"),
+            ops_wgrad.BUILT,
+            ops_wgrad.tile_weight_grad,
+            reference.strip_weight_grad,
+            # Of one position: k times as many.
+            flops=lambda n, d: 2 * d * n,
+            # Written; what is read depends on rows, columns and k: wgrad.weight_grad_bytes.
+            bytes_moved=lambda n, d: 4 * d * n,
         ),
     )
 }

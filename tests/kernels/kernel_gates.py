@@ -97,3 +97,16 @@ def check_untouched(model: torch.nn.Module, before: dict[str, Tensor], mask: pk.
 
 def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def check_sums(kernel: Tensor, peer: Tensor, truth: Tensor, scale: Tensor) -> None:
+    """check_accuracy for sums of products: scale, float64, is the sum of their magnitudes, whose rounding (float32 at the
+    coarsest) no order of summation avoids, so 4 ulp of it are allowed too."""
+    assert kernel.dtype == peer.dtype
+    assert kernel.shape == peer.shape == truth.shape == scale.shape
+    work = torch.float64 if kernel.dtype == torch.float64 else torch.float32
+    error = (kernel.double() - truth).abs()
+    allowed = 2 * (peer.double() - truth).abs() + 4 * (ulp(truth.to(kernel.dtype)) + ulp(scale.to(work)))
+    assert bool((error <= allowed).all()), (
+        f"error {float(error.max()):.3g}, {int((error > allowed).sum())} of {error.numel()} values too far"
+    )

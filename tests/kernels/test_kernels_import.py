@@ -11,10 +11,12 @@ PUBLIC = {
     "SaliencyMask",
     "SaliencyScores",
     "ScoreError",
+    "SparseBackward",
     "adopt",
     "all_finite",
     "kth_largest",
     "masked_adam_",
+    "skip_weight_gradients",
 }
 
 

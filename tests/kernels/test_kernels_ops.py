@@ -236,6 +236,9 @@ def test_flops_are_those_of_the_specs():
     }.items():
         assert count(getattr(OPS, name), *arguments) == SPECS[name].flops(n, density), name
     assert count(OPS.accumulate_, fresh(), scores, "sum") == n
+    tiles = torch.tensor([[0, 0, 0, 16], [16, 16, 256, 16]])  # of [32, 32]: half of the weights, at 9 positions
+    product = SPECS["tile_weight_grad"].flops(32 * 32, 0.5)
+    assert count(OPS.tile_weight_grad, torch.ones(9, 32), torch.ones(9, 32), tiles, 512, 16, 16) == 9 * product
 
 
 def test_refusals():

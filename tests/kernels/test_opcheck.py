@@ -1,4 +1,4 @@
-"""torch.library.opcheck with all its checks, for every operation in ops.py and ops_select.py. None fails.
+"""torch.library.opcheck with all its checks, for every operation in ops.py, ops_select.py and ops_wgrad.py. None fails.
 
 What the checks cannot say: packing, unpacking and counting take bool and uint8 alone, which no gradient flows through, so
 test_autograd_registration has nothing to look at there and reports success; for the operations on floating tensors it
@@ -7,7 +7,7 @@ is run on tensors that require a gradient. No operation has a backward: they are
 
 import pytest
 import torch
-from pecker_kernels import ops, ops_select, reference
+from pecker_kernels import ops, ops_select, ops_wgrad, reference
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 SIZES = (0, 1, 7, 8, 65, 1030)
@@ -29,6 +29,7 @@ def test_every_operation_is_checked_here():
     assert here == {
         "pack_bits", "unpack_bits", "popcount", "apply_", "masked_adam_",
         "accumulate_", "contrast_", "kth_largest", "keep_top_k", "clip_norm_factor",
+        "tile_weight_grad",
     }  # fmt: skip
 
 
@@ -191,6 +192,15 @@ def test_clip_norm_factor(dtype, masked, impl):
 
 def test_clip_norm_factor_of_nothing():
     passes(ops_select.clip_norm_factor, ([], [], 1.0))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tile_weight_grad(dtype, impl):
+    g, x = values(dtype, ((9, 20), (9, 40)))
+    tiles = torch.tensor([[0, 16, 0, 24], [0, 32, 16, 24], [16, 0, 384, 16]])
+    passes(ops_wgrad.tile_weight_grad, (g, x, tiles, 448, 16, 16), {"impl": impl})
+    passes(ops_wgrad.tile_weight_grad, (g, x, tiles[:0], 0, 16, 16), {"impl": impl})
 
 
 def test_opcheck_sees_a_wrong_schema_and_a_wrong_shape():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Each of these modules has a list COMPILE of KernelBuild.
-MODULES = ("bits", "threshold", "saliency", "keep", "blocks", "adam_builds")
+MODULES = ("bits", "threshold", "saliency", "keep", "blocks", "adam_builds", "wgrad")
 ARCHS = (80, 90)
 
 
@@ -61,9 +61,14 @@ def builds() -> Iterator[KernelBuild]:
 
 
 def widest_access_bits(ptx: str, operation: str) -> int:
-    """Width of the widest global "ld" or "st" in PTX, 0 where there is none."""
+    """Width of the widest global "ld" or "st" in PTX, 0 where there is none; copies to shared memory are loads."""
     pattern = rf"\b{operation}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[busf](\d+)\b"
-    return max((int(count or 1) * int(bits) for count, bits in re.findall(pattern, ptx)), default=0)
+    widths = [int(count or 1) * int(bits) for count, bits in re.findall(pattern, ptx)]
+    if operation == "ld":
+        widths += [
+            8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^,;]*,[^,;]*, (\w+)", ptx)
+        ]
+    return max(widths, default=0)
 
 
 def compile_build(build: KernelBuild, arch: int) -> BuildReport:
