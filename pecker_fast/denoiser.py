@@ -78,8 +78,8 @@ class Denoiser:
         return Denoiser(self.unet.to(device), self.schedule.to(device), self.null_class, self.channels_last)
 
     def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        # Channels-last strides make the convolutions and their gradients faster; the explicit permute also works for C = 1,
-        # where .contiguous(memory_format=channels_last) leaves the strides alone.
+        # The convolutions go on in the order they are fed. For C = 1 both orders are the same bytes and the strides stay as
+        # they are: such a network runs in the plain order (on the CPU that is the faster one, see docs/performance.md).
         if self.channels_last:
             x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.unet(x_t, t, class_labels=c, return_dict=False)[0]
