@@ -58,6 +58,9 @@ bench: setup
 gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")' || exit 2
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/kernels
+	@if $(PYTHON) -c 'import diffusers, pydantic, yaml' 2>/dev/null; \
+		then PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/unit/test_loop_gpu.py; \
+		else echo "gpu-check: the loop's own tests are left out, they need diffusers, pydantic and pyyaml"; fi
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec 'for suite in bench/test_gpu_*.py; do test -f $$suite || continue; \
 		$(PYTHON) -m pytest -o addopts=-q $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'
 

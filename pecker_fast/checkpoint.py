@@ -139,7 +139,7 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
             average.copy_(tensors[name])
     stored = io_safe.read_json(folder / "state.json", error=CheckpointError)
     tensors, _ = io_safe.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
-    for name, optimizer in named_optimizers(state).items():
+    for name, optimizer in state.optimizers.items():
         unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
     for name in COUNTERS:
         setattr(state, name, stored["counters"][name])
@@ -148,10 +148,6 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
 def load_network(unet: torch.nn.Module, path: Path) -> None:
     tensors, _ = io_safe.read_tensors(path, error=CheckpointError)
     load_weights(unet, tensors, path)
-
-
-def named_optimizers(state: TrainState) -> dict[str, Optimizer]:
-    return {"score": state.score_optimizer, **state.updates.optimizers}
 
 
 def _write_files(state: TrainState, folder: Path) -> None:
@@ -163,7 +159,7 @@ def _write_files(state: TrainState, folder: Path) -> None:
         state.mask.save(folder / "mask.safetensors")
     groups: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for name, optimizer in named_optimizers(state).items():
+    for name, optimizer in state.optimizers.items():
         groups[name] = pack_optimizer(optimizer, name, tensors)
     io_safe.write_tensors(folder / "optimizers.safetensors", tensors)
     counters = {name: getattr(state, name) for name in COUNTERS}

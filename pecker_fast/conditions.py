@@ -1,5 +1,6 @@
 """What to forget, what to draw in its place, what to keep: class labels and how they are drawn."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,14 @@ class Conditions:
         """(c_g, c_p), int64 [n] each: generator condition and teacher condition of `branch` ("retain", "forget" or "all")."""
         classes = {"retain": self.retain, "forget": self.forget, "all": self.all_classes}[branch]
         index = torch.randint(len(classes), (n,), generator=generator, device=generator.device)
-        c_g = torch.tensor(classes, device=generator.device)[index]
-        return c_g, (torch.tensor(self.cover, device=generator.device)[index] if branch == "forget" else c_g)
+        c_g = _table(classes, generator.device)[index]
+        return c_g, (_table(self.cover, generator.device)[index] if branch == "forget" else c_g)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(classes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [classes], copied to the device once: a copy in each draw would wait for it."""
+    return torch.tensor(classes, device=device)
 
 
 def class_conditions(forget: object, cover: object, retain: object, classes: Sequence[int]) -> Conditions:

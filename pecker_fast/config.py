@@ -89,6 +89,7 @@ class LearningRates(Section):
 
     generator: Rate = _key(1.0e-4, "learning rate of the generator θ")
     score: Rate = _key(1.0e-4, "learning rate of the score network ψ")
+    warmup: Count = _key(0, "iterations at the start of a stage over which both rates rise linearly; 0 = none")
 
 
 class Timesteps(Section):
@@ -153,11 +154,17 @@ class Optimizer(Section):
 
 
 class Engine(Section):
-    """Where tensors live."""
+    """Where tensors live and how an iteration runs."""
 
     zero: int = _key(0, "DeepSpeed ZeRO stage; 0 = one process without DeepSpeed", ge=0, le=3)
     offload: Literal["none", "cpu"] = _key("none", "keep optimizer state in host memory")
     stall_s: float = _key(600.0, "seconds without progress after which a run is ended", gt=0, allow_inf_nan=False)
+    compile: Literal["none", "blocks"] = _key(
+        "none", "torch.compile on the repeated blocks of the networks, or not at all"
+    )
+    cuda_graph: bool = _key(False, "run a whole iteration as one CUDA graph; needs a GPU")
+    channels_last: bool = _key(True, "feed the networks images in channels-last memory order")
+    threads: int = _key(0, "threads on the CPU; 0 = torch's choice", ge=0, le=4096)
 
 
 class Evaluate(Section):

@@ -20,10 +20,13 @@ class Denoiser:
     guidance w ≠ 1 gives ε_∅ + w (ε_c − ε_∅) in one batched pass and needs a null class (label dropout).
     """
 
-    def __init__(self, unet: nn.Module, schedule: Schedule, null_class: int | None = None) -> None:
+    def __init__(
+        self, unet: nn.Module, schedule: Schedule, null_class: int | None = None, channels_last: bool = True
+    ) -> None:
         self.unet = unet.eval()  # dropout stays off in all three networks: the teacher's score is what is matched
         self.schedule = schedule
         self.null_class = null_class
+        self.channels_last = channels_last  # memory order of the images the network is fed
 
     @property
     def config(self) -> Any:
@@ -67,15 +70,18 @@ class Denoiser:
 
     def clone(self) -> "Denoiser":
         """An independent trainable copy of the network; the schedule is shared."""
-        return Denoiser(copy.deepcopy(self.unet).requires_grad_(True), self.schedule, self.null_class)
+        return Denoiser(
+            copy.deepcopy(self.unet).requires_grad_(True), self.schedule, self.null_class, self.channels_last
+        )
 
     def to(self, device: torch.device | str) -> "Denoiser":
-        return Denoiser(self.unet.to(device), self.schedule.to(device), self.null_class)
+        return Denoiser(self.unet.to(device), self.schedule.to(device), self.null_class, self.channels_last)
 
     def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        # Channels-last strides make the convolutions and their gradients faster; the explicit permute also works for C = 1,
-        # where .contiguous(memory_format=channels_last) leaves the strides alone.
-        x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        # The convolutions go on in the order they are fed. For C = 1 both orders are the same bytes and the strides stay as
+        # they are: such a network runs in the plain order (on the CPU that is the faster one, see docs/performance.md).
+        if self.channels_last:
+            x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.unet(x_t, t, class_labels=c, return_dict=False)[0]
 
     def output(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast.config import Recipe
-from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.engine import Inputs, LocalEngine, TrainState
 from pecker_fast.errors import Interrupted
 from pecker_fast.guard import StopFlag
 
@@ -16,18 +16,24 @@ Callback = Callable[[TrainState, Losses], None]  # called after each iteration, 
 Refresh = Callable[[TrainState], None]  # called before an iteration at which the mask is to be made anew
 
 
+def steps_of(engine: LocalEngine, state: TrainState, inputs: Inputs) -> Losses:
+    """ψ learns θ's distribution, θ is stepped by the update rule, the average follows. Nothing here waits for a device."""
+    losses = engine.score_step(state, inputs)
+    losses |= engine.generator_step(state, inputs)
+    engine.average(state, inputs)
+    return losses
+
+
 def iteration(engine: LocalEngine, state: TrainState) -> Losses:
-    """One SFD iteration: ψ learns θ's distribution, θ is stepped by the update rule, the average follows."""
-    losses = engine.score_step(state)
-    losses |= engine.generator_step(state)
-    state.update_ema(engine.recipe.ema)
+    """One SFD iteration: its draws, then its steps."""
+    losses = engine.launch(steps_of, state, engine.inputs(state))
     state.step += 1
     return losses
 
 
 def counted_iteration(engine: LocalEngine, state: TrainState) -> Losses:
     """The first iteration of a stage, whose FLOPs are counted and stand for those of all that follow."""
-    with FlopCounterMode(display=False) as counter:
+    with engine.uncompiled(), FlopCounterMode(display=False) as counter:
         losses = iteration(engine, state)
     state.flops_per_iteration[state.stage] = float(counter.get_total_flops())
     return losses
@@ -49,9 +55,11 @@ def run_stage(
         start = time.perf_counter()
         try:
             if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
+                engine.settle(state)
                 refresh(state)
             first = state.stage not in state.flops_per_iteration
             losses = (counted_iteration if first else iteration)(engine, state)
+            engine.look(state)
             state.flops += state.flops_per_iteration[state.stage]
             state.training_s += time.perf_counter() - start
             for callback in callbacks:
@@ -60,3 +68,4 @@ def run_stage(
         except Interrupted:  # only ever raised between iterations, so the state is whole
             save(state)
             raise
+    engine.settle(state)

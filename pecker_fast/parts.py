@@ -9,6 +9,7 @@ from pecker_fast import io_safe
 from pecker_fast.conditions import Conditions, class_conditions
 from pecker_fast.config import Recipe
 from pecker_fast.denoiser import Denoiser, load_denoiser, load_unet
+from pecker_fast.engine.graph import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate.judge import Judge, Reference, load_judge
 
@@ -30,6 +31,7 @@ class Parts:
 
 def load_parts(recipe: Recipe) -> Parts:
     """Load model, start of θ and ψ, judge and conditions on the CPU. Raises RecipeError or ModelError, one line."""
+    require_gpu(recipe, pick_device())
     folder = io_safe.resolve_model(recipe.model)
     judge, reference = find_judge(recipe, folder)
     teacher = load_denoiser(folder).freeze()
@@ -38,6 +40,8 @@ def load_parts(recipe: Recipe) -> Parts:
     conditions = class_conditions(recipe.forget, recipe.cover, recipe.retain, teacher.classes)
     check_schedule(recipe, teacher)
     generator, score = load_start(recipe.generator, teacher) if recipe.generator else (teacher.clone(), teacher.clone())
+    for network in (teacher, generator, score):
+        network.channels_last = recipe.engine.channels_last
     networks = (("teacher", teacher), ("generator", generator), ("score", score))
     tensors = ((f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters())
     return Parts(

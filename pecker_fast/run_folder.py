@@ -29,7 +29,8 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
     for key in ("steps", "checkpoint", "output", "resume"):
         del data[key]
     data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher
-    del data["engine"]["stall_s"]
+    for key in ("stall_s", "cuda_graph", "threads"):  # how fast, not what
+        del data["engine"][key]
     return data
 
 

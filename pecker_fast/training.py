@@ -216,6 +216,7 @@ class Training:
         if state.step % 10 and state.step > 1:
             self.tracker.tick(self.total_step(state))
             return
+        self.engine.settle(state)
         values = {name: float(loss) for name, loss in losses.items()}
         rate = state.images / max(state.training_s, 1e-9)
         self.tracker.event(
@@ -225,6 +226,7 @@ class Training:
     def evaluate_in_loop(self, state: TrainState, losses: Losses) -> None:
         every = self.recipe.evaluate.every
         if state.stage == "forget" and every and state.step % every == 0 and self.judging.possible:
+            self.engine.settle(state)
             result = self.judging.figures(
                 self.judging.one_step(state.averaged_generator()), self.recipe.evaluate.samples
             )
@@ -240,6 +242,7 @@ class Training:
         step = self.total_step(state)
         if self.saved_step == step:
             return
+        self.engine.settle(state)
         folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep)
         self.saved_step = step
         self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))

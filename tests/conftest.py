@@ -33,3 +33,35 @@ def tiny_recipe(tiny_model, tmp_path):
         return recipe_from(data)
 
     return make
+
+
+@pytest.fixture
+def setup(tiny_recipe):
+    """make(mask density or None, **keys) -> (recipe, engine, state, mask); ψ and θ are moved off φ so that no loss is zero."""
+    import torch
+    from pecker_kernels import SaliencyMask
+
+    from pecker_fast.engine import LocalEngine, TrainState
+    from pecker_fast.engine.state import start_ema
+    from pecker_fast.methods import get_method
+    from pecker_fast.methods.updates import adam
+    from pecker_fast.parts import load_parts
+
+    def make(density=0.4, device="cpu", **keys):
+        recipe = tiny_recipe(**keys)
+        parts = load_parts(recipe)
+        for seed, network in ((1, parts.score), (2, parts.generator)):
+            g = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for _, p in network.named_parameters():
+                    p.add_(0.05 * torch.randn(p.shape, generator=g))
+        teacher, score, generator = (network.to(device) for network in (parts.teacher, parts.score, parts.generator))
+        named = generator.named_parameters()
+        mask = SaliencyMask.random(named, density=density, seed=3) if density else None
+        state = TrainState(
+            teacher, score, generator, adam(recipe, score.named_parameters(), recipe.lr.score),
+            get_method(recipe.method).updates(recipe, named, mask), start_ema(generator, recipe.ema),
+        )  # fmt: skip
+        return recipe, LocalEngine(recipe, parts.conditions, torch.device(device)), state, mask
+
+    return make

@@ -1,62 +1,133 @@
 """One process: a score step and a generator step, branches batched through the networks they share."""
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from pecker_kernels import all_finite
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.config import Recipe
+from pecker_fast.engine.blocks import compile_blocks
+from pecker_fast.engine.finite import FiniteGuard, non_finite
+from pecker_fast.engine.graph import IterationGraph, require_gpu
+from pecker_fast.engine.inputs import Batch, Inputs, concatenate, draw
 from pecker_fast.engine.state import TrainState
-from pecker_fast.errors import NonFiniteError
 from pecker_fast.losses import generate, generator_loss, noise_loss
 from pecker_fast.methods.updates import Gradients
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One branch's draws, n samples."""
-
-    z: Tensor  # [n, C, H, W]
-    e: Tensor  # [n, C, H, W]
-    t: Tensor  # [n]
-    c_g: Tensor  # [n], condition of generator and score network
-    c_p: Tensor  # [n], condition of the teacher
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(b, name) for b in batches]) for name in ("z", "e", "t", "c_g", "c_p")))
-
-
 class LocalEngine:
-    """Runs the two steps of an iteration on one device. Branch weights of zero skip the branch."""
+    """Runs the two steps of an iteration on one device. Branch weights of zero skip the branch.
 
-    def __init__(self, recipe: Recipe, conditions: Conditions, device: torch.device) -> None:
+    From `inputs` on nothing waits for the device. late: how gradients that are not finite are met, see FiniteGuard; None =
+    late on a GPU, at once on the CPU. Raises RecipeError where the recipe asks for what the device does not have.
+    """
+
+    def __init__(self, recipe: Recipe, conditions: Conditions, device: torch.device, late: bool | None = None) -> None:
+        require_gpu(recipe, device)
+        if recipe.engine.threads:
+            torch.set_num_threads(recipe.engine.threads)
         self.recipe = recipe
         self.conditions = conditions
         self.device = device
+        self.guard = FiniteGuard(device, late=device.type != "cpu" if late is None else late)
+        self.graph = IterationGraph() if recipe.engine.cuda_graph else None
+        self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The recipe's precision for the networks' passes."""
+        if self.recipe.precision == "fp32":
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=torch.bfloat16), ExitStack() as stack:
+            if (
+                self.device.type == "cpu"
+            ):  # torch's fused attention in bfloat16 is six times slower there than in float32
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    # -- around the iteration ---------------------------------------------------------------------------------------
+
+    def inputs(self, state: TrainState) -> Inputs:
+        """Get ready for one iteration: this step's learning rates, and all its draws."""
+        self._compile(state)
+        state.set_learning_rates(self.recipe.lr, self.device if self.graph is not None else None)
+        self.guard.arm(state.optimizers.values())
+        roles = ("score", "generator")
+        batches = {
+            (role, branch): self.draw(state, role, branch)
+            for role in roles
+            for branch in self.branch_weights(state.stage, role)
+        }
+        if not self.guard.late:
+            return Inputs(batches)
+        return Inputs(batches, torch.full((), 1 - state.ema_decay(self.recipe.ema), device=self.device))
+
+    def launch(
+        self, body: Callable[["LocalEngine", TrainState, Inputs], dict[str, Tensor]], state: TrainState, inputs: Inputs
+    ) -> dict[str, Tensor]:
+        """Run the steps of an iteration, as one CUDA graph where the recipe asks for that."""
+        if self.graph is None:
+            return body(self, state, inputs)
+        return self.graph(lambda given: body(self, state, given), state, inputs)
+
+    def average(self, state: TrainState, inputs: Inputs) -> None:
+        """The moving average follows θ; with a gradient that was not finite it stands still, as θ does."""
+        if inputs.ema_weight is None:
+            state.update_ema(self.recipe.ema)
+        else:
+            state.blend_ema(inputs.ema_weight * (self.guard.flag == 0))
+
+    def look(self, state: TrainState) -> None:
+        """After an iteration. Raises NonFiniteError if the one before it met a gradient that was not finite."""
+        self.guard.record(state.step - 1)
+        self._raise_failed(state, behind=1)
+
+    def settle(self, state: TrainState) -> None:
+        """Wait for the iterations so far, before their weights are used. Raises NonFiniteError as `look` does."""
+        self._raise_failed(state, behind=0)
+
+    def _raise_failed(self, state: TrainState, behind: int) -> None:
+        """Since the failed update nothing was written, and draws follow from seed and step: made again, the gradient
+        tells which tensor it was."""
+        failed = self.guard.failed(behind)
+        if failed is None:
+            return
+        state.step, update = failed
+        with self.guard.at_once():
+            self.score_step(state) if update == 1 else self.generator_step(state)
+        raise non_finite(f"{state.stage} step {state.step}", "the score network" if update == 1 else "the generator")
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """Inside, compiled blocks run as they are written, so that every operation can be seen."""
+        compiled = self.recipe.engine.compile != "none"
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+    def _compile(self, state: TrainState) -> None:
+        if self.recipe.engine.compile == "none":
+            return
+        for network in (state.teacher.unet, state.score.unet, state.generator.unet):
+            if network not in self._compiled:
+                compile_blocks(network)
+                self._compiled.add(network)
+
+    # -- the steps --------------------------------------------------------------------------------------------------
 
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
-        """Fresh draws for one branch of one step: a function of seed, stage, step, role ("score", "generator") and branch."""
-        recipe, n, device = self.recipe, self.recipe.batch_size, self.device
-        rng = draws.generator(recipe.seed, f"{state.stage}-{role}-{branch}", state.step, device)
-        z = torch.randn(n, *state.generator.sample_shape, generator=rng, device=device)
-        e = torch.randn(z.shape, generator=rng, device=device)
-        t = torch.randint(recipe.timesteps.min, recipe.timesteps.max, (n,), generator=rng, device=device)
-        c_g, c_p = self.conditions.draw(branch, n, rng)
-        if role == "score" and recipe.guidance.text_dropout > 0:
-            drop = torch.rand(n, generator=rng, device=device) < recipe.guidance.text_dropout
-            null_class = torch.full_like(c_g, state.score.null_class or 0)
-            c_p = torch.where(drop, null_class, c_g)  # what ψ is told; θ draws under c_g all the same
-        elif role == "score":
-            c_p = c_g
-        return Batch(z, e, t, c_g, c_p)
+        """Draws of one branch of one step of the present iteration; see inputs.draw."""
+        return draw(self.recipe, self.conditions, state, role, branch, self.device)
+
+    def batches(
+        self, state: TrainState, role: str, weights: dict[str, float], inputs: Inputs | None
+    ) -> dict[str, Batch]:
+        """Branch -> draws, from the inputs of the iteration or fresh ones (the same)."""
+        if inputs is None:
+            return {branch: self.draw(state, role, branch) for branch in weights}
+        return {branch: inputs.batches[role, branch] for branch in weights}
 
     def branch_weights(self, stage: str, role: str) -> dict[str, float]:
         """Branch -> coefficient; plain distillation has one branch over all classes."""
@@ -65,10 +136,10 @@ class LocalEngine:
         weights = {"all": retain} if stage == "distill" else {"retain": retain, "forget": forget}
         return {branch: weight for branch, weight in weights.items() if weight != 0}
 
-    def score_step(self, state: TrainState) -> dict[str, Tensor]:
+    def score_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """ψ learns θ's distribution: L_ψ = s_r mean_n ℓ(retain) + s_f mean_n ℓ(forget), θ under no_grad."""
         weights = self.branch_weights(state.stage, "score")
-        batch = concatenate([self.draw(state, "score", branch) for branch in weights])
+        batch = concatenate(list(self.batches(state, "score", weights, inputs).values()))
         with self.autocast():
             with torch.no_grad():
                 x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
@@ -82,31 +153,32 @@ class LocalEngine:
         loss = weighted_mean(per_sample, weights)
         state.score_optimizer.zero_grad()
         loss.backward()
-        parameters = [p for _, p in state.score.named_parameters()]
-        self._check_finite(state, "score network", [p.grad for p in parameters], state.score.named_parameters())
+        named = state.score.named_parameters()
+        self.guard.check(f"{state.stage} step {state.step}", "score network", [p.grad for _, p in named], named)
         state.score_optimizer.step()
+        self.guard.note(state.score_optimizer, 1)
         state.score_optimizer.zero_grad()
         state.images += per_sample.shape[0]
         return {"score_loss": loss.detach()}
 
-    def generator_step(self, state: TrainState) -> dict[str, Tensor]:
+    def generator_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """θ: the phases of the update rule in order, each at the weights the one before left behind."""
         weights = self.branch_weights(state.stage, "generator")
         losses: dict[str, Tensor] = {}
         with state.score.frozen():  # the gradient flows through ψ to x_t
             phases = (tuple(weights),) if state.stage == "distill" else state.updates.phases
-            for phase in phases:
+            for update, phase in enumerate(phases, start=2):
                 branches = {branch: weights[branch] for branch in phase if branch in weights}
                 if branches:
-                    gradients, values = self.branch_gradients(state, branches, separate=state.updates.separate)
-                    state.updates.apply(phase, gradients)
+                    gradients, values = self.branch_gradients(state, branches, state.updates.separate, inputs)
+                    self.guard.note(state.updates.apply(phase, gradients), update)
                     losses |= values
         for p in state.updates.parameters:
             p.grad = None
         return losses
 
     def branch_gradients(
-        self, state: TrainState, weights: dict[str, float], separate: bool
+        self, state: TrainState, weights: dict[str, float], separate: bool, inputs: Inputs | None = None
     ) -> tuple[dict[str, Gradients], dict[str, Tensor]]:
         """(gradients of θ, losses by branch). One pass of φ and ψ serves all branches; θ is differentiated per branch
         if `separate`.
@@ -114,7 +186,7 @@ class LocalEngine:
         The chain rule is cut at x_g: dL/dx_g comes from the shared pass, then each branch goes back through θ alone.
         """
         recipe, named = self.recipe, state.generator.named_parameters()
-        batches = {branch: self.draw(state, "generator", branch) for branch in weights}
+        batches = self.batches(state, "generator", weights, inputs)
         groups = [[branch] for branch in batches] if separate else [list(batches)]
         with self.autocast():
             x_groups = []
@@ -133,7 +205,7 @@ class LocalEngine:
         gradients: dict[str, Gradients] = {}
         for group, x, dx in zip(groups, x_groups, dx_g.split([x.shape[0] for x in x_groups])):
             grads = torch.autograd.grad(x, parameters, dx.to(x.dtype), allow_unused=True)
-            self._check_finite(state, "generator", grads, named)
+            self.guard.check(f"{state.stage} step {state.step}", "generator", grads, named)
             gradients[group[0] if separate else "sum"] = grads
         if separate:  # a branch of weight zero has no gradient at all
             gradients = {branch: gradients.get(branch, [None] * len(parameters)) for branch in ("retain", "forget")}
@@ -141,20 +213,8 @@ class LocalEngine:
         means = per_sample.detach().view(len(weights), -1).mean(1)
         return gradients, {("retain" if b == "all" else b) + "_loss": mean for b, mean in zip(weights, means)}
 
-    def _check_finite(
-        self, state: TrainState, what: str, grads: Gradients, named: list[tuple[str, nn.Parameter]]
-    ) -> None:
-        """Raise before anything non-finite reaches a weight; the weights stay those of the last good step."""
-        if all_finite([g for g in grads if g is not None]):
-            return
-        bad = next(name for (name, _), g in zip(named, grads) if g is not None and not bool(torch.isfinite(g).all()))
-        raise NonFiniteError(
-            f"{state.stage} step {state.step}: the gradient of {what} tensor {bad} is not finite; it was not "
-            "applied and checkpoints are as they were; start over (resume=never) with a lower lr or optimizer.clip_value"
-        )
-
 
 def weighted_mean(per_sample: Tensor, weights: dict[str, float]) -> Tensor:
     """Σ_branch weight · mean over the branch's samples; per_sample [branches · n] in the order of `weights`."""
-    coefficients = torch.tensor(list(weights.values()), device=per_sample.device)
-    return (per_sample.float().view(len(weights), -1).mean(1) * coefficients).sum()
+    means = per_sample.float().view(len(weights), -1).mean(1)
+    return torch.stack([weight * mean for weight, mean in zip(weights.values(), means.unbind())]).sum()

@@ -6,6 +6,7 @@ import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
 from torch import Tensor
 
+from pecker_fast.config import LearningRates
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.methods import UpdateRule
 
@@ -31,14 +32,48 @@ class TrainState:
     def mask(self) -> SaliencyMask | None:
         return self.updates.mask
 
+    @property
+    def optimizers(self) -> dict[str, MaskedAdam]:
+        """All optimizers by name, in checkpoint order."""
+        return {"score": self.score_optimizer, **self.updates.optimizers}
+
+    def set_learning_rates(self, lr: LearningRates, device: torch.device | None = None) -> None:
+        """This step's rates, a function of `step` alone; device: as numbers that live there and keep their place."""
+        share = min(1.0, (self.step + 1) / lr.warmup) if lr.warmup else 1.0
+        for name, optimizer in self.optimizers.items():
+            rate = share * (lr.score if name == "score" else lr.generator)
+            for group in optimizer.param_groups:
+                held = group["lr"]
+                if device is None:
+                    group["lr"] = rate
+                elif isinstance(held, Tensor) and held.device == device:
+                    held.fill_(rate)
+                else:
+                    group["lr"] = torch.full((), rate, dtype=torch.float64, device=device)
+
+    def ema_decay(self, decay: float) -> float:
+        """d of this iteration, with the warm-up min(decay, (1+n)/(10+n)), n iterations done so far."""
+        return min(decay, (1 + self.step) / (10 + self.step))
+
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """ema ← d·ema + (1−d)·θ with the warm-up d = min(decay, (1+n)/(10+n)), n iterations done so far."""
-        if self.ema is None:
-            return
-        d = min(decay, (1 + self.step) / (10 + self.step))
+        """ema ← d·ema + (1−d)·θ with d = ema_decay(decay)."""
+        if self.ema is not None:
+            averages, weights = self._ema_pairs(self.ema)
+            torch._foreach_lerp_(averages, weights, 1 - self.ema_decay(decay))
+
+    @torch.no_grad()
+    def blend_ema(self, weight: Tensor) -> None:
+        """ema ← ema + weight·(θ − ema), weight 0-dim on the device and read there; 0 changes no bit of it."""
+        if self.ema is not None:
+            averages, weights = self._ema_pairs(self.ema)
+            change = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(averages, change)
+
+    def _ema_pairs(self, ema: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         named = self.generator.named_parameters()
-        torch._foreach_lerp_([self.ema[name] for name, _ in named], [p.detach().float() for _, p in named], 1 - d)
+        return [ema[name] for name, _ in named], [p.detach().float() for _, p in named]
 
     def averaged_generator(self) -> Denoiser:
         """A frozen copy of θ with the averaged weights (the plain ones where there is no average)."""

@@ -47,8 +47,9 @@ class UpdateRule:
     ) -> dict[str, MaskedAdam]:
         raise NotImplementedError
 
-    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
-        """One update. gradients: per branch when `separate`, else the weighted sum under the key "sum"."""
+    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
+        """One update; returns the optimizer that made it. gradients: per branch when `separate`, else the weighted sum
+        under the key "sum"."""
         raise NotImplementedError
 
     def set_mask(self, mask: SaliencyMask) -> None:
@@ -62,6 +63,11 @@ class UpdateRule:
         for p, g in zip(self.parameters, gradients):
             p.grad = g
 
+    def _step(self, name: str, masked: Gradients | None = None) -> MaskedAdam:
+        optimizer = self.optimizers[name]
+        optimizer.step(masked_grads=masked)
+        return optimizer
+
 
 class Dense(UpdateRule):
     """One dense Adam step on g_r∇L_sd + g_f∇L_sfd."""
@@ -71,9 +77,9 @@ class Dense(UpdateRule):
     ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator)}
 
-    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
+    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["sum"])
-        self.optimizers["generator"].step()
+        return self._step("generator")
 
 
 class Differentiated(UpdateRule):
@@ -86,9 +92,9 @@ class Differentiated(UpdateRule):
     ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator, mask)}
 
-    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
+    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["retain"])
-        self.optimizers["generator"].step(masked_grads=gradients["forget"])
+        return self._step("generator", gradients["forget"])
 
 
 class SalientOnly(UpdateRule):
@@ -99,9 +105,9 @@ class SalientOnly(UpdateRule):
     ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator, mask)}
 
-    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
+    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["sum"])
-        self.optimizers["generator"].step()
+        return self._step("generator")
 
 
 class Alternating(UpdateRule):
@@ -115,9 +121,9 @@ class Alternating(UpdateRule):
         lr = recipe.lr.generator
         return {"generator_forget": adam(recipe, named, lr, mask), "generator_retain": adam(recipe, named, lr)}
 
-    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> None:
+    def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["sum"])
-        self.optimizers[f"generator_{phase[0]}"].step()
+        return self._step(f"generator_{phase[0]}")
 
 
 RULES: dict[str, type[UpdateRule]] = {

@@ -62,6 +62,17 @@ def test_resume_is_bit_identical_from_every_step(tiny_recipe, tmp_path, rule):
         assert final_files(resumed) == want, point.name
 
 
+def test_a_run_in_bfloat16_with_warm_up_resumes_bit_identically(tiny_recipe, tmp_path):
+    keys = {"precision": "bf16", "lr": {"generator": 1e-4, "score": 1e-4, "warmup": 3}, "steps": 4,
+            "evaluate": {"final": 0, "every": 0}, "checkpoint": {"every": 1, "keep": 9}}  # fmt: skip
+    whole = train(tiny_recipe(**keys, output=str(tmp_path / "whole")), quiet=True).run_dir
+    point = checkpoint.list_checkpoints(whole)[1]
+    resumed = train(tiny_recipe(**keys, output=str(tmp_path / "resumed"), resume=str(point)), quiet=True).run_dir
+    assert final_files(resumed) == final_files(whole)
+    keys["lr"] = {**keys["lr"], "warmup": 0}
+    assert final_files(train(tiny_recipe(**keys), quiet=True).run_dir) != final_files(whole)
+
+
 def test_other_seed_gives_other_weights(tiny_recipe, tmp_path):
     a = train(tiny_recipe(output=str(tmp_path / "a"), evaluate={"final": 0}), quiet=True).run_dir
     b = train(tiny_recipe(output=str(tmp_path / "b"), evaluate={"final": 0}, seed=1), quiet=True).run_dir

@@ -10,12 +10,13 @@ from pecker_fast.cli import app
 from pecker_fast.config import Recipe, recipe_help
 
 KEYS_TEXT = """
-model model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score alpha
+model model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score lr.warmup alpha
 timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher guidance.text_dropout
 detach_score weights.score_retain weights.score_forget weights.retain weights.forget mask.source mask.score
 mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope mask.reduction mask.samples mask.data
 mask.timesteps mask.refresh update_rule optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_value ema
-precision score engine.zero engine.offload engine.stall_s evaluate.every evaluate.samples evaluate.final
+precision score engine.zero engine.offload engine.stall_s engine.compile engine.cuda_graph
+engine.channels_last engine.threads evaluate.every evaluate.samples evaluate.final
 evaluate.judge evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
 """
 RECIPE_KEYS = KEYS_TEXT.split()
@@ -32,18 +33,20 @@ CHOICES = {
     "precision": "fp32 | bf16",
     "score": "full | lora",
     "engine.offload": "none | cpu",
+    "engine.compile": "none | blocks",
 }
 
 DEFAULTS = {
     "model": "digits", "method": "pecker", "forget": 0, "cover": 1, "retain": None, "steps": 500, "distill_steps": 0,
-    "batch_size": 64, "lr.generator": 1e-4, "lr.score": 1e-4, "alpha": 1.2, "timesteps.init": 440,
+    "batch_size": 64, "lr.generator": 1e-4, "lr.score": 1e-4, "lr.warmup": 0, "alpha": 1.2, "timesteps.init": 440,
     "timesteps.min": 38, "timesteps.max": 712, "weights.score_retain": 1, "weights.score_forget": 1,
     "weights.retain": 1, "weights.forget": 1, "mask.source": "saliency", "mask.score": "mse", "mask.contrast": False,
     "mask.density": 0.5, "mask.threshold": None, "mask.structure": "element", "mask.tile": [128, 128],
     "mask.scope": "global", "mask.reduction": "sum", "mask.samples": 2048, "mask.data": "pseudo",
     "mask.timesteps": "uniform", "mask.refresh": 0, "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
     "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
-    "engine.stall_s": 600, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,
+    "engine.stall_s": 600, "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True,
+    "engine.threads": 0, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,
     "checkpoint.every": 100, "checkpoint.keep": 2, "seed": 0, "output": "runs/digits", "resume": "auto",
 }  # fmt: skip
 

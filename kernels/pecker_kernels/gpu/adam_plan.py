@@ -30,6 +30,9 @@ SCALARS = tl.constexpr(8)
 # Optimizers with several parameter groups keep one plan for each; more than this are stale.
 KEPT_PLANS = 32
 
+# Address changes that one captured step may make: its finite check and the step itself may each copy gradients.
+SPARES = 2
+
 # bfloat16 travels as its bits (see gradstats.as_float).
 KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 
@@ -58,7 +61,7 @@ class Plan:
     """Tables of one list of jobs. jobs holds the tensors that `table` points to, except the gradients.
 
     launches: (variant, int64 [C, 4] chunks, first column in `partial`). scalars: float32 [J, 8]. partial: float32
-    [2, all chunks]. spare: a pinned and a device table for the next address change under graph capture.
+    [2, all chunks]. spares: pinned and device tables for the next address changes under graph capture.
     """
 
     jobs: list[AdamJob]
@@ -69,7 +72,7 @@ class Plan:
     table: Tensor
     scalars: Tensor
     partial: Tensor
-    spare: tuple[Tensor, Tensor] | None = field(default=None)
+    spares: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def _where(tensor: Tensor | None) -> Hashable:
@@ -254,8 +257,10 @@ def plan_for(jobs: list[AdamJob], cache: dict[Any, Any]) -> Plan | None:
     if capturing:
         # A graph goes on using these buffers after the plan has been replaced.
         cache.setdefault("captured", []).append(replace(plan))
-    elif plan.table.is_cuda and plan.spare is None:
-        plan.spare = (torch.empty(plan.table.shape, dtype=torch.int64, pin_memory=True), torch.empty_like(plan.table))
+    elif plan.table.is_cuda:
+        while len(plan.spares) < SPARES:
+            pinned = torch.empty(plan.table.shape, dtype=torch.int64, pin_memory=True)
+            plan.spares.append((pinned, torch.empty_like(plan.table)))
     return plan if plan.launches else None
 
 
@@ -284,19 +289,18 @@ def _renew(jobs: list[AdamJob], fingerprint: Hashable, old: Plan | None, capturi
     # Gradients are not held: the next backward pass needs their memory.
     jobs = [replace(job, grad=None, masked_grad=None) for job in jobs]
     if old is not None and old.layout == layout:
-        launches, scalars, partial, spare = old.launches, old.scalars, old.partial, old.spare
+        launches, scalars, partial, spares = old.launches, old.scalars, old.partial, old.spares
     elif capturing:
         raise PeckerKernelsError("the layout of a tensor changed since the step before capturing a CUDA graph")
     else:
         launches, scalars, partial = _build(device, variants, tables)
-        spare = None
+        spares = []
     if capturing:
         # The copy out of pinned memory becomes a node of the graph, so neither side may be used by anything else.
-        if old is None or spare is None:
+        if old is None or not spares:
             raise PeckerKernelsError("take one step between capturing two CUDA graphs")
-        pinned, table = spare
+        pinned, table = spares.pop()
         pinned.copy_(torch.tensor(rows, dtype=torch.int64))
         table.copy_(pinned, non_blocking=True)
-        old.spare = None
-        return Plan(jobs, fingerprint, layout, lanes, launches, table, scalars, partial, spare)
-    return Plan(jobs, fingerprint, layout, lanes, launches, _upload(rows, device), scalars, partial, spare)
+        return Plan(jobs, fingerprint, layout, lanes, launches, table, scalars, partial, [(pinned, table)])
+    return Plan(jobs, fingerprint, layout, lanes, launches, _upload(rows, device), scalars, partial, spares)

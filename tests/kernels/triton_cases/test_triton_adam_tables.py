@@ -226,17 +226,20 @@ def test_what_a_capture_may_change(device, monkeypatch):
     job, cache = job_of(torch.zeros_like(ones), ones), {}
     adam.step([job], SETTINGS, cache)
     (plan,) = cache.values()
-    pinned, table = torch.zeros_like(plan.table), torch.zeros_like(plan.table)
-    plan.spare = (pinned, table)
+    spares = [(torch.zeros_like(plan.table), torch.zeros_like(plan.table)) for _ in range(adam_plan.SPARES)]
+    plan.spares = list(spares)
     monkeypatch.setattr(adam_plan, "_capturing", lambda device: True)
     adam.step([job], SETTINGS, cache)
     assert cache["captured"][0].table is plan.table
-    moved = replace(job, grad=-ones)
-    adam.step([moved], SETTINGS, cache)
-    assert cache["captured"][1].table is table
+    for captured, factor in enumerate((-1, -2), start=1):
+        moved = replace(job, grad=factor * ones)
+        adam.step([moved], SETTINGS, cache)
+        pinned, table = spares[-captured]
+        assert cache["captured"][captured].table is table
+        assert cache["captured"][captured].spares[0][0] is pinned, "a graph copies out of freed memory"
     assert bool((job.exp_avg < 0.09).all()), "the new gradient was not used"
     assert [value for key, value in cache.items() if key != "captured"] == [plan]
-    assert plan.spare is None
+    assert plan.spares == []
     with pytest.raises(PeckerKernelsError, match="take one step between"):
         adam.step([replace(job, grad=2 * ones)], SETTINGS, cache)
     with pytest.raises(PeckerKernelsError, match="before capturing"):

@@ -1,0 +1,64 @@
+"""What differs from one iteration to the next, made on the device before it starts: draws and the weight of the average."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pecker_fast import draws
+from pecker_fast.conditions import Conditions
+from pecker_fast.config import Recipe
+from pecker_fast.engine.state import TrainState
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One branch's draws, n samples."""
+
+    z: Tensor  # [n, C, H, W]
+    e: Tensor  # [n, C, H, W]
+    t: Tensor  # [n]
+    c_g: Tensor  # [n], condition of generator and score network
+    c_p: Tensor  # [n], condition of the teacher
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything an iteration reads that the one before did not: nothing else reaches the device while it runs."""
+
+    batches: dict[tuple[str, str], Batch]  # (role, branch) -> draws
+    ema_weight: Tensor | None = None  # 0-dim, 1 − decay of this iteration; None where the host steps the average itself
+
+    def tensors(self) -> list[Tensor]:
+        found = [tensor for batch in self.batches.values() for tensor in batch.tensors()]
+        return found if self.ema_weight is None else [*found, self.ema_weight]
+
+    def copy_(self, other: "Inputs") -> None:
+        """Take over the values of another iteration's inputs: a CUDA graph reads them where they lay when it was captured."""
+        torch._foreach_copy_(self.tensors(), other.tensors())
+
+
+def draw(
+    recipe: Recipe, conditions: Conditions, state: TrainState, role: str, branch: str, device: torch.device
+) -> Batch:
+    """Fresh draws for one branch of one step: a function of seed, stage, step, role ("score", "generator") and branch."""
+    n = recipe.batch_size
+    rng = draws.generator(recipe.seed, f"{state.stage}-{role}-{branch}", state.step, device)
+    z = torch.randn(n, *state.generator.sample_shape, generator=rng, device=device)
+    e = torch.randn(z.shape, generator=rng, device=device)
+    t = torch.randint(recipe.timesteps.min, recipe.timesteps.max, (n,), generator=rng, device=device)
+    c_g, c_p = conditions.draw(branch, n, rng)
+    if role == "score" and recipe.guidance.text_dropout > 0:
+        drop = torch.rand(n, generator=rng, device=device) < recipe.guidance.text_dropout
+        null_class = torch.full_like(c_g, state.score.null_class or 0)
+        c_p = torch.where(drop, null_class, c_g)  # what ψ is told; θ draws under c_g all the same
+    elif role == "score":
+        c_p = c_g
+    return Batch(z, e, t, c_g, c_p)
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    return Batch(*(torch.cat(parts) for parts in zip(*(batch.tensors() for batch in batches))))
