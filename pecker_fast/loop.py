@@ -10,6 +10,7 @@ from pecker_fast.config import Recipe
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import Interrupted
 from pecker_fast.guard import StopFlag
+from pecker_fast.profile import part
 
 Losses = dict[str, Tensor]
 Callback = Callable[[TrainState, Losses], None]  # called after each iteration, with the step already counted
@@ -20,7 +21,8 @@ def iteration(engine: LocalEngine, state: TrainState) -> Losses:
     """One SFD iteration: ψ learns θ's distribution, θ is stepped by the update rule, the average follows."""
     losses = engine.score_step(state)
     losses |= engine.generator_step(state)
-    state.update_ema(engine.recipe.ema)
+    with part("ema"):
+        state.update_ema(engine.recipe.ema)
     state.step += 1
     return losses
 
