@@ -14,6 +14,7 @@ from pecker_fast.engine.state import TrainState
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.losses import generate, generator_loss, noise_loss
 from pecker_fast.methods.updates import Gradients
+from pecker_fast.profile import part
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class LocalEngine:
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
+    @part("draws")
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
         """Fresh draws for one branch of one step: a function of seed, stage, step, role ("score", "generator") and branch."""
         recipe, n, device = self.recipe, self.recipe.batch_size, self.device
@@ -70,7 +72,7 @@ class LocalEngine:
         weights = self.branch_weights(state.stage, "score")
         batch = concatenate([self.draw(state, "score", branch) for branch in weights])
         with self.autocast():
-            with torch.no_grad():
+            with torch.no_grad(), part("score_samples"):
                 x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
             x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
             guidance = self.recipe.guidance.score_train
@@ -78,13 +80,16 @@ class LocalEngine:
             def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
                 return state.score.eps(x, t, c, guidance)
 
-            per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
+            with part("score_forward"):
+                per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
         loss = weighted_mean(per_sample, weights)
         state.score_optimizer.zero_grad()
-        loss.backward()
+        with part("score_backward"):
+            loss.backward()
         parameters = [p for _, p in state.score.named_parameters()]
         self._check_finite(state, "score network", [p.grad for p in parameters], state.score.named_parameters())
-        state.score_optimizer.step()
+        with part("score_optimizer"):
+            state.score_optimizer.step()
         state.score_optimizer.zero_grad()
         state.images += per_sample.shape[0]
         return {"score_loss": loss.detach()}
@@ -99,7 +104,8 @@ class LocalEngine:
                 branches = {branch: weights[branch] for branch in phase if branch in weights}
                 if branches:
                     gradients, values = self.branch_gradients(state, branches, separate=state.updates.separate)
-                    state.updates.apply(phase, gradients)
+                    with part("generator_optimizer"):
+                        state.updates.apply(phase, gradients)
                     losses |= values
         for p in state.updates.parameters:
             p.grad = None
@@ -120,19 +126,24 @@ class LocalEngine:
             x_groups = []
             for group in groups:
                 joined = concatenate([batches[branch] for branch in group])
-                x_groups.append(generate(state.generator, joined.z, joined.c_g, recipe.timesteps.init))
+                with part("generator_forward"):
+                    x_groups.append(generate(state.generator, joined.z, joined.c_g, recipe.timesteps.init))
             x_g = torch.cat([x.detach() for x in x_groups]).requires_grad_(True)
             batch = concatenate([batches[branch] for group in groups for branch in group])
-            per_sample = generator_loss(
-                state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
-                guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score, detach_score=recipe.detach_score,
-            )  # fmt: skip
+            with part("guide_forward"):
+                per_sample = generator_loss(
+                    state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
+                    guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
+                    detach_score=recipe.detach_score,
+                )  # fmt: skip
         loss = weighted_mean(per_sample, weights)
-        (dx_g,) = torch.autograd.grad(loss, x_g)
+        with part("guide_backward"):
+            (dx_g,) = torch.autograd.grad(loss, x_g)
         parameters = [p for _, p in named]
         gradients: dict[str, Gradients] = {}
         for group, x, dx in zip(groups, x_groups, dx_g.split([x.shape[0] for x in x_groups])):
-            grads = torch.autograd.grad(x, parameters, dx.to(x.dtype), allow_unused=True)
+            with part("generator_backward_" + "_".join(group)):
+                grads = torch.autograd.grad(x, parameters, dx.to(x.dtype), allow_unused=True)
             self._check_finite(state, "generator", grads, named)
             gradients[group[0] if separate else "sum"] = grads
         if separate:  # a branch of weight zero has no gradient at all
@@ -141,6 +152,7 @@ class LocalEngine:
         means = per_sample.detach().view(len(weights), -1).mean(1)
         return gradients, {("retain" if b == "all" else b) + "_loss": mean for b, mean in zip(weights, means)}
 
+    @part("finite_check")
     def _check_finite(
         self, state: TrainState, what: str, grads: Gradients, named: list[tuple[str, nn.Parameter]]
     ) -> None:
