@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from pecker_fast.account import Accountant
 from pecker_fast.config import Recipe
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import Interrupted
@@ -27,14 +27,6 @@ def iteration(engine: LocalEngine, state: TrainState) -> Losses:
     return losses
 
 
-def counted_iteration(engine: LocalEngine, state: TrainState) -> Losses:
-    """The first iteration of a stage, whose FLOPs are counted and stand for those of all that follow."""
-    with FlopCounterMode(display=False) as counter:
-        losses = iteration(engine, state)
-    state.flops_per_iteration[state.stage] = float(counter.get_total_flops())
-    return losses
-
-
 def run_stage(
     recipe: Recipe,
     engine: LocalEngine,
@@ -45,15 +37,18 @@ def run_stage(
     stop: StopFlag,
     save: Callable[[TrainState], object],
 ) -> None:
-    """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised."""
+    """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised.
+
+    The first iteration's FLOPs are counted and stand for those of all that follow; its account is left in the state.
+    """
     again = "" if recipe.resume != "never" else " with resume=auto"
+    accountant = Accountant(engine, state)
     while state.step < steps:
         start = time.perf_counter()
         try:
             if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
                 refresh(state)
-            first = state.stage not in state.flops_per_iteration
-            losses = (counted_iteration if first else iteration)(engine, state)
+            losses = accountant.run(lambda: iteration(engine, state))
             state.flops += state.flops_per_iteration[state.stage]
             state.training_s += time.perf_counter() - start
             for callback in callbacks:
