@@ -39,7 +39,7 @@ def run_stage(
 ) -> None:
     """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised.
 
-    The first iteration's FLOPs are counted and stand for those of all that follow; its account is left in the state.
+    The FLOPs of one iteration are counted and stand for those of all; its account is left in the state.
     """
     again = "" if recipe.resume != "never" else " with resume=auto"
     accountant = Accountant(engine, state)

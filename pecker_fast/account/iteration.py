@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pecker_fast.account.clock import Clock, stopwatch
 from pecker_fast.account.counter import Count, Counter
 from pecker_fast.engine import LocalEngine, TrainState
-from pecker_fast.profile import recording
+from pecker_fast.profile import part, recording
 
 BACKWARD = "generator_backward"  # what the parts of θ's backward passes are called, the branches after it
 FORMULAS = ("score_optimizer", "generator_optimizer", "finite_check", "ema")
@@ -26,40 +27,36 @@ Account = dict[str, Any]  # as it stands in metrics.json; docs/design/0001-archi
 
 
 class Steps:
-    """Formulas of the optimizer steps of one iteration, taken from their arguments as they happen."""
+    """Stands in for the optimizers of a state: a step is not taken, its cost is written down."""
 
     def __init__(self, state: TrainState) -> None:
-        self.optimizers = {"score_optimizer": [state.score_optimizer]}
-        self.optimizers["generator_optimizer"] = list(state.updates.optimizers.values())
+        self.optimizers = {
+            "score_optimizer": [state.score_optimizer],
+            "generator_optimizer": list(state.updates.optimizers.values()),
+        }
         self.costs = dict.fromkeys(self.optimizers, Cost(0, 0))
         self.dense = dict.fromkeys(self.optimizers, Cost(0, 0))
         self.gradient_bytes = 0  # the most that was handed to one step
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        hooks = [
-            optimizer.register_step_pre_hook(self._hook(name))
-            for name, optimizers in self.optimizers.items()
-            for optimizer in optimizers
-        ]
+    def not_taken(self) -> Iterator[None]:
+        every = [(name, optimizer) for name, optimizers in self.optimizers.items() for optimizer in optimizers]
+        for name, optimizer in every:
+            optimizer.step = partial(self._note, name, optimizer)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for _, optimizer in every:
+                del optimizer.step
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-            masked = kwargs.get("masked_grads", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
-            with _disable_current_modes():  # counting live lines is no work of the step's
-                self.costs[name] += step_cost(optimizer, masked)
-                if not self.dense[name].flops:  # one step of all weights, however many steps a rule takes
-                    self.dense[name] = step_cost(optimizer, dense=True)
-            extra = list(masked.values()) if isinstance(masked, Mapping) else list(masked or ())
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            self.gradient_bytes = max(self.gradient_bytes, unique_bytes([*grads, *extra]))
-
-        return before
+    def _note(self, name: str, optimizer: MaskedAdam, masked_grads: Any = None, closure: Any = None) -> None:
+        with _disable_current_modes():  # counting live lines is no work of the step's
+            self.costs[name] += step_cost(optimizer, masked_grads)
+            if not self.dense[name].flops:  # one step of all weights, however many steps a rule takes
+                self.dense[name] = step_cost(optimizer, dense=True)
+        extra = list(masked_grads.values()) if isinstance(masked_grads, Mapping) else list(masked_grads or ())
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        self.gradient_bytes = max(self.gradient_bytes, unique_bytes([*grads, *extra]))
 
 
 def unique_bytes(tensors: list[Tensor | None]) -> int:
@@ -84,16 +81,23 @@ def state_tensors(state: TrainState) -> list[Tensor]:
     return [*tensors, *(state.mask.bits.values() if state.mask is not None else ())]
 
 
-def counted(
-    state: TrainState, iterate: Callable[[], Any], allocator: torch.device | None = None
-) -> tuple[Any, Account]:
-    """(what `iterate` returns, the account of this one iteration without times). Results are those of `iterate` alone."""
+def counted(engine: LocalEngine, state: TrainState, allocator: torch.device | None = None) -> Account:
+    """The account, without times, of the iteration that comes next: a rehearsal of it, after which the state is as before.
+
+    Under a dispatch mode torch takes other paths through some backward formulas, whose results differ in the last bits, so
+    what is counted must not be what trains. Moments are only in the account if a step has been taken before.
+    """
     networks = {"teacher": state.teacher, "score": state.score, "generator": state.generator}
     weights = {f"{key}.{name}": p for key, network in networks.items() for name, p in network.named_parameters()}
     counter, steps = Counter(weights, state_tensors(state), allocator), Steps(state)
-    with steps.watched(), recording(counter), counter:
-        result = iterate()
-    return result, _account(state, counter, steps)
+    images = state.images
+    with steps.not_taken(), recording(counter), counter:
+        engine.score_step(state)
+        engine.generator_step(state)
+        with part("ema"):  # by formula, as the steps
+            pass
+    state.images = images
+    return _account(state, counter, steps)
 
 
 def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
@@ -119,8 +123,8 @@ def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
     account: Account = {
         "parts": parts,
         "counted_flops": counter.total_flops,
-        "flops": sum(part["flops"] for part in parts.values()),
-        "bytes": sum(part["bytes"] for part in parts.values()),
+        "flops": sum(one["flops"] for one in parts.values()),
+        "bytes": sum(one["bytes"] for one in parts.values()),
         "formulas": [name for name in FORMULAS if name in parts],
         "peak_tensor_bytes": counter.live.peak,
         "optimizer_state_bytes": {
@@ -139,7 +143,7 @@ def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
             "generator_optimizer": {"flops": dense.flops, "bytes": dense.bytes_moved},
         },
     }
-    peaks = [part.get("peak_allocated_bytes") for part in parts.values()]
+    peaks = [one.get("peak_allocated_bytes") for one in parts.values()]
     account["peak_allocated_bytes"] = max((p for p in peaks if p is not None), default=None)
     return account
 
@@ -174,27 +178,27 @@ def add_times(account: Account, clock: Clock) -> None:
     medians = clock.medians()
     whole = sum(medians.values())
     for name, seconds in medians.items():
-        part = account["parts"].setdefault(name, {"flops": 0, "bytes": 0, "peak_tensor_bytes": 0})
-        part |= {"ms": 1e3 * seconds, "share": seconds / whole if whole else 0.0}
+        one = account["parts"].setdefault(name, {"flops": 0, "bytes": 0, "peak_tensor_bytes": 0})
+        one |= {"ms": 1e3 * seconds, "share": seconds / whole if whole else 0.0}
     account["iteration_ms"] = 1e3 * whole
     account["iterations_timed"] = len(clock.laps)
 
 
 class Accountant:
-    """Runs the iterations of one stage and keeps its books in `state.accounts`: the first that this process does is counted,
-    the next few are timed, all others are left alone."""
+    """Keeps the books of one stage in `state.accounts`: after the first iteration that this process does one is rehearsed
+    and counted, the next few are timed, all others are left alone. None of it changes what they compute."""
 
     def __init__(self, engine: LocalEngine, state: TrainState) -> None:
-        self.state = state
+        self.engine, self.state = engine, state
         self._clock = Clock(stopwatch(engine.device))
         self._account: Account | None = None
 
     def run(self, iterate: Callable[[], Any]) -> Any:
         if self._account is None:
-            stage = self.state.stage
-            result, self._account = counted(self.state, iterate)
-            self.state.accounts[stage] = self._account
-            self.state.flops_per_iteration.setdefault(stage, float(self._account["counted_flops"]))
+            result = iterate()
+            self._account = counted(self.engine, self.state)
+            self.state.accounts[self.state.stage] = self._account
+            self.state.flops_per_iteration.setdefault(self.state.stage, float(self._account["counted_flops"]))
             return result
         if len(self._clock.laps) == TIMED:
             return iterate()
