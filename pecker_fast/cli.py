@@ -176,10 +176,13 @@ def evaluate(
 
 @app.command(epilog=_examples("pecker-fast report runs/digits"))
 def report(run: RunFolder) -> None:
-    """Write report.html of a run again."""
-    from pecker_fast.report import write_report
+    """Write report.html of a run again, and show what an iteration of it cost."""
+    from pecker_fast.report import run_tables, write_report
 
-    typer.echo(f"report: {write_report(run)}")
+    path = write_report(run)
+    for table in run_tables(run):
+        _show(table)
+    typer.echo(f"report: {path}")
 
 
 @app.command(epilog=_examples("pecker-fast mask runs/digits", "pecker-fast mask runs/digits --plot mask.png"))

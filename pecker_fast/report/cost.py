@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 NOTE = (
     "1 score step, 2 generator step; φ + ψ are passed back to x_t alone. GFLOP of convolutions and matrix products; optimizer, "
-    "finite checks and average by formula, every operation. MB of all operands, an upper bound: caches and fused loops move "
-    "less. The mask's cost is spread over the iterations it serves."
+    "finite checks and average by formula, every operation. MB moved: all operands, an upper bound (caches and fused loops "
+    "move less); by formula, at least. MB alive: the most bytes of tensors at once. The mask is spread over its iterations."
 )
 BACKWARD = "generator_backward"
 WEIGHTS = "weight_gradients"
@@ -36,8 +36,16 @@ PARTS = {
     "other": "all else",
     "mask": "making the mask",
 }
-COLUMNS = (("flops", "GFLOP", 1e9), ("bytes", "MB", 1e6), ("ms", "ms", 1.0), ("share", "share", 0.01))
-SUMS = ("flops", "bytes", "ms")
+# key, head, unit, whether parts add up to the iteration (the others have a greatest, or none)
+COLUMNS = (
+    ("flops", "GFLOP", 1e9, True),
+    ("bytes", "MB moved", 1e6, True),
+    ("ms", "ms", 1.0, True),
+    ("share", "share", 0.01, False),
+    ("peak_tensor_bytes", "MB alive", 1e6, False),
+    ("energy_j", "J", 1.0, True),
+)
+WORK, WALL = ("flops", "bytes"), ("ms", "share", "peak_tensor_bytes", "energy_j")
 Variant = Mapping[str, Any]  # an account (pecker_fast.account) of one kind of iteration
 
 
@@ -55,14 +63,14 @@ def lines(variants: Mapping[str, Variant]) -> list[Line]:
     rows = []
     for key, name in PARTS.items():
         if any(key in table for table in tables):
-            values = {column: [number(table.get(key, {}).get(column)) for table in tables] for column, _, _ in COLUMNS}
+            values = {column: [number(table.get(key, {}).get(column)) for table in tables] for column, *_ in COLUMNS}
             rows.append(Line(name, values, name.startswith("·")))
-    sums: dict[str, list[float | None]] = {column: [] for column, _, _ in COLUMNS}
+    sums: dict[str, list[float | None]] = {column: [] for column, *_ in COLUMNS}
     for i in range(len(tables)):
-        for column in SUMS:
-            known = [row.values[column][i] for row in rows if not row.within]
-            sums[column].append(sum(x for x in known if x is not None) if any(x is not None for x in known) else None)
-        sums["share"].append(None)
+        for column, _, _, adds in COLUMNS:
+            known = [x for row in rows if not row.within and (x := row.values[column][i]) is not None]
+            add = sum if adds else max
+            sums[column].append(add(known) if known and column != "share" else None)
     return [*rows, Line("one iteration", sums, False)]
 
 
@@ -72,10 +80,10 @@ def _parts(variant: Variant) -> dict[str, dict[str, Any]]:
     passes = [key for key in parts if key.startswith(BACKWARD)]
     if passes:
         added: dict[str, Any] = {}
-        for column, _, _ in COLUMNS:
+        for column, _, _, adds in COLUMNS:
             known = [x for key in passes if (x := number(parts[key].get(column))) is not None]
             if known:
-                added[column] = sum(known)
+                added[column] = (sum if adds else max)(known)
         for key in passes:
             if key not in PARTS or len(passes) == 1:
                 del parts[key]
@@ -104,27 +112,31 @@ def cell(value: float | None, unit: float) -> str:
     return "0" if x == 0 else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
-def cells(line: Line) -> list[str]:
-    """What stands in a row, by column: every variant, and their ratio (first ÷ second) where there are two."""
+def known(rows: Sequence[Line], columns: Sequence[str] = WORK + WALL) -> list[str]:
+    """Those of `columns` in which some row has a value."""
+    return [column for column in columns if any(x is not None for row in rows for x in row.values[column])]
+
+
+def cells(line: Line, columns: Sequence[str]) -> list[str]:
+    """What stands in a row, by column: every variant; for what adds up also the ratio of the first of two to the second."""
     row = []
-    for column, _, unit in COLUMNS:
-        values = line.values[column]
-        if column == "share":
-            row += [NONE if x is None else f"{100 * x:.1f} %" for x in values]
+    for column, _, unit, adds in COLUMNS:
+        if column not in columns:
             continue
-        row += [cell(x, unit) for x in values]
-        if len(values) == 2:
+        values = line.values[column]
+        row += [NONE if x is None else f"{100 * x:.1f} %" if column == "share" else cell(x, unit) for x in values]
+        if adds and len(values) == 2:
             first, second = values
             row.append(NONE if first is None or not second else f"{first / second:.2f} ×")
     return row
 
 
-def heads(names: Sequence[str]) -> list[str]:
+def heads(names: Sequence[str], columns: Sequence[str]) -> list[str]:
     """The heads of `cells`."""
     out = []
-    for column, title, _ in COLUMNS:
-        out += [f"{title}, {name}" for name in names]
-        out += ["ratio"] if len(names) == 2 and column != "share" else []
+    for column, title, _, adds in COLUMNS:
+        if column in columns:
+            out += [f"{title}, {name}" for name in names] + (["ratio"] if adds and len(names) == 2 else [])
     return out
 
 
@@ -163,20 +175,23 @@ def _of_backward(variant: Variant, key: str) -> str:
 
 
 def parts_tables(variants: Mapping[str, Variant]) -> list[Table]:
-    """The rows and the facts as rich tables."""
+    """The rows as two rich tables, what is done and what it takes, and the facts as a third."""
     from rich.table import Table
 
-    names = list(variants)
-    table = Table("part", *heads(names), caption=NOTE, caption_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = True
-    for line in lines(variants):
-        table.add_row(line.name, *cells(line), style="dim" if line.within else None)
-    below = Table("", *names)
+    names, rows, tables = list(variants), lines(variants), []
+    for columns in (known(rows, WORK), known(rows, WALL)):
+        if not columns:
+            continue
+        table = Table("part", *heads(names, columns))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for line in rows:
+            table.add_row(line.name, *cells(line, columns), style="dim" if line.within else None)
+        tables.append(table)
+    below = Table("", *names, caption=NOTE, caption_justify="left")
     for row in facts(variants):
         below.add_row(*row)
-    return [table, below]
+    return [*tables, below]
 
 
 def of_run(account: Mapping[str, Any]) -> dict[str, Variant]:

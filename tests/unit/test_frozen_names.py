@@ -56,6 +56,7 @@ COMMANDS = {
     "mask": {"run", "--plot"},
     "export": {"run", "--output", "-o", "--weights"},
     "doctor": {"recipe"},
+    "bench": {"recipe", "overrides", "--iterations", "--json"},
     "recipes list": set(),
     "recipes show": {"name", "--all"},
     "recipes copy": {"name", "destination"},
@@ -102,7 +103,7 @@ def test_public_names():
 
 
 def test_the_python_functions_behind_the_commands():
-    from pecker_fast import pretrain, report, run, tools
+    from pecker_fast import benchmark, pretrain, report, run, tools
 
     first = {
         run.train: ["recipe", "tensorboard", "quiet", "dry_run"],
@@ -110,6 +111,8 @@ def test_the_python_functions_behind_the_commands():
         tools.evaluate_run: ["run_dir", "samples", "seed", "judge"],
         tools.export_run: ["run_dir", "output", "weights"],
         report.write_report: ["run_dir"],
+        report.run_tables: ["run_dir"],
+        benchmark.bench: ["recipe", "iterations", "json_file"],
         pretrain.pretrain: ["name", "data", "output", "steps", "seed"],
     }
     for function, names in first.items():
