@@ -84,8 +84,8 @@ def state_tensors(state: TrainState) -> list[Tensor]:
 def counted(engine: LocalEngine, state: TrainState, allocator: torch.device | None = None) -> Account:
     """The account, without times, of the iteration that comes next: a rehearsal of it, after which the state is as before.
 
-    Under a dispatch mode torch takes other paths through some backward formulas, whose results differ in the last bits, so
-    what is counted must not be what trains. Moments are only in the account if a step has been taken before.
+    Nothing promises that torch rounds alike under a dispatch mode (FlopCounterMode does not), so what is counted must not be
+    what trains. Moments are only in the account if a step has been taken before.
     """
     networks = {"teacher": state.teacher, "score": state.score, "generator": state.generator}
     weights = {f"{key}.{name}": p for key, network in networks.items() for name, p in network.named_parameters()}
