@@ -162,7 +162,8 @@ def facts(variants: Mapping[str, Variant]) -> list[list[str]]:
 
 def _spread(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"{value['p50']:.4g} ({value['p20']:.4g}–{value['p80']:.4g})"
+        p20, p50, p80 = (number(value.get(key)) for key in ("p20", "p50", "p80"))
+        return NONE if p20 is None or p50 is None or p80 is None else f"{p50:.4g} ({p20:.4g}–{p80:.4g})"
     return NONE if number(value) is None else f"{value:.4g}"
 
 

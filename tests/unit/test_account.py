@@ -9,7 +9,7 @@ import pytest
 import torch
 from pecker_kernels.cost import live_lines, step_cost
 from pecker_kernels.spec import SPECS
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from pecker_fast import cli, profile
 from pecker_fast.account import Accountant, Clock, Counter, LiveBytes, clock, counted, joules
@@ -325,6 +325,16 @@ def test_a_step_costs_what_the_floors_say():
     assert step_cost(optimizer).bytes_moved == 0
 
 
+def test_every_operation_of_ours_has_a_formula():
+    ours = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if "pecker::" in name
+    }
+    assert ours
+    assert [name for name in ours if getattr(torch.ops.pecker, name) not in flop_registry] == []
+
+
 def test_live_lines_are_those_of_the_mask():
     keep = torch.zeros(100, dtype=torch.bool)
     keep[[0, 15, 16, 99]] = True
@@ -392,7 +402,9 @@ def test_tables_leave_out_what_is_unknown():
     assert cost.known(rows) == ["flops", "ms", "share"]
     assert cost.cells(rows[1], ["flops", "ms"]) == ["–", "–"]
     assert cost.cells(rows[2], ["ms"]) == ["2"]
-    assert cost.lines({}) != []
+    for odd in ({}, {"parts": [2]}, {"parts": {"ema": {"ms": True}}, "iteration_ms": {"p50": 1}, "mask": 3, "dense": {"ema": 1}},
+                {"generator_backward": {"input_flops": "x"}, "dense": {"ema": {}}, "mask": {"ms": None}}):  # fmt: skip
+        assert cost.parts_tables(cost.of_run(odd))
 
 
 # -- baselines -------------------------------------------------------------------------------------------------------------
