@@ -50,7 +50,10 @@ bench: setup
 	@for suite in $(SUITES); do echo "== bench $$suite"; \
 		$(BIN)/python -m pytest bench/test_bench_$$suite.py --benchmark-json=bench/results/$$suite.json || exit 1; done
 	@echo "== bench iteration"
-	@$(BIN)/python -m pytest bench/test_bench_iteration.py --benchmark-json=bench/results/iteration_digits.json
+	@$(BIN)/python -m pytest bench/test_bench_iteration.py --benchmark-json=bench/results/iteration.json
+	@echo "== bench account, floor"
+	@$(BIN)/pecker-fast bench digits --iterations 30 --json bench/results/account_digits.json
+	@$(BIN)/python bench/floor.py
 	@$(BIN)/python bench/tables.py --write docs/performance.md
 
 # A GPU machine brings its own torch, built for its driver: no environment is made here. It needs pytest, pytest-benchmark,

@@ -96,12 +96,100 @@ def parts_table(result: dict[str, Any]) -> str:
     return "\n".join([about, "", f"| part | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *rows])
 
 
+def iteration_table(result: dict[str, Any]) -> str:
+    """bench/test_bench_iteration.py: medians, each against the plain loop of the same rule and against upstream's habits."""
+    times = {entry["name"]: entry["stats"] for entry in result["benchmarks"]}
+    rows = []
+    for name, stats in times.items():
+        kind, _, what = name.removeprefix("test_").removesuffix("]").partition("[")
+        rule = what.rpartition("-")[2]
+        cells = [f"{kind if kind == 'engine' else what.partition('-')[0]}", f"`{rule}`", f"{1e3 * stats['median']:.1f}"]
+        for peer in ("plain", "upstream"):
+            other = times.get(f"test_baseline[{peer}-{rule}]")
+            cells.append("–" if other is None else f"{other['median'] / stats['median']:.2f} ×")
+        rows.append(f"| {' | '.join(cells)} |")
+    heads = ["loop", "rule", "ms, median", "the plain loop takes", "upstream's habits take"]
+    about = _about(result["machine_info"], result["command"])
+    return "\n".join([about, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
+
+
+def account_table(result: dict[str, Any]) -> str:
+    """`pecker-fast bench --json`: one iteration by part, dense beside masked."""
+    from pecker_fast.report.cost import cells, facts, heads, known, lines
+
+    variants = result["variants"]
+    rows = lines(variants)
+    columns = known(rows)
+    names = ["part", *heads(list(variants), columns)]
+    recipe = result["recipe"]
+    what = (
+        f"rule `{recipe['update_rule']}`, {recipe['mask']['structure']} mask of density {recipe['mask']['density']:g}"
+    )
+    about = _about(
+        result["machine"], f"pecker-fast bench {recipe['model']} --iterations {result['iterations']} --json …"
+    )
+    return "\n".join(
+        [
+            f"{about[:-1]}; {what}, batch {recipe['batch_size']}, {result['weights']:,} weights.",
+            "",
+            f"| {' | '.join(names)} |",
+            "|---" * len(names) + "|",
+            *(f"| {line.name} | {' | '.join(cells(line, columns))} |" for line in rows),
+            "",
+            f"| | {' | '.join(variants)} |",
+            "|---" * (1 + len(variants)) + "|",
+            *(f"| {' | '.join(row)} |" for row in facts(variants)),
+        ]
+    )
+
+
+def floor_table(result: dict[str, Any]) -> str:
+    """bench/floor.py: the bounds of an iteration, then every convolution by its share of the work."""
+    peaks, iteration = result["peaks"], result["iteration"]
+    sgemm = peaks["sgemm_flops_per_s"]
+    bounds = [
+        ("its products at the speed of a large one", iteration["products_ms"]),
+        ("memory that optimizers, checks and average must move", iteration["memory_ms"]),
+        ("every convolution alone, as often as it runs", iteration["layers_ms"]),
+        *iteration["measured_ms"].items(),
+    ]
+    lines = [
+        _about(result["machine"], result["command"])[:-1] + f"; {sgemm / 1e9:.1f} GFLOP/s in a large matrix product, "
+        f"{peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s in a copy; {iteration['flops'] / 1e9:.2f} GFLOP an iteration, "
+        f"{iteration['flops_in_convolutions'] / iteration['flops']:.0%} of them in convolutions.",
+        "",
+        "| one iteration | ms | of the engine's time |",
+        "|---|---|---|",
+        *(f"| {name} | {ms:.1f} | {ms / iteration['measured_ms']['engine']:.0%} |" for name, ms in bounds),
+        "",
+        "| convolution | layers | forward, GFLOP/s | to its input | to its weights |",
+        "|---|---|---|---|---|",
+    ]
+    for layer in result["convolutions"]:
+        rates = [layer["times"][way]["flops_per_s"] for way in ("forward", "input", "weight")]
+        cells = [f"{rate / 1e9:.1f} ({rate / sgemm:.0%})" for rate in rates]
+        lines.append(f"| {layer['shape']} | {layer['layers']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _about(machine: dict[str, Any], command: str) -> str:
+    return f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}; `{command}`."
+
+
+OTHERS = {
+    "parts": ("parts.json", parts_table),
+    "iteration": ("iteration.json", iteration_table),
+    "account": ("account_digits.json", account_table),
+    "floor": ("floor_digits.json", floor_table),
+}
+
+
 def load(results: Path = RESULTS) -> dict[str, str]:
     """{suite: table} of the result files that are there."""
     found = {suite: results / f"{suite}.json" for suite in SUITES}
     tables = {suite: table(json.loads(path.read_text())) for suite, path in found.items() if path.is_file()}
-    parts = results / "parts.json"
-    return tables | ({"parts": parts_table(json.loads(parts.read_text()))} if parts.is_file() else {})
+    others = {suite: (results / name, make) for suite, (name, make) in OTHERS.items()}
+    return tables | {s: make(json.loads(path.read_text())) for s, (path, make) in others.items() if path.is_file()}
 
 
 def replaced(text: str, tables: dict[str, str]) -> str:

@@ -176,10 +176,13 @@ def evaluate(
 
 @app.command(epilog=_examples("pecker-fast report runs/digits"))
 def report(run: RunFolder) -> None:
-    """Write report.html of a run again."""
-    from pecker_fast.report import write_report
+    """Write report.html of a run again, and show what an iteration of it cost."""
+    from pecker_fast.report import run_tables, write_report
 
-    typer.echo(f"report: {write_report(run)}")
+    path = write_report(run)
+    for table in run_tables(run):
+        _show(table)
+    typer.echo(f"report: {path}")
 
 
 @app.command(epilog=_examples("pecker-fast mask runs/digits", "pecker-fast mask runs/digits --plot mask.png"))
@@ -237,6 +240,40 @@ def doctor(
     )
     if any(check.state == "missing" for check in checks):
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "pecker-fast bench",
+        "pecker-fast bench digits update_rule=salient_only mask.density=0.1",
+        "pecker-fast bench my.yaml --iterations 30 --json bench.json",
+    )
+)
+def bench(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file; default: digits.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")] = None,
+    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Timed iterations of each variant.")] = 10,
+    json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+) -> None:
+    """Measure one iteration, part by part: without a mask beside the recipe's own. Trains nothing, keeps nothing."""
+    from pecker_fast.config import load_recipe
+
+    name, given = recipe or "digits", list(overrides or ())
+    if "=" in name and not Path(name).exists():
+        name, given = "digits", [name, *given]
+    resolved = load_recipe(name, given)
+    from pecker_fast.benchmark import bench as measure
+    from pecker_fast.report.cost import parts_tables
+
+    found = measure(resolved, iterations, json)
+    for table in parts_tables(found["variants"]):
+        _show(table)
+    if not any(account["energy_j"] for account in found["variants"].values()):
+        typer.echo("energy: not measured (it takes a GPU with NVML, and the package nvidia-ml-py)")
+    if json is not None:
+        typer.echo(f"figures: {json}")
 
 
 @recipes_app.callback(invoke_without_command=True)

@@ -139,6 +139,7 @@ class Mask(Section):
     samples: Positive = _key(2048, "samples of the saliency pass, rounded to whole batches")
     data: Name = _key("pseudo", "samples of the saliency pass: pseudo (of θ), teacher (multi-step), or an image folder")
     timesteps: Literal["uniform", "train", "init"] = _key("uniform", "timesteps of the saliency pass")
+    skip: bool = _key(True, "compute no weight gradients of dead rows and tiles where an update is masked")
     refresh: Count = _key(0, "iterations between new masks; 0 = one mask, before the first step")
 
 

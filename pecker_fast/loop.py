@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from pecker_fast.account import Accountant
 from pecker_fast.config import Recipe
 from pecker_fast.engine import Inputs, LocalEngine, TrainState
 from pecker_fast.errors import Interrupted
 from pecker_fast.guard import StopFlag
+from pecker_fast.profile import part
 
 Losses = dict[str, Tensor]
 Callback = Callable[[TrainState, Losses], None]  # called after each iteration, with the step already counted
@@ -20,7 +21,8 @@ def steps_of(engine: LocalEngine, state: TrainState, inputs: Inputs) -> Losses:
     """ψ learns θ's distribution, θ is stepped by the update rule, the average follows. Nothing here waits for a device."""
     losses = engine.score_step(state, inputs)
     losses |= engine.generator_step(state, inputs)
-    engine.average(state, inputs)
+    with part("ema"):
+        engine.average(state, inputs)
     return losses
 
 
@@ -28,14 +30,6 @@ def iteration(engine: LocalEngine, state: TrainState) -> Losses:
     """One SFD iteration: its draws, then its steps."""
     losses = engine.launch(steps_of, state, engine.inputs(state))
     state.step += 1
-    return losses
-
-
-def counted_iteration(engine: LocalEngine, state: TrainState) -> Losses:
-    """The first iteration of a stage, whose FLOPs are counted and stand for those of all that follow."""
-    with engine.uncompiled(), FlopCounterMode(display=False) as counter:
-        losses = iteration(engine, state)
-    state.flops_per_iteration[state.stage] = float(counter.get_total_flops())
     return losses
 
 
@@ -49,16 +43,19 @@ def run_stage(
     stop: StopFlag,
     save: Callable[[TrainState], object],
 ) -> None:
-    """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised."""
+    """Iterate until `state.step` reaches `steps`. On a signal the state is saved first, then Interrupted is raised.
+
+    The FLOPs of one iteration are counted and stand for those of all; its account is left in the state.
+    """
     again = "" if recipe.resume != "never" else " with resume=auto"
+    accountant = Accountant(engine, state)
     while state.step < steps:
         start = time.perf_counter()
         try:
             if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
                 engine.settle(state)
                 refresh(state)
-            first = state.stage not in state.flops_per_iteration
-            losses = (counted_iteration if first else iteration)(engine, state)
+            losses = accountant.run(lambda: iteration(engine, state))
             engine.look(state)
             state.flops += state.flops_per_iteration[state.stage]
             state.training_s += time.perf_counter() - start

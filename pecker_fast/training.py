@@ -57,6 +57,7 @@ class Training:
         self.judging = Judging(recipe, parts, lambda: stop.check("the same command takes the figures up again"))
         self.run_dir = Path(recipe.output)
         self.saved_step: int | None = None
+        self.mask_cost: dict[str, float] = {}  # of one mask
         self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
 
     # -- stages -------------------------------------------------------------------------------------------------
@@ -176,8 +177,10 @@ class Training:
                 self.forget_images,
                 lambda: self.stop.check("stopped in the saliency pass; the same command goes on"),
             )
-        state.training_s += time.perf_counter() - start
-        state.flops += counter.get_total_flops()
+        seconds, flops = time.perf_counter() - start, counter.get_total_flops()
+        state.training_s += seconds
+        state.flops += flops
+        self.mask_cost = {"ms": 1e3 * seconds, "flops": float(flops)}
         return mask
 
     def refresh(self, state: TrainState) -> None:
@@ -273,6 +276,7 @@ class Training:
             "images": state.images,
             "flops": state.flops,
             "peak_memory_bytes": hardware.peak_memory_bytes(),
+            "parts": self.parts_account(state),
         }
         export_pipeline(
             generator, self.recipe, self.parts.conditions, self.run_dir / PIPELINE,
@@ -287,6 +291,14 @@ class Training:
                 "not judged: the model folder has no judge/ (give evaluate.judge); metrics.json holds the cost alone"
             )
         return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+
+    def parts_account(self, state: TrainState) -> dict[str, Any] | None:
+        """One iteration part by part, of the last stage this process has iterated in; else what an earlier one left."""
+        account = state.accounts.get("forget") or state.accounts.get("distill")
+        if account is None:
+            return self.metrics.get("cost", {}).get("parts")
+        over = self.recipe.mask.refresh or self.recipe.steps
+        return {**account, "mask": {key: value / max(over, 1) for key, value in self.mask_cost.items()}}
 
     def outside_mask(self, state: TrainState, generator: Denoiser) -> dict[str, Any] | None:
         """Proof that weights outside the mask are the start's: their sha256 before and after (`salient_only`, one mask)."""

@@ -37,7 +37,10 @@ def tiny_recipe(tiny_model, tmp_path):
 
 @pytest.fixture
 def setup(tiny_recipe):
-    """make(mask density or None, **keys) -> (recipe, engine, state, mask); ψ and θ are moved off φ so that no loss is zero."""
+    """make(mask density or None, device, structure, **keys) -> (recipe, engine, state, mask).
+
+    ψ and θ are moved off φ, so that no loss is zero.
+    """
     import torch
     from pecker_kernels import SaliencyMask
 
@@ -47,7 +50,7 @@ def setup(tiny_recipe):
     from pecker_fast.methods.updates import adam
     from pecker_fast.parts import load_parts
 
-    def make(density=0.4, device="cpu", **keys):
+    def make(density=0.4, device="cpu", structure="element", **keys):
         recipe = tiny_recipe(**keys)
         parts = load_parts(recipe)
         for seed, network in ((1, parts.score), (2, parts.generator)):
@@ -57,7 +60,8 @@ def setup(tiny_recipe):
                     p.add_(0.05 * torch.randn(p.shape, generator=g))
         teacher, score, generator = (network.to(device) for network in (parts.teacher, parts.score, parts.generator))
         named = generator.named_parameters()
-        mask = SaliencyMask.random(named, density=density, seed=3) if density else None
+        shape = {"density": density, "structure": structure, "tile": (16, 16)}
+        mask = SaliencyMask.random(named, seed=3, **shape) if density else None
         state = TrainState(
             teacher, score, generator, adam(recipe, score.named_parameters(), recipe.lr.score),
             get_method(recipe.method).updates(recipe, named, mask), start_ema(generator, recipe.ema),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.methods.updates import Gradients
+from pecker_fast.profile import part
 
 
 class FiniteGuard:
@@ -36,8 +37,11 @@ class FiniteGuard:
 
     def check(self, where: str, what: str, grads: Gradients, named: list[tuple[str, nn.Parameter]]) -> None:
         """Raise NonFiniteError before anything is written; late, the optimizers see to it."""
-        if self.late or all_finite(grads):
+        if self.late:
             return
+        with part("finite_check"):
+            if all_finite(grads):
+                return
         bad = next(name for (name, _), g in zip(named, grads) if g is not None and not bool(torch.isfinite(g).all()))
         raise non_finite(where, f"{what} tensor {bad}")
 

@@ -14,9 +14,11 @@ from pecker_fast.engine.blocks import compile_blocks
 from pecker_fast.engine.finite import FiniteGuard, non_finite
 from pecker_fast.engine.graph import IterationGraph, require_gpu
 from pecker_fast.engine.inputs import Batch, Inputs, concatenate, draw
+from pecker_fast.engine.live import LiveBackward, gradients_of
 from pecker_fast.engine.state import TrainState
 from pecker_fast.losses import generate, generator_loss, noise_loss
 from pecker_fast.methods.updates import Gradients
+from pecker_fast.profile import part
 
 
 class LocalEngine:
@@ -34,6 +36,7 @@ class LocalEngine:
         self.conditions = conditions
         self.device = device
         self.guard = FiniteGuard(device, late=device.type != "cpu" if late is None else late)
+        self.live = LiveBackward(recipe.mask.skip)
         self.graph = IterationGraph() if recipe.engine.cuda_graph else None
         self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -117,6 +120,7 @@ class LocalEngine:
 
     # -- the steps --------------------------------------------------------------------------------------------------
 
+    @part("draws")
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
         """Draws of one branch of one step of the present iteration; see inputs.draw."""
         return draw(self.recipe, self.conditions, state, role, branch, self.device)
@@ -141,7 +145,7 @@ class LocalEngine:
         weights = self.branch_weights(state.stage, "score")
         batch = concatenate(list(self.batches(state, "score", weights, inputs).values()))
         with self.autocast():
-            with torch.no_grad():
+            with torch.no_grad(), part("score_samples"):
                 x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
             x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
             guidance = self.recipe.guidance.score_train
@@ -149,13 +153,16 @@ class LocalEngine:
             def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
                 return state.score.eps(x, t, c, guidance)
 
-            per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
+            with part("score_forward"):
+                per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
         loss = weighted_mean(per_sample, weights)
         state.score_optimizer.zero_grad()
-        loss.backward()
+        with part("score_backward"):
+            loss.backward()
         named = state.score.named_parameters()
         self.guard.check(f"{state.stage} step {state.step}", "score network", [p.grad for _, p in named], named)
-        state.score_optimizer.step()
+        with part("score_optimizer"):
+            state.score_optimizer.step()
         self.guard.note(state.score_optimizer, 1)
         state.score_optimizer.zero_grad()
         state.images += per_sample.shape[0]
@@ -171,7 +178,9 @@ class LocalEngine:
                 branches = {branch: weights[branch] for branch in phase if branch in weights}
                 if branches:
                     gradients, values = self.branch_gradients(state, branches, state.updates.separate, inputs)
-                    self.guard.note(state.updates.apply(phase, gradients), update)
+                    with part("generator_optimizer"):
+                        optimizer = state.updates.apply(phase, gradients)
+                    self.guard.note(optimizer, update)
                     losses |= values
         for p in state.updates.parameters:
             p.grad = None
@@ -183,28 +192,35 @@ class LocalEngine:
         """(gradients of θ, losses by branch). One pass of φ and ψ serves all branches; θ is differentiated per branch
         if `separate`.
 
-        The chain rule is cut at x_g: dL/dx_g comes from the shared pass, then each branch goes back through θ alone.
+        The chain rule is cut at x_g: dL/dx_g comes from the shared pass, then each branch goes back through θ alone. Of
+        branches that the mask limits only live weights have gradients, in MaskedAdam's compact form.
         """
         recipe, named = self.recipe, state.generator.named_parameters()
         batches = self.batches(state, "generator", weights, inputs)
         groups = [[branch] for branch in batches] if separate else [list(batches)]
+        live = [self.live.of(state, group) for group in groups]
         with self.autocast():
             x_groups = []
-            for group in groups:
+            for group, sparse in zip(groups, live):
                 joined = concatenate([batches[branch] for branch in group])
-                x_groups.append(generate(state.generator, joined.z, joined.c_g, recipe.timesteps.init))
+                with part("generator_forward"), sparse or nullcontext():
+                    x_groups.append(generate(state.generator, joined.z, joined.c_g, recipe.timesteps.init))
             x_g = torch.cat([x.detach() for x in x_groups]).requires_grad_(True)
             batch = concatenate([batches[branch] for group in groups for branch in group])
-            per_sample = generator_loss(
-                state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
-                guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score, detach_score=recipe.detach_score,
-            )  # fmt: skip
+            with part("guide_forward"):
+                per_sample = generator_loss(
+                    state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
+                    guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
+                    detach_score=recipe.detach_score,
+                )  # fmt: skip
         loss = weighted_mean(per_sample, weights)
-        (dx_g,) = torch.autograd.grad(loss, x_g)
+        with part("guide_backward"):
+            (dx_g,) = torch.autograd.grad(loss, x_g)
         parameters = [p for _, p in named]
         gradients: dict[str, Gradients] = {}
-        for group, x, dx in zip(groups, x_groups, dx_g.split([x.shape[0] for x in x_groups])):
-            grads = torch.autograd.grad(x, parameters, dx.to(x.dtype), allow_unused=True)
+        for group, sparse, x, dx in zip(groups, live, x_groups, dx_g.split([x.shape[0] for x in x_groups])):
+            with part("generator_backward_" + "_".join(group)):
+                grads = gradients_of(x, parameters, dx.to(x.dtype), sparse)
             self.guard.check(f"{state.stage} step {state.step}", "generator", grads, named)
             gradients[group[0] if separate else "sum"] = grads
         if separate:  # a branch of weight zero has no gradient at all

@@ -1,6 +1,7 @@
 """Everything that must survive an interruption, in one place."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
@@ -27,6 +28,7 @@ class TrainState:
     training_s: float = 0.0
     flops: float = 0.0
     flops_per_iteration: dict[str, float] = field(default_factory=dict)  # stage -> FLOPs
+    accounts: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> its parts, for the report; not saved
 
     @property
     def mask(self) -> SaliencyMask | None:

@@ -47,6 +47,10 @@ class UpdateRule:
     ) -> dict[str, MaskedAdam]:
         raise NotImplementedError
 
+    def limits(self, group: Sequence[str]) -> bool:
+        """Whether the gradients of these branches move weights of the mask alone; they may then be compact."""
+        return False
+
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         """One update; returns the optimizer that made it. gradients: per branch when `separate`, else the weighted sum
         under the key "sum"."""
@@ -63,9 +67,9 @@ class UpdateRule:
         for p, g in zip(self.parameters, gradients):
             p.grad = g
 
-    def _step(self, name: str, masked: Gradients | None = None) -> MaskedAdam:
+    def _step(self, name: str, masked: Gradients | None = None, compact: Gradients | None = None) -> MaskedAdam:
         optimizer = self.optimizers[name]
-        optimizer.step(masked_grads=masked)
+        optimizer.step(masked_grads=masked, compact_grads=compact)
         return optimizer
 
 
@@ -92,6 +96,9 @@ class Differentiated(UpdateRule):
     ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator, mask)}
 
+    def limits(self, group: Sequence[str]) -> bool:
+        return list(group) == ["forget"]
+
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["retain"])
         return self._step("generator", gradients["forget"])
@@ -105,9 +112,11 @@ class SalientOnly(UpdateRule):
     ) -> dict[str, MaskedAdam]:
         return {"generator": adam(recipe, named, recipe.lr.generator, mask)}
 
+    def limits(self, group: Sequence[str]) -> bool:
+        return True
+
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
-        self._give(gradients["sum"])
-        return self._step("generator")
+        return self._step("generator", compact=gradients["sum"])
 
 
 class Alternating(UpdateRule):
@@ -121,9 +130,14 @@ class Alternating(UpdateRule):
         lr = recipe.lr.generator
         return {"generator_forget": adam(recipe, named, lr, mask), "generator_retain": adam(recipe, named, lr)}
 
+    def limits(self, group: Sequence[str]) -> bool:
+        return list(group) == ["forget"]
+
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
+        if phase == ("forget",):
+            return self._step("generator_forget", compact=gradients["sum"])
         self._give(gradients["sum"])
-        return self._step(f"generator_{phase[0]}")
+        return self._step("generator_retain")
 
 
 RULES: dict[str, type[UpdateRule]] = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pecker_fast.io_safe import write_text
+from pecker_fast.report.cost import of_run, parts_tables
 from pecker_fast.report.mask import Mask, MaskRow, mask_table, plot_mask
-from pecker_fast.report.text import metrics_table
+from pecker_fast.report.text import metrics_table, section
 
-__all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "plot_mask", "write_report"]
+__all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "plot_mask", "run_tables", "write_report"]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -27,3 +29,11 @@ def write_report(run_dir: str | Path) -> Path:
     path = Path(run_dir) / "report.html"
     write_text(path, build_page(run))
     return path
+
+
+def run_tables(run_dir: str | Path) -> list[Any]:
+    """What an iteration of the run cost, part by part, as rich tables; none where metrics.json does not say."""
+    from pecker_fast.report.read import read_run
+
+    account = section(section(read_run(run_dir).metrics, "cost"), "parts")
+    return parts_tables(of_run(account)) if account else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.report import figures
+from pecker_fast.report.cost import NOTE, cells, facts, heads, known, lines, of_run
 from pecker_fast.report.mask import by_block, mask_table
 from pecker_fast.report.read import RunData
 from pecker_fast.report.text import (
@@ -247,7 +248,35 @@ def _cost(run: RunData) -> str:
         ("Speed", scaled(flops / trained, "FLOP/s") if flops and trained else NONE),
         ("Peak memory", scaled(cost.get("peak_memory_bytes"), "B", 1024)),
     ]
-    return _section("Cost", _facts(facts)) if any(value != NONE for _, value in facts) else ""
+    body = _facts(facts) if any(value != NONE for _, value in facts) else ""
+    return _section("Cost", body + _parts(section(cost, "parts"))) if body or section(cost, "parts") else ""
+
+
+def _parts(account: Mapping[str, Any]) -> str:
+    """One iteration, part by part."""
+    if not account:
+        return ""
+    variants = of_run(account)
+    rows = lines(variants)
+    columns = known(rows)
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads(list(variants), columns))
+    body = "".join(
+        f"<tr{' class=faint' if line.within else ''}><th scope='row'>{escape(line.name)}</th>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(line, columns))
+        + "</tr>"
+        for line in rows
+    )
+    below = "".join(
+        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for name, *values in facts(variants)
+    )
+    names = "".join(f"<th scope='col'>{escape(name)}</th>" for name in variants)
+    return (
+        f"<h3>One iteration, part by part</h3><p class='faint'>{escape(NOTE)}</p>"
+        f"<div class='scroll'><table class='layers'><thead><tr><th scope='col'>Part</th>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+        f"<div class='scroll'><table class='layers'><thead><tr><td></td>{names}</tr></thead><tbody>{below}</tbody></table></div>"
+    )
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> str:

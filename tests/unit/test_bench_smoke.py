@@ -14,6 +14,11 @@ sys.path.insert(0, str(ROOT / "bench"))
 import tables  # noqa: E402
 
 SUITES = ("adam", "threshold", "saliency", "bits")
+PATHS = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+ENVIRONMENT = {
+    **os.environ, "BENCH_SCALE": "tiny", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join(filter(None, PATHS)),
+}  # fmt: skip
 KEYS = {
     "ours", "peers", "ratios", "flops", "bytes", "bytes_per_s", "copy_bytes_per_s", "share_of_copy_bandwidth",
     "share_of_update_bandwidth", "share_of_iteration_at_most", "weights", "operation",
@@ -31,22 +36,18 @@ def results(tmp_path_factory):
         "-p",
         "no:cacheprovider",
         *files,
+        "bench/test_bench_iteration.py",
         "bench/test_gpu_kernels.py",
         "--benchmark-json",
         folder / "all.json",
     ]
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, "BENCH_SCALE": "tiny", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     everything = json.loads((folder / "all.json").read_text())
-    for suite in SUITES:
+    for suite in (*SUITES, "iteration"):
         entries = [e for e in everything["benchmarks"] if e["fullname"].startswith(f"bench/test_bench_{suite}.py")]
         (folder / f"{suite}.json").write_text(json.dumps({**everything, "benchmarks": entries}))
     return folder
@@ -83,9 +84,56 @@ def test_every_named_peer_is_timed(results):
         assert peers <= {peer for entry in entries for peer in entry["extra_info"]["peers"]}
 
 
+def test_iterations_are_timed_beside_their_baselines(results):
+    names = [e["name"] for e in json.loads((results / "iteration.json").read_text())["benchmarks"]]
+    rules = ("dense", "differentiated", "salient_only")
+    engine = [f"test_engine[{rule}]" for rule in (*rules, "alternating")]
+    assert sorted(names) == sorted(
+        [*engine, *(f"test_baseline[{b}-{r}]" for b in ("plain", "upstream") for r in rules)]
+    )
+    lines = tables.load(results)["iteration"].splitlines()
+    assert len(lines) == 2 + 2 + len(names)
+    assert any(line.startswith("| engine | `alternating` |") and line.endswith("| – | – |") for line in lines)
+    assert any(line.startswith("| plain | `salient_only` |") and "| 1.00 × |" in line for line in lines)
+
+
+def test_the_floor_of_an_iteration_is_measured_and_shown(tmp_path):
+    file = tmp_path / "floor_digits.json"
+    command = [sys.executable, "bench/floor.py", "--quick"]
+    keys = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 120, "check": False}
+    refused = subprocess.run(command, **keys)
+    assert refused.returncode == 2
+    assert "times nothing worth keeping" in refused.stderr
+    done = subprocess.run([*command, "--output", str(file)], **keys)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    iteration = found["iteration"]
+    assert 0 < iteration["flops_in_convolutions"] <= iteration["flops"]  # passes and layers are counted right
+    assert iteration["flops_in_convolutions"] > 0.9 * iteration["flops"]
+    assert min(iteration[key] for key in ("products_ms", "memory_ms", "layers_ms")) > 0
+    assert set(iteration["measured_ms"]) == {"engine", "plain loop"}
+    assert sum(layer["layers"] for layer in found["convolutions"]) > 15
+    table = tables.load(tmp_path)["floor"]
+    assert "| every convolution alone, as often as it runs |" in table
+    assert table.count("\n| ") == 1 + 5 + 1 + len(found["convolutions"])
+
+
+def test_an_account_becomes_a_table(tmp_path, capsys):
+    from pecker_fast import cli
+
+    keys = ["batch_size=2", "mask.samples=4", "--iterations", "1", "--json", str(tmp_path / "account_digits.json")]
+    assert cli.main(["bench", "digits", *keys]) == 0
+    capsys.readouterr()
+    table = tables.load(tmp_path)["account"]
+    assert "| part | GFLOP, dense | GFLOP, masked | ratio |" in table
+    assert "| one iteration |" in table
+    assert "element mask of density 0.5, batch 2, 436,145 weights." in table
+    assert str(tmp_path) not in table
+
+
 def test_tables_replace_what_stands_between_their_markers(results):
     made = tables.load(results)
-    assert set(made) == set(SUITES)
+    assert set(made) == {*SUITES, "iteration"}
     text = "before\n<!-- bench:bits -->\nold\n<!-- /bench:bits -->\nafter\n"
     written = tables.replaced(text, made)
     assert written == f"before\n<!-- bench:bits -->\n{made['bits']}\n<!-- /bench:bits -->\nafter\n"

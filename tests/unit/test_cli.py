@@ -17,7 +17,7 @@ from pecker_fast.config import load_recipe
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "pretrain", "sample", "evaluate", "report", "mask", "export", "doctor", "recipes"]
+COMMANDS = ["train", "pretrain", "sample", "evaluate", "report", "mask", "export", "doctor", "bench", "recipes"]
 
 
 def error_of(capsys, *arguments, code=2):
@@ -78,6 +78,12 @@ def test_no_command_prints_help_and_version_prints_one_line(capsys):
         (["train", "digits", "mask.densty=1"], "override mask.densty: unknown key, did you mean mask.density?"),
         (["train", "digits", "steps"], "override 'steps': expected key=value"),
         (["train", "digits", "forget=1", "cover=1"], "override cover: class 1 is to be forgotten itself"),
+        (["bench", "digits", "mask.densty=1"], "override mask.densty: unknown key, did you mean mask.density?"),
+        (["bench", "mask.densty=1"], "override mask.densty: unknown key, did you mean mask.density?"),
+        (["bench", "digitz"], "recipe digitz: no such recipe or file, did you mean digits?"),
+        (["bench", "--iterations", "0"], "Invalid value for '--iterations'"),
+        (["bench", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: not a file in a folder that"),
+        (["bench", "mask.data=photos"], "mask.data: bench opens no images, got 'photos'; use pseudo or teacher"),
         (["doctor", "nope"], "recipe nope: no such recipe or file"),
         (["pretrain", "digit"], "pretrain digit: no such data set, did you mean digits?"),
         (["sample", "runs/x", "--classes", "a"], "--classes: expected numbers such as 0,1,2, got 'a'"),
@@ -169,7 +175,13 @@ def test_the_verbs_hand_their_options_on(capsys, monkeypatch):
     pretrain, report = recorder("m"), recorder("r.html")
     stand_in(monkeypatch, "pecker_fast.tools", sample_run=sample, evaluate_run=evaluate, export_run=export)
     stand_in(monkeypatch, "pecker_fast.pretrain", pretrain=pretrain)
-    stand_in(monkeypatch, "pecker_fast.report", write_report=report, metrics_table=recorder("the table"))
+    stand_in(
+        monkeypatch,
+        "pecker_fast.report",
+        write_report=report,
+        run_tables=recorder([]),
+        metrics_table=recorder("the table"),
+    )
     run = Path("runs/x")
     assert (
         cli.main(

@@ -41,7 +41,7 @@ def first_adam_step(p, g, lr=1e-2):
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_gradients_cut_at_x_g_equal_the_whole_graph(setup, separate):
-    recipe, engine, state, _ = setup(weights={"retain": 0.7, "forget": 0.3})
+    recipe, engine, state, _ = setup(weights={"retain": 0.7, "forget": 0.3}, mask={"skip": False})
     want = {b: branch_gradient(recipe, engine, state, b) for b in ("retain", "forget")}
     gradients, losses = engine.branch_gradients(state, {"retain": 0.7, "forget": 0.3}, separate)
     if separate:

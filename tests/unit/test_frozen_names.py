@@ -14,7 +14,7 @@ model model_config method forget cover retain steps distill_steps generator batc
 timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher guidance.text_dropout
 detach_score weights.score_retain weights.score_forget weights.retain weights.forget mask.source mask.score
 mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope mask.reduction mask.samples mask.data
-mask.timesteps mask.refresh update_rule optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_value ema
+mask.timesteps mask.skip mask.refresh update_rule optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_value ema
 precision score engine.zero engine.offload engine.stall_s engine.compile engine.cuda_graph
 engine.channels_last engine.threads evaluate.every evaluate.samples evaluate.final
 evaluate.judge evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
@@ -43,7 +43,8 @@ DEFAULTS = {
     "weights.retain": 1, "weights.forget": 1, "mask.source": "saliency", "mask.score": "mse", "mask.contrast": False,
     "mask.density": 0.5, "mask.threshold": None, "mask.structure": "element", "mask.tile": [128, 128],
     "mask.scope": "global", "mask.reduction": "sum", "mask.samples": 2048, "mask.data": "pseudo",
-    "mask.timesteps": "uniform", "mask.refresh": 0, "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
+    "mask.timesteps": "uniform", "mask.skip": True, "mask.refresh": 0,
+    "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
     "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
     "engine.stall_s": 600, "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True,
     "engine.threads": 0, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,
@@ -59,6 +60,7 @@ COMMANDS = {
     "mask": {"run", "--plot"},
     "export": {"run", "--output", "-o", "--weights"},
     "doctor": {"recipe"},
+    "bench": {"recipe", "overrides", "--iterations", "--json"},
     "recipes list": set(),
     "recipes show": {"name", "--all"},
     "recipes copy": {"name", "destination"},
@@ -105,7 +107,7 @@ def test_public_names():
 
 
 def test_the_python_functions_behind_the_commands():
-    from pecker_fast import pretrain, report, run, tools
+    from pecker_fast import benchmark, pretrain, report, run, tools
 
     first = {
         run.train: ["recipe", "tensorboard", "quiet", "dry_run"],
@@ -113,6 +115,8 @@ def test_the_python_functions_behind_the_commands():
         tools.evaluate_run: ["run_dir", "samples", "seed", "judge"],
         tools.export_run: ["run_dir", "output", "weights"],
         report.write_report: ["run_dir"],
+        report.run_tables: ["run_dir"],
+        benchmark.bench: ["recipe", "iterations", "json_file"],
         pretrain.pretrain: ["name", "data", "output", "steps", "seed"],
     }
     for function, names in first.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..dispatch import check_impl, resolve
 from ..errors import PeckerKernelsError
@@ -61,16 +62,23 @@ def skip_weight_gradients(model: nn.Module, mask: SaliencyMask, impl: str = "aut
     """
     if check_impl(impl, built=BUILT) == "triton":
         resolve(impl, *model.parameters(), built=BUILT)
-    if any(m in _ACTIVE or isinstance(vars(m).get("forward"), LiveForward) for m in model.modules()):
-        raise PeckerKernelsError("this model skips weight gradients already: undo the first")
+    _refuse_active(model)
     named = [(prefix + name, p) for name, p in model.named_parameters()]
     theirs = [name for name in mask.names if not name.startswith(prefix)]
     mask.check([*named, *((name, torch.empty(mask.shapes[name], device="meta")) for name in theirs)])
     return SparseBackward(model, mask, impl, prefix)
 
 
+def _refuse_active(model: nn.Module) -> None:
+    if any(m in _ACTIVE or isinstance(vars(m).get("forward"), LiveForward) for m in model.modules()):
+        raise PeckerKernelsError("this model skips weight gradients already: undo the first")
+
+
 class SparseBackward:
     """A model whose backward pass skips dead weights; made by `skip_weight_gradients`, left by `undo` or a with-block.
+
+    A with-block after that takes it up again, as planned the first time: forward passes in it skip, gradients of what they
+    returned may be taken inside or later.
 
     leaves: aligned with model.named_parameters(), what to differentiate for: the parameter itself (dense gradient), a
     tensor that stands for its live part, or None (dead, or frozen before): no gradient. active: until `undo`.
@@ -78,8 +86,9 @@ class SparseBackward:
 
     def __init__(self, model: nn.Module, mask: SaliencyMask, impl: str, prefix: str) -> None:
         self.model, self.mask = model, mask
-        self.active = True
+        self.active = False
         self._switch = Switch()
+        self._hooks: list[RemovableHandle] = []
         self._swapped: list[tuple[nn.Module, LiveForward]] = []
         self._frozen: list[nn.Parameter] = []
         self._modes: dict[nn.Module, tuple[str, str]] = {}
@@ -87,22 +96,27 @@ class SparseBackward:
             p: _Entry(prefix + name, p, p if p.requires_grad else None) for name, p in model.named_parameters()
         }
         plans = self._plan(impl)
-        for module, plan in plans.items():
-            forward = LiveForward(module, plan, self._switch)
-            module.forward = forward  # type: ignore[method-assign]
-            self._swapped.append((module, forward))
+        self._swapped = [(module, LiveForward(module, plan, self._switch)) for module, plan in plans.items()]
         for entry in self._entries.values():
             if entry.leaf is entry.param and not mask.count_of(entry.name):
                 entry.leaf = None
             if entry.leaf is None and entry.param.requires_grad:
                 self._frozen.append(entry.param)
-        self._freeze(True)
-        self._hooks = [
-            module.register_forward_pre_hook(_channels_first)
+        self._normed = [
+            module
             for module in model.modules()
-            if isinstance(module, nn.GroupNorm) and any(p.requires_grad for p in module.parameters())
+            if isinstance(module, nn.GroupNorm) and any(self._entries[p].leaf is not None for p in module.parameters())
         ]
-        _ACTIVE.add(model)
+        self._apply()
+
+    def _apply(self) -> None:
+        _refuse_active(self.model)
+        for module, forward in self._swapped:
+            module.forward = forward  # type: ignore[method-assign]
+        self._freeze(True)
+        self._hooks = [module.register_forward_pre_hook(_channels_first) for module in self._normed]
+        self.active = True
+        _ACTIVE.add(self.model)
 
     def _plan(self, impl: str) -> dict[nn.Module, LayerPlan]:
         """The layers whose forward changes. Nothing has been changed before the last of them is planned."""
@@ -221,6 +235,8 @@ class SparseBackward:
         _ACTIVE.discard(self.model)
 
     def __enter__(self) -> SparseBackward:
+        if not self.active:
+            self._apply()
         return self
 
     def __exit__(self, *error: Any) -> None:
