@@ -187,11 +187,15 @@ def _final(runs: Path) -> list[Task]:
 
 
 def one_stage_arms(runs: Path) -> list[Arm]:
-    """No mask, the paper's, its random twin, and the best structured mask under the rule that still distils all of θ."""
-    best = finalists(runs)[3]
-    arms = [plan.NONE, plan.PAPER, plan.PAPER.twin(), Arm(best.score, best.structure, best.density, "differentiated")]
-    arms += [arms[-1].twin()]
-    return [Arm(a.score, a.structure, a.density, a.rule, "one-stage") for a in arms]
+    """No mask, the paper's, its random twin, and the best mask of all with its twin under the paper's rule: θ is still to be
+    distilled, so that freezing the rest is no choice."""
+    screened = results(runs, "screen")
+    best = min(
+        (arm for arm in finalists(runs) if arm.score not in ("none", "random")), key=lambda a: score_of(screened[a])
+    )
+    best = Arm(best.score, best.structure, best.density, "differentiated")
+    arms = [plan.NONE, plan.PAPER, plan.PAPER.twin(), best, best.twin()]
+    return [Arm(a.score, a.structure, a.density, a.rule, "one-stage") for a in dict.fromkeys(arms)]
 
 
 def _one_stage_tuning(runs: Path) -> list[Task]:

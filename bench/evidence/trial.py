@@ -35,7 +35,7 @@ def recipe_of(arm: Arm, config: Config, pair: tuple[int, int], seed: int) -> Rec
     """The recipe a user would write for this run."""
     keys = [
         f"forget={pair[0]}", f"cover={pair[1]}", f"seed={seed}", f"batch_size={BATCH_SIZE}", f"ema={EMA}", "alpha=1.0",
-        f"lr.generator={config.lr}", f"lr.score={config.lr_score}", f"weights.forget={config.forget}",
+        f"lr.generator={config.lr}", f"lr.score={config.lr_score}", f"lr.warmup={config.warmup}", f"weights.forget={config.forget}",
         f"mask.samples={MASK_SAMPLES}", f"mask.structure={arm.structure}", f"mask.tile=[{TILE[0]},{TILE[1]}]",
         f"generator={'digits' if arm.start == 'two-stage' else 'null'}",
     ]  # fmt: skip
@@ -94,7 +94,6 @@ class Trial:
         """Iterate until `steps`. A run whose gradients or images are no longer finite has diverged and stays so."""
         try:
             while self.state.step < steps and not self.diverged:
-                self._warm_up()
                 iteration(self.engine, self.state)
         except PeckerError:
             self.diverged = True
@@ -103,12 +102,6 @@ class Trial:
     def rate(self) -> float:
         """θ's learning rate of the last iteration."""
         return float(next(iter(self.state.updates.optimizers.values())).param_groups[0]["lr"])
-
-    def _warm_up(self) -> None:
-        share = min(1.0, (self.state.step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        for optimizer in self.state.updates.optimizers.values():
-            optimizer.param_groups[0]["lr"] = self.config.lr * share
-        self.state.score_optimizer.param_groups[0]["lr"] = self.config.lr_score * share
 
     def figures(self, forget: int = FORGET_SAMPLES, retain: int = RETAIN_SAMPLES) -> dict[str, float]:
         """UA, cover rate, retain accuracy and FID of the averaged weights; a diverged run has FID infinity, UA 0."""
