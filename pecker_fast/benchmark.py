@@ -47,8 +47,9 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
     teacher = parts.teacher.to(device)
     score, generator = (network.clone().to(device) for network in (parts.score, parts.generator))
     meter = stopwatch(device)
+    engine = LocalEngine(recipe, parts.conditions, device)
     start = meter()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, engine.autocast():
         mask = make_mask(recipe, teacher, score, generator, parts.conditions) if recipe.uses_mask else None
     cost = {"s": meter() - start, "flops": float(counter.get_total_flops())} if mask is not None else {}
     updates = get_method(recipe.method).updates(recipe, generator.named_parameters(), mask)
@@ -56,7 +57,7 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
         teacher, score, generator, adam(recipe, score.named_parameters(), recipe.lr.score), updates,
         start_ema(generator, recipe.ema),
     )  # fmt: skip
-    return Setup(recipe, LocalEngine(recipe, parts.conditions, device), state, mask, cost)
+    return Setup(recipe, engine, state, mask, cost)
 
 
 def dense_of(recipe: Recipe) -> Recipe:
@@ -72,6 +73,8 @@ def bench(recipe: Recipe, iterations: int, json_file: Path | None = None) -> dic
     """
     if recipe.uses_mask and recipe.mask.source == "saliency" and recipe.mask.data not in ("pseudo", "teacher"):
         raise RecipeError(f"mask.data: bench opens no images, got {recipe.mask.data!r}; use pseudo or teacher")
+    if recipe.engine.cuda_graph:
+        raise RecipeError("engine.cuda_graph: a graph has no parts to be timed by; bench without it")
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise OutputError(f"--json {json_file}: not a file in a folder that is there; give another")
     parts = load_parts(recipe)
@@ -103,6 +106,9 @@ def account_of(setup: Setup, others_bytes: int = 0) -> Account:
     account = counted(setup.engine, setup.state, allocator=setup.engine.device)
     if account["peak_allocated_bytes"] is not None:
         account["peak_allocated_bytes"] -= others_bytes
+        for one in account["parts"].values():
+            if "peak_allocated_bytes" in one:
+                one["peak_allocated_bytes"] -= others_bytes
     if setup.mask is not None:
         over = setup.recipe.mask.refresh or max(setup.recipe.steps, 1)
         account["mask"] = {

@@ -245,6 +245,8 @@ class Recipe(Section):
             raise ValueError(f"retain: class {shared[0]} is to be forgotten; take it out of retain or out of forget")
         if len(cover) not in (1, len(forget)):
             raise ValueError(f"cover: {len(cover)} classes for {len(forget)} forget classes; give one, or one for each")
+        if self.engine.compile != "none" and self.mask.refresh and self.mask.skip and self.uses_mask:
+            raise ValueError("mask.refresh: with engine.compile every new mask is compiled anew; add mask.skip=false")
         w = self.weights
         if self.steps and not (w.score_retain or w.score_forget):
             raise ValueError("weights.score_retain: both score weights are 0, so ψ would learn nothing; raise one")

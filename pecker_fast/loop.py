@@ -58,11 +58,13 @@ def run_stage(
             losses = accountant.run(lambda: iteration(engine, state))
             engine.look(state)
             state.flops += state.flops_per_iteration[state.stage]
-            state.training_s += time.perf_counter() - start
+            state.training_s += time.perf_counter() - start - accountant.spent_s()
             for callback in callbacks:
                 callback(state, losses)
             stop.check(f"the checkpoint is written; the same command{again} resumes")
         except Interrupted:  # only ever raised between iterations, so the state is whole
             save(state)
             raise
+    start = time.perf_counter()
     engine.settle(state)
+    state.training_s += time.perf_counter() - start

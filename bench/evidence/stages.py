@@ -148,8 +148,8 @@ def best_config(result: Result) -> Config:
 
 
 def finalists(runs: Path) -> list[Arm]:
-    """At most 8 arms: no mask, the paper's and its random twin, the best two structured ones of different scores and
-    the random twin of the best, the best element mask, the best of all others."""
+    """At most 8 arms: no mask, the paper's, the best two structured ones of different scores, the best element mask; and the
+    random twins of the paper's, of the best structured one and of the best element mask."""
     screened = results(runs, "screen")
     ranked = sorted(
         (arm for arm in screened if arm.score not in ("none", "random")), key=lambda a: score_of(screened[a])
@@ -158,8 +158,7 @@ def finalists(runs: Path) -> list[Arm]:
     best = structured[0]
     second = next(arm for arm in structured if arm.score != best.score)
     element = next(arm for arm in ranked if arm.structure == "element" and arm != plan.PAPER)
-    random = sorted((arm for arm in screened if arm.score == "random"), key=lambda a: score_of(screened[a]))[0]
-    chosen = [plan.NONE, plan.PAPER, plan.PAPER.twin(), best, best.twin(), second, element, random]
+    chosen = [plan.NONE, plan.PAPER, plan.PAPER.twin(), best, best.twin(), second, element, element.twin()]
     return list(dict.fromkeys(chosen))
 
 

@@ -82,6 +82,8 @@ class Clock:
         self._stack.pop()
 
     def _charge(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
         now = self.meter()
         lap, name = self.laps[-1], self._stack[-1]
         lap[name] = lap.get(name, 0.0) + now - self._last

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pecker_kernels import MaskedAdam, SaliencyMask
+from pecker_kernels import MaskedAdam
 from pecker_kernels.cost import CHECK_FLOPS, Cost, step_cost
 from pecker_kernels.ops import EMA_FLOPS
 from torch import Tensor
@@ -20,6 +20,7 @@ from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.profile import part, recording
 
 BACKWARD = "generator_backward"  # what the parts of θ's backward passes are called, the branches after it
+GROUPS = ("retain", "forget", "retain_forget")
 FORMULAS = ("score_optimizer", "generator_optimizer", "finite_check", "ema")
 TIMED = 5  # iterations a run times, after the counted one
 
@@ -37,6 +38,7 @@ class Steps:
         self.costs = dict.fromkeys(self.optimizers, Cost(0, 0))
         self.dense = dict.fromkeys(self.optimizers, Cost(0, 0))
         self.gradient_bytes = 0  # the most that was handed to one step
+        self.checked = Cost(0, 0)  # what looking at every gradient for NaN takes
 
     @contextlib.contextmanager
     def not_taken(self) -> Iterator[None]:
@@ -63,6 +65,8 @@ class Steps:
         ]
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         self.gradient_bytes = max(self.gradient_bytes, unique_bytes([*grads, *extra]))
+        given = [g for g in (*grads, *extra) if g is not None]
+        self.checked += Cost(CHECK_FLOPS * sum(g.numel() for g in given), sum(g.nbytes for g in given))
 
 
 def unique_bytes(tensors: list[Tensor | None]) -> int:
@@ -97,21 +101,22 @@ def counted(engine: LocalEngine, state: TrainState, allocator: torch.device | No
     weights = {f"{key}.{name}": p for key, network in networks.items() for name, p in network.named_parameters()}
     counter, steps = Counter(weights, state_tensors(state), allocator), Steps(state)
     images = state.images
-    with engine.uncompiled(), steps.not_taken(), recording(counter), counter:
+    limited = {group for group in GROUPS if engine.live.of(state, group.split("_")) is not None}
+    with engine.uncompiled(), engine.guard.ignored(), steps.not_taken(), recording(counter), counter:
         engine.score_step(state)
         engine.generator_step(state)
         with part("ema"):  # by formula, as the steps
             pass
     state.images = images
-    return _account(state, counter, steps)
+    return _account(state, counter, steps, limited)
 
 
-def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
+def _account(state: TrainState, counter: Counter, steps: Steps, limited: set[str]) -> Account:
+    """limited: groups of branches whose weight gradients are those of live rows already."""
     generator = dict(state.generator.named_parameters())
     n = sum(p.numel() for p in generator.values())
     formulas = dict(steps.costs)
-    checks = counter.parts.get("finite_check", Count()).calls
-    formulas["finite_check"] = Cost(CHECK_FLOPS * n * checks, 4 * n * checks)
+    formulas["finite_check"] = steps.checked if "finite_check" in counter.parts else Cost(0, 0)
     formulas["ema"] = Cost(EMA_FLOPS * n, 12 * n) if state.ema is not None else Cost(0, 0)
     parts: dict[str, dict[str, Any]] = {}
     for name, count in counter.parts.items():
@@ -128,6 +133,7 @@ def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
     optimizers, dense = steps.optimizers, steps.dense["generator_optimizer"]
     account: Account = {
         "parts": parts,
+        "masked": state.mask is not None,
         "counted_flops": counter.total_flops,
         "flops": sum(one["flops"] for one in parts.values()),
         "bytes": sum(one["bytes"] for one in parts.values()),
@@ -142,7 +148,7 @@ def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
             "input_flops": inputs,
             "weight_gradient_flops": ran,
             "dense_weight_gradient_flops": all_weights,
-            "live_weight_gradient_flops": _needed(backward, state.mask, state.updates.separate, generator),
+            "live_weight_gradient_flops": _needed(backward, state, limited, generator),
         },
         "dense": {  # the same iteration without a mask, where it is known without running it
             BACKWARD: {"flops": inputs + all_weights},
@@ -154,13 +160,12 @@ def _account(state: TrainState, counter: Counter, steps: Steps) -> Account:
     return account
 
 
-def _needed(
-    backward: dict[str, Count], mask: SaliencyMask | None, separate: bool, generator: Mapping[str, Tensor]
-) -> float:
+def _needed(backward: dict[str, Count], state: TrainState, limited: set[str], generator: Mapping[str, Tensor]) -> float:
     """FLOPs of the weight gradients the rule reads: of rows (output channels) in which the mask keeps a weight.
 
     A dense branch needs all of them: `differentiated` masks the forget branch alone, and so does `alternating`.
     """
+    mask, separate = state.mask, state.updates.separate
     live: dict[str | tuple[int, ...], list[float]] = {}
     for name, p in generator.items():
         if mask is None or p.dim() < 2:
@@ -173,8 +178,9 @@ def _needed(
     total = 0.0
     for name, count in backward.items():
         dense_branch = name != f"{BACKWARD}_forget" and (separate or name == f"{BACKWARD}_retain")
+        whole = dense_branch or name.removeprefix(f"{BACKWARD}_") in limited
         for key, flops in count.weight_gradients.items():
-            shares = [1.0] if dense_branch else live.get(key, [1.0])
+            shares = [1.0] if whole else live.get(key, [1.0])
             total += flops * sum(shares) / len(shares)
     return total
 
@@ -198,15 +204,25 @@ class Accountant:
         self.engine, self.state = engine, state
         self._clock = Clock(stopwatch(engine.device))
         self._account: Account | None = None
+        self._spent_s = 0.0
+
+    def spent_s(self) -> float:
+        """Seconds that went into the books, and not into an iteration, since this was asked last."""
+        spent, self._spent_s = self._spent_s, 0.0
+        return spent
 
     def run(self, iterate: Callable[[], Any]) -> Any:
         if self._account is None:
             result = iterate()
+            meter = stopwatch(self.engine.device)
+            start = meter()
             self._account = counted(self.engine, self.state)
+            self._spent_s += meter() - start
             self.state.accounts[self.state.stage] = self._account
             self.state.flops_per_iteration.setdefault(self.state.stage, float(self._account["counted_flops"]))
             return result
-        if len(self._clock.laps) == TIMED:
+        # A CUDA graph has no parts, and while it is captured nothing may wait for the device.
+        if self.engine.graph is not None or len(self._clock.laps) == TIMED:
             return iterate()
         with self._clock.lap():
             result = iterate()

@@ -4,7 +4,8 @@ from torch import nn
 
 from pecker_fast.errors import RecipeError
 
-# One piece of code serves all blocks of a shape; θ, ψ and φ run it with and without gradients, on one branch and on both.
+# One piece of code serves all blocks of a shape; θ, ψ and φ run it with and without gradients, on one branch and on both. Where
+# weight gradients are skipped the live rows are part of it: a piece for each block of θ, and for each mask.
 VARIANTS = 512
 
 

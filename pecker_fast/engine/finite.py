@@ -25,6 +25,7 @@ class FiniteGuard:
     def __init__(self, device: torch.device, late: bool) -> None:
         self.device, self.late = device, late
         self.flag = torch.zeros((), device=device)  # 0 = all was finite, else the update's number; sticky
+        self._ignored = False
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def arm(self, optimizers: Iterable[MaskedAdam]) -> None:
@@ -40,7 +41,7 @@ class FiniteGuard:
         if self.late:
             return
         with part("finite_check"):
-            if all_finite(grads):
+            if all_finite(grads) or self._ignored:
                 return
         bad = next(name for (name, _), g in zip(named, grads) if g is not None and not bool(torch.isfinite(g).all()))
         raise non_finite(where, f"{what} tensor {bad}")
@@ -72,6 +73,15 @@ class FiniteGuard:
             if update := int(slot):
                 return step, update
         return None
+
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Inside, `check` looks and says nothing: for gradients that no step is taken on."""
+        self._ignored = True
+        try:
+            yield
+        finally:
+            self._ignored = False
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -24,10 +24,9 @@ class LiveBackward:
         if not self.wanted or mask is None or not state.updates.limits(group):
             return None
         if self._of is None or self._of[0] is not network or self._of[1] is not mask:
-            self._of = (network, mask)
             with skip_weight_gradients(network, mask) as sparse:
                 saves = any(layer.mode != "dense" for layer in sparse.report())
-            self._sparse = sparse if saves else None
+            self._of, self._sparse = (network, mask), sparse if saves else None
         return self._sparse
 
 

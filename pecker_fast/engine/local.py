@@ -219,7 +219,10 @@ class LocalEngine:
         parameters = [p for _, p in named]
         gradients: dict[str, Gradients] = {}
         for group, sparse, x, dx in zip(groups, live, x_groups, dx_g.split([x.shape[0] for x in x_groups])):
-            with part("generator_backward_" + "_".join(group)):
+            with (
+                part("generator_backward_" + "_".join(group)),
+                sparse or nullcontext(),
+            ):  # checkpointing passes forward again
                 grads = gradients_of(x, parameters, dx.to(x.dtype), sparse)
             self.guard.check(f"{state.stage} step {state.step}", "generator", grads, named)
             gradients[group[0] if separate else "sum"] = grads

@@ -198,7 +198,7 @@ def parts_tables(variants: Mapping[str, Variant]) -> list[Table]:
 def of_run(account: Mapping[str, Any]) -> dict[str, Variant]:
     """A run's own account beside its dense counterpart, as far as that is known without running it: no times."""
     dense = section(account, "dense")
-    if not dense or not section(account, "mask"):
+    if not dense or not account.get("masked"):
         return {"this run": account}
     parts = {
         key: {column: part[column] for column in ("flops", "bytes") if column in part}

@@ -578,3 +578,106 @@ def test_the_gate_sees_a_mistake(monkeypatch, mistake):
     monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
     with pytest.raises(AssertionError):
         check(model, mask, images(2, 3, 8, 8), impl="reference")
+
+
+class Keyword(nn.Module):
+    """A group norm called by keyword, above a layer that may be dead."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 4, 3).double(), nn.GroupNorm(2, 4).double()
+
+    def forward(self, x):
+        return self.n(input=self.a(x))
+
+
+def test_a_group_norm_called_by_keyword():
+    model, x = Keyword(), images(2, 3, 5, 5).to(memory_format=torch.channels_last)
+    mask = mask_of(model, {"n.weight": True})
+    dense = dense_grads(model, x)
+    with pk.skip_weight_gradients(model, mask) as skip:
+        check_against(skip, mask, live_grads(skip, x), dense)
+
+
+def test_blocks_nest_and_are_taken_up_again():
+    model, x = layers(), images(2, 3, 8, 8)
+    mask = random_mask(model)
+    dense = dense_grads(model, x)
+    skip = pk.skip_weight_gradients(model, mask)
+    skip.undo()
+    for _ in range(2):
+        with skip:
+            with skip:
+                pass
+            assert skip.active, "the inner block undid the outer one"
+            check_against(skip, mask, live_grads(skip, x), dense)
+        assert not skip.active
+        assert all("forward" not in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_with_the_gradient_taken_in_a_block_of_its_own(reentrant):
+    model, x = layers(), images(2, 3, 8, 8).requires_grad_()
+    mask = random_mask(model)
+    dense = dense_grads(model, x)
+    skip = pk.skip_weight_gradients(model, mask)
+    with skip:
+        loss = loss_of(checkpoint(model, x, use_reentrant=reentrant))
+    with skip:
+        loss.backward()
+        check_against(skip, mask, skip.grads(), dense)
+    skip.zero_grad()
+
+
+def test_an_interrupted_start_leaves_nothing_behind(monkeypatch):
+    model = layers()
+    skip = pk.skip_weight_gradients(model, random_mask(model))
+    skip.undo()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(skip, "_freeze", lambda frozen: interrupted() if frozen else None)
+    with pytest.raises(KeyboardInterrupt):
+        skip.__enter__()
+    assert not skip.active
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_weights_replaced_or_cast_since_are_refused():
+    for change in (lambda m: m.float(), lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach().clone()))):
+        model = layers()
+        skip = pk.skip_weight_gradients(model, random_mask(model))
+        skip.undo()
+        change(model)
+        with pytest.raises(pk.PeckerKernelsError, match="anew"):
+            skip.__enter__()
+
+
+def test_a_compiler_sees_autocast_as_it_is():
+    """Casts of the layers that follow a skipped one must not be lost in a compiled block."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 4), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x, t):
+            return self.c(torch.nn.functional.silu(self.a(x)) + self.b(t)[:, :, None, None])
+
+    torch.manual_seed(0)
+    model, x, t = Block(), torch.randn(2, 3, 6, 6), torch.randn(2, 5)
+    mask = random_mask(model)
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        with pk.skip_weight_gradients(model, mask) as skip, torch.autocast("cpu", torch.bfloat16):
+            run = torch.compile(model, backend="eager") if compiled else model
+            y = run(x, t)
+            assert y.dtype == torch.bfloat16
+            leaves = [leaf for leaf in skip.leaves if leaf is not None]
+            found.append(skip.compact(torch.autograd.grad(y.float().square().sum(), leaves)))
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-2)

@@ -464,3 +464,31 @@ def test_upstreams_habits_are_there(setup, monkeypatch):
 def test_iteration_is_what_is_benched(setup):
     made = setup()
     assert iteration(made.engine, made.state).keys() == made.iterate().keys()
+
+
+def test_the_rehearsal_is_no_training_and_cannot_fail_a_run(setup, monkeypatch):
+    made = setup("salient_only")
+    accountant = Accountant(made.engine, made.state)
+    accountant.run(made.iterate)
+    assert accountant.spent_s() > 0
+    assert accountant.spent_s() == 0
+    with torch.no_grad():
+        next(made.state.score.unet.parameters()).fill_(float("nan"))
+    counted(made.engine, made.state)  # of an iteration that nobody asked for
+
+
+def test_a_graph_is_not_timed_by_part(setup):
+    made = setup()
+    made.engine.graph = object()  # stands for a graph: nothing is launched here
+    accountant = Accountant(made.engine, made.state)
+    monkey = iter(range(3))
+    for _ in range(3):
+        accountant.run(lambda: next(monkey))
+    assert "iteration_ms" not in made.state.accounts["forget"]
+
+
+def test_finite_checks_cost_what_they_look_at(setup):
+    made = setup("salient_only", mask={"structure": "row", "density": 0.1, "source": "random", "skip": True})
+    found = counted(made.engine, made.state)
+    n = sum(p.numel() for _, p in made.state.score.named_parameters())
+    assert n < found["parts"]["finite_check"]["flops"] < 1.6 * n  # all of ψ, the live part of θ

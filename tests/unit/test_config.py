@@ -276,3 +276,9 @@ def test_every_key_has_a_type_a_default_and_one_line_of_help():
 def test_mappings_from_python_raise_the_same_error():
     with pytest.raises(RecipeError, match=r"^unlearn: mask.densty: unknown key, did you mean mask.density\?$"):
         recipe_from({"mask": {"densty": 0.1}}, "unlearn")
+
+
+def test_new_masks_are_not_compiled_anew_in_silence():
+    with pytest.raises(RecipeError, match=r"mask.refresh.*mask.skip=false"):
+        load_recipe("digits", ["engine.compile=blocks", "mask.refresh=10"])
+    assert load_recipe("digits", ["engine.compile=blocks", "mask.refresh=10", "mask.skip=false"]).mask.refresh == 10

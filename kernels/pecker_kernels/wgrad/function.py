@@ -65,8 +65,9 @@ class LiveProduct(torch.autograd.Function):
         products = plan.products
         grad_x = grad_bias = grad_leaf = grad_bias_leaf = None
         device = grad_out.device.type
-        # All operands have the dtype that the forward pass chose.
-        casting = torch.is_autocast_enabled(device)
+        # All operands have the dtype that the forward pass chose. A compiler traces this while it traces the forward pass, and
+        # would carry "off" over into the rest of that.
+        casting = torch.is_autocast_enabled(device) and not torch.compiler.is_compiling()
         with torch.autocast(device, enabled=False) if casting else nullcontext():
             if needs_x:
                 grad_x = products.grad_input(grad_out, weight, ctx.shape, ctx.channels_last)
@@ -96,6 +97,15 @@ class LiveForward:
 
     def __init__(self, module: Any, plan: LayerPlan, switch: Switch) -> None:
         self.module, self.plan, self.switch = module, plan, switch
+        self._planned = self._weight()
+
+    def _weight(self) -> tuple[int, torch.dtype, torch.device, bool]:
+        weight = self.module.weight
+        return id(weight), weight.dtype, weight.device, weight.requires_grad or self.plan.weight.mode == "dead"
+
+    def is_stale(self) -> bool:
+        """Whether the weight is not the one that was planned for."""
+        return self._weight() != self._planned
 
     def __call__(self, input: Tensor) -> Tensor:
         module, plan = self.module, self.plan

@@ -43,6 +43,8 @@ def servable(module: nn.Module) -> bool:
         return False
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return False
+    if module.weight.is_complex():
+        return False
     if type(module) is nn.Linear:
         return True
     return type(module) in CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros"

@@ -35,13 +35,17 @@ class _Entry:
     lanes: Lanes | None = None
 
 
-def _channels_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _channels_first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """torch 2.13 on a CPU writes a channels-last group norm's input gradient where none was asked for, above dead layers,
     and crashes; the other layout is sound."""
-    x, *more = args
+    if len(args) != 1:
+        args, kwargs = (kwargs["input"],), {}
+    (x,) = args
     if x.device.type != "cpu" or x.requires_grad or not torch.is_grad_enabled() or not is_channels_last(x):
         return None
-    return x.contiguous(), *more
+    return (x.contiguous(),), {}
 
 
 def skip_weight_gradients(model: nn.Module, mask: SaliencyMask, impl: str = "auto", prefix: str = "") -> SparseBackward:
@@ -50,12 +54,13 @@ def skip_weight_gradients(model: nn.Module, mask: SaliencyMask, impl: str = "aut
     Linear layers and convolutions without groups compute live rows (output channels), or live tiles under a tile mask;
     a layer without a live weight computes none and keeps no input, and back-propagation stops below the lowest live
     layer. Other layers, and those with a live weight in each row, stay as they are; dead parameters of any layer have
-    requires_grad False meanwhile. Values of the forward pass do not change.
+    requires_grad False meanwhile. Values of the forward pass do not change, but for last roundings where torch chooses its
+    kernel by what requires a gradient (attention) or a group norm above dead layers changes layout.
 
     mask: of model.named_parameters(), named `prefix` + name; frozen parameters may be missing. impl, for linear layers
     under a tile mask: "triton" | "reference" | "auto" (Triton on a GPU where it can); all else is the library's.
     Weights are seen through their layer's forward alone: gradients of a partly live one that is also read elsewhere
-    (weight decay in the loss) go to the parameter. Move or cast the model before.
+    (weight decay in the loss) go to the parameter, and torch.func.functional_call finds none. Move or cast the model before.
 
     Raises MaskError for a mask of another model, PeckerKernelsError for an `impl` that is unknown or cannot serve and for
     a model that this was done to already.
@@ -77,8 +82,9 @@ def _refuse_active(model: nn.Module) -> None:
 class SparseBackward:
     """A model whose backward pass skips dead weights; made by `skip_weight_gradients`, left by `undo` or a with-block.
 
-    A with-block after that takes it up again, as planned the first time: forward passes in it skip, gradients of what they
-    returned may be taken inside or later.
+    A with-block after that takes it up again, as planned the first time: forward passes in it skip. Gradients of what they
+    returned may be taken inside; later too, unless activation checkpointing runs the forward pass once more. Blocks nest: the
+    outermost one undoes. A deep copy made meanwhile has its own forward, and dead parameters that are frozen.
 
     leaves: aligned with model.named_parameters(), what to differentiate for: the parameter itself (dense gradient), a
     tensor that stands for its live part, or None (dead, or frozen before): no gradient. active: until `undo`.
@@ -87,6 +93,7 @@ class SparseBackward:
     def __init__(self, model: nn.Module, mask: SaliencyMask, impl: str, prefix: str) -> None:
         self.model, self.mask = model, mask
         self.active = False
+        self._depth = 0  # of with-blocks
         self._switch = Switch()
         self._hooks: list[RemovableHandle] = []
         self._swapped: list[tuple[nn.Module, LiveForward]] = []
@@ -111,12 +118,22 @@ class SparseBackward:
 
     def _apply(self) -> None:
         _refuse_active(self.model)
-        for module, forward in self._swapped:
-            module.forward = forward  # type: ignore[method-assign]
-        self._freeze(True)
-        self._hooks = [module.register_forward_pre_hook(_channels_first) for module in self._normed]
-        self.active = True
-        _ACTIVE.add(self.model)
+        for _, forward in self._swapped:
+            if forward.is_stale():
+                raise PeckerKernelsError(
+                    "a weight was replaced, cast or moved since this was planned: skip its gradients anew"
+                )
+        self.active = True  # from here on there is something to undo
+        try:
+            _ACTIVE.add(self.model)
+            for module, forward in self._swapped:
+                module.forward = forward  # type: ignore[method-assign]
+            self._freeze(True)
+            for module in self._normed:
+                self._hooks.append(module.register_forward_pre_hook(_channels_first, with_kwargs=True))
+        except BaseException:
+            self.undo()
+            raise
 
     def _plan(self, impl: str) -> dict[nn.Module, LayerPlan]:
         """The layers whose forward changes. Nothing has been changed before the last of them is planned."""
@@ -229,15 +246,18 @@ class SparseBackward:
         for module, forward in self._swapped:
             if vars(module).get("forward") is forward:
                 del module.forward
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         self._freeze(False)
         _ACTIVE.discard(self.model)
 
     def __enter__(self) -> SparseBackward:
         if not self.active:
             self._apply()
+        self._depth += 1
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.undo()
+        self._depth -= 1
+        if self._depth == 0:
+            self.undo()
