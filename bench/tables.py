@@ -103,7 +103,9 @@ def iteration_table(result: dict[str, Any]) -> str:
     for name, stats in times.items():
         kind, _, what = name.removeprefix("test_").removesuffix("]").partition("[")
         rule = what.rpartition("-")[2]
-        cells = [f"{kind if kind == 'engine' else what.partition('-')[0]}", f"`{rule}`", f"{1e3 * stats['median']:.1f}"]
+        variant = what.rpartition("-")[0]
+        label = ", ".join(filter(None, ("engine", variant))) if kind.startswith("engine") else variant
+        cells = [label, f"`{rule}`", f"{1e3 * stats['median']:.1f}"]
         for peer in ("plain", "upstream"):
             other = times.get(f"test_baseline[{peer}-{rule}]")
             cells.append("–" if other is None else f"{other['median'] / stats['median']:.2f} ×")

@@ -18,6 +18,7 @@ from pecker_fast.config import load_recipe
 TINY = os.environ.get("BENCH_SCALE", "full") == "tiny"
 KEYS = ["output=runs/bench", "mask.samples=256", *(["batch_size=2", "mask.samples=4"] if TINY else [])]
 ENGINE = ("dense", "differentiated", "salient_only", "alternating")
+VARIANTS = {"rows 0.1": ("mask.structure=row", "mask.density=0.1"), "bf16": ("precision=bf16",)}
 TOLERANCE = 2e-3
 ROUNDS, WARM_UP = (1, 1) if TINY else (30, 5)
 
@@ -30,6 +31,12 @@ def start(rule: str, *overrides: str) -> Setup:
 @pytest.mark.parametrize("rule", ENGINE)
 def test_engine(benchmark, rule):
     benchmark.pedantic(start(rule).iterate, rounds=ROUNDS, warmup_rounds=WARM_UP)
+
+
+@pytest.mark.parametrize("rule", ENGINE[1:])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_engine_variants(benchmark, kind, rule):
+    benchmark.pedantic(start(rule, *VARIANTS[kind]).iterate, rounds=ROUNDS, warmup_rounds=WARM_UP)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -88,6 +88,8 @@ def test_iterations_are_timed_beside_their_baselines(results):
     names = [e["name"] for e in json.loads((results / "iteration.json").read_text())["benchmarks"]]
     rules = ("dense", "differentiated", "salient_only")
     engine = [f"test_engine[{rule}]" for rule in (*rules, "alternating")]
+    masked = ("differentiated", "salient_only", "alternating")
+    engine += [f"test_engine_variants[{kind}-{rule}]" for kind in ("rows 0.1", "bf16") for rule in masked]
     assert sorted(names) == sorted(
         [*engine, *(f"test_baseline[{b}-{r}]" for b in ("plain", "upstream") for r in rules)]
     )
