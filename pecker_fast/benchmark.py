@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pecker_kernels import SaliencyMask
-from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast import hardware, io_safe
 from pecker_fast.account import Account, Clock, add_times, counted, joules, stopwatch
@@ -22,7 +21,7 @@ from pecker_fast.loop import iteration
 from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import adam
 from pecker_fast.parts import Parts, load_parts, pick_device
-from pecker_fast.saliency import make_mask
+from pecker_fast.saliency import make_mask, mask_flops
 
 WARM_UP = 2
 
@@ -49,9 +48,11 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
     meter = stopwatch(device)
     engine = LocalEngine(recipe, parts.conditions, device)
     start = meter()
-    with FlopCounterMode(display=False) as counter, engine.autocast():
-        mask = make_mask(recipe, teacher, score, generator, parts.conditions) if recipe.uses_mask else None
-    cost = {"s": meter() - start, "flops": float(counter.get_total_flops())} if mask is not None else {}
+    given = (teacher, score, generator, parts.conditions)
+    with engine.autocast():
+        mask = make_mask(recipe, *given) if recipe.uses_mask else None
+        seconds = meter() - start
+        cost = {"s": seconds, "flops": mask_flops(recipe, *given)} if mask is not None else {}
     updates = get_method(recipe.method).updates(recipe, generator.named_parameters(), mask)
     state = TrainState(
         teacher, score, generator, adam(recipe, score.named_parameters(), recipe.lr.score), updates,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pecker_kernels import SaliencyMask, SaliencyScores
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast import draws
 from pecker_fast.conditions import Conditions
@@ -51,6 +52,24 @@ def make_mask(
     return SaliencyMask.from_scores(scores, density=options.density, **shape)
 
 
+def mask_flops(recipe: Recipe, *parts: Any) -> float:
+    """FLOPs of `make_mask` with these arguments: one batch is made again and counted, all cost the same.
+
+    Counting every batch would take more time than the mask itself, where networks are small.
+    """
+    if not recipe.uses_mask or recipe.mask.source != "saliency":
+        return 0.0
+    one = recipe.model_copy(update={"mask": recipe.mask.model_copy(update={"samples": recipe.batch_size})})
+    with FlopCounterMode(display=False) as counter:
+        make_mask(one, *parts)
+    return float(counter.get_total_flops() * batches_of(recipe))
+
+
+def batches_of(recipe: Recipe) -> int:
+    """Batches of the saliency pass."""
+    return max(1, round(recipe.mask.samples / recipe.batch_size))
+
+
 def saliency_scores(
     recipe: Recipe,
     teacher: Denoiser,
@@ -69,7 +88,7 @@ def saliency_scores(
     """
     options, named = recipe.mask, generator.named_parameters()
     scores = SaliencyScores(named, reduction=reduction)
-    batches = max(1, round(options.samples / recipe.batch_size))
+    batches = batches_of(recipe)
     for index in range(batches):
         poll()
         rng = draws.generator(recipe.seed, f"saliency-{branch}-{step}", index, generator.device)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pecker_kernels import SaliencyMask
-from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast import hardware, io_safe
 from pecker_fast.checkpoint import load_checkpoint, read_checkpoint_stage, save_checkpoint
@@ -24,7 +23,7 @@ from pecker_fast.methods.updates import Dense, adam
 from pecker_fast.parts import Parts, load_parts, pick_device
 from pecker_fast.report import write_report
 from pecker_fast.run_folder import MASK, METRICS, PIPELINE
-from pecker_fast.saliency import ForgetImages, make_mask
+from pecker_fast.saliency import ForgetImages, make_mask, mask_flops
 from pecker_fast.track import Tracker
 
 
@@ -166,21 +165,26 @@ class Training:
     def timed_mask(self, state: TrainState) -> SaliencyMask | None:
         """A mask at the present weights; its time and FLOPs count as training."""
         start = time.perf_counter()
-        with FlopCounterMode(display=False) as counter, self.engine.autocast():
-            mask = make_mask(
-                self.recipe,
-                state.teacher,
-                state.score,
-                state.generator,
-                self.parts.conditions,
-                state.step,
-                self.forget_images,
-                lambda: self.stop.check("stopped in the saliency pass; the same command goes on"),
-            )
-        seconds, flops = time.perf_counter() - start, counter.get_total_flops()
+
+        def poll() -> None:
+            self.stop.check("stopped in the saliency pass; the same command goes on")
+
+        parts = (
+            state.teacher,
+            state.score,
+            state.generator,
+            self.parts.conditions,
+            state.step,
+            self.forget_images,
+            poll,
+        )
+        with self.engine.autocast():
+            mask = make_mask(self.recipe, *parts)
+            seconds = time.perf_counter() - start
+            flops = mask_flops(self.recipe, *parts)
         state.training_s += seconds
         state.flops += flops
-        self.mask_cost = {"ms": 1e3 * seconds, "flops": float(flops)}
+        self.mask_cost = {"ms": 1e3 * seconds, "flops": flops}
         return mask
 
     def refresh(self, state: TrainState) -> None:

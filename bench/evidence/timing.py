@@ -19,6 +19,9 @@ def measure(runs: Path) -> None:
 
     found = {**results(runs, "refine"), **results(runs, "one_stage_tuning")}
     timing: dict[str, dict[str, float]] = {}
+    trials.Trial(plan.PAPER, best_config(next(iter(found.values()))), plan.PAIRS[0], plan.TUNING_SEED).advance(
+        2
+    )  # warm
     running = {}
     for arm, result in found.items():
         trials._scores.cache_clear()
