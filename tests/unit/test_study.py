@@ -218,3 +218,10 @@ def test_finalists_hold_the_four_that_must_be_there(tmp_path):
     assert best.structure != "element"
     assert best.score != "random"
     assert best.twin() in chosen
+
+
+def test_the_document_shows_the_results():
+    """`python bench/study.py figures` after each `collect`."""
+    text = report.DOC.read_text()
+    for name, lines in report.tables(json.loads(report.RESULT.read_text())).items():
+        assert f"<!-- study:{name} -->\n{lines}\n<!-- /study:{name} -->" in text, name
