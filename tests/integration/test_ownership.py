@@ -144,6 +144,7 @@ def test_idle_keys_are_said():
     assert idle_keys(load_recipe("digits_sfd")) == []
     found = idle_keys(load_recipe("digits", ["mask.source=random", "mask.contrast=true", "mask.tile=[8,8]"]))
     assert found == [
+        "mask.score has no effect with mask.source=random",
         "mask.contrast has no effect with mask.source=random",
         "mask.tile has no effect with mask.structure=element",
     ]
