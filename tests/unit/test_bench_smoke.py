@@ -129,7 +129,7 @@ def test_an_account_becomes_a_table(tmp_path, capsys):
     table = tables.load(tmp_path)["account"]
     assert "| part | GFLOP, dense | GFLOP, masked | ratio |" in table
     assert "| one iteration |" in table
-    assert "element mask of density 0.5, batch 2, 436,145 weights." in table
+    assert "element mask of density 0.03, batch 2, 436,145 weights." in table
     assert str(tmp_path) not in table
 
 

@@ -203,7 +203,8 @@ def live_bytes():
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        # Tensors without memory of their own, as compilers leave behind, are of other types.
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not torch._is_functional_tensor(thing):
             found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(found.values())
 
