@@ -11,7 +11,6 @@ import torch
 
 from evidence import plan
 
-UA_BAR = 0.99
 RESAMPLES = 10_000
 IMAGES_PER_ITERATION = 4 * plan.BATCH_SIZE  # retain and forget halves of the score step and of the generator step
 
@@ -36,7 +35,7 @@ class Outcome:
 def outcome_of(run: dict[str, Any], timing: dict[str, float] | None) -> Outcome:
     """timing: {"iteration_ms": …, "mask_s": …} of the arm, None = not measured."""
     history, nan = run["history"], math.nan
-    reached = next((h for h in history if h["ua"] >= UA_BAR), None)
+    reached = next((h for h in history if h["ua"] >= plan.UA_BAR), None)
     after = [h["ua"] for h in history if reached is not None and h["step"] >= reached["step"]]
     fids = [math.inf if h["fid"] is None else h["fid"] for h in history]
     seconds = nan

@@ -9,6 +9,7 @@ from typing import Any
 TILE = (16, 144)  # 16 output channels × 16 input channels of a 3×3 convolution: 128×128 holds half a tensor here
 BATCH_SIZE = 48
 MASK_SAMPLES = 2048
+UA_BAR = 0.99
 PAIRS = ((0, 1), (3, 8), (7, 1))
 SCORES = ("random", "mse", "mse+", "forget_loss", "forget_loss+")  # + = contrasted with the retain gradient
 STRUCTURES = ("element", "row", "tile")
@@ -38,6 +39,15 @@ class Arm:
         if self.score == "none":
             return "no mask"
         return f"{self.score} · {self.structure} {self.density:g} · {self.rule.replace('_', ' ')}"
+
+    @property
+    def loss(self) -> str:
+        """`mask.score` of the recipe."""
+        return self.score.removesuffix("+")
+
+    @property
+    def contrast(self) -> bool:
+        return self.score.endswith("+")
 
     def twin(self) -> Arm:
         """The random mask of the same structure, density and rule."""

@@ -10,7 +10,7 @@ import torch
 from pecker_kernels import SaliencyMask, SaliencyScores
 from torch import Tensor
 
-from evidence.plan import BATCH_SIZE, MASK_SAMPLES, RELEARN_STEPS, TILE, Arm, Config
+from evidence.plan import BATCH_SIZE, MASK_SAMPLES, RELEARN_STEPS, TILE, UA_BAR, Arm, Config
 from pecker_fast.config import Recipe, load_recipe
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
@@ -25,7 +25,6 @@ from pecker_fast.saliency import saliency_scores
 from pecker_fast.sample import one_step_sample
 
 FORGET_SAMPLES, RETAIN_SAMPLES = 500, 1000
-UA_BAR = 0.99
 BACK = 0.5  # accuracy on the forgotten class at which it counts as back
 EMA = 0.99
 RELEARN_RATES = Config(4e-5, 3e-3, 1.0, 0)  # the demo's rates, for every arm
@@ -44,8 +43,9 @@ def recipe_of(arm: Arm, config: Config, pair: tuple[int, int], seed: int) -> Rec
     else:
         keys += [f"mask.density={arm.density}", f"update_rule={arm.rule}"]
         keys += ["mask.source=random"] if arm.score == "random" else []
-        loss, contrast = arm.score.removesuffix("+"), arm.score.endswith("+")
-        keys += [f"mask.score={loss}", f"mask.contrast={str(contrast).lower()}"] if arm.score != "random" else []
+        keys += (
+            [f"mask.score={arm.loss}", f"mask.contrast={str(arm.contrast).lower()}"] if arm.score != "random" else []
+        )
     return load_recipe("digits", keys)
 
 
@@ -69,8 +69,7 @@ def mask_of(recipe: Recipe, arm: Arm, pair: tuple[int, int], seed: int, generato
         return None
     if arm.score == "random":
         return SaliencyMask.random(generator.named_parameters(), seed=1000 + seed, **shape)
-    loss, contrast = arm.score.removesuffix("+"), arm.score.endswith("+")
-    return SaliencyMask.from_scores(_scores(loss, contrast, pair, seed, arm.start), **shape)
+    return SaliencyMask.from_scores(_scores(arm.loss, arm.contrast, pair, seed, arm.start), **shape)
 
 
 class Trial:
