@@ -11,7 +11,7 @@ from torch import tensor
 from evidence.outcome import IMAGES_PER_ITERATION, Outcome
 from evidence.plan import PAIRS, Arm
 
-COLOURS = ("#444444", "#d1495b", "#edae49", "#00798c", "#66a182", "#2e4057", "#8d6a9f", "#c97b2a")
+COLOURS = ("#444444", "#d1495b", "#edae49", "#00798c", "#66a182", "#2e4057", "#8d6a9f", "#c97b2a", "#9bc53d")
 
 
 def draw(study: dict[str, Any], found: dict[Arm, list[Outcome]], folder: Path) -> None:

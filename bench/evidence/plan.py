@@ -9,6 +9,7 @@ from typing import Any
 TILE = (16, 144)  # 16 output channels × 16 input channels of a 3×3 convolution: 128×128 holds half a tensor here
 BATCH_SIZE = 48
 MASK_SAMPLES = 2048
+FEW_SAMPLES = 512  # the best mask again from a quarter of them: what does it cost to score?
 UA_BAR = 0.99
 PAIRS = ((0, 1), (3, 8), (7, 1))
 SCORES = ("random", "mse", "mse+", "forget_loss", "forget_loss+")  # + = contrasted with the retain gradient
@@ -26,11 +27,13 @@ class Arm:
     density: float = 1.0
     rule: str = "dense"
     start: str = "two-stage"  # θ from the distilled generator, or from the teacher ("one-stage")
+    samples: int = MASK_SAMPLES  # of each gradient that the mask is made from
 
     @property
     def name(self) -> str:
         """Short and a legal file name."""
         what = "none" if self.score == "none" else f"{self.score}-{self.structure}-{self.density:g}-{self.rule}"
+        what += "" if self.samples == MASK_SAMPLES else f"-{self.samples}"
         return what if self.start == "two-stage" else f"{what}-one-stage"
 
     @property
@@ -38,7 +41,8 @@ class Arm:
         """For tables and figures."""
         if self.score == "none":
             return "no mask"
-        return f"{self.score} · {self.structure} {self.density:g} · {self.rule.replace('_', ' ')}"
+        few = "" if self.samples == MASK_SAMPLES else f" · {self.samples} samples"
+        return f"{self.score} · {self.structure} {self.density:g} · {self.rule.replace('_', ' ')}{few}"
 
     @property
     def loss(self) -> str:
@@ -51,7 +55,7 @@ class Arm:
 
     def twin(self) -> Arm:
         """The random mask of the same structure, density and rule."""
-        return replace(self, score="random")
+        return replace(self, score="random", samples=MASK_SAMPLES)
 
 
 @dataclass(frozen=True)

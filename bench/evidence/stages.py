@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +177,16 @@ def _refine(runs: Path) -> list[Task]:
     return tasks
 
 
+def tuned(runs: Path) -> dict[Arm, Config]:
+    """The arms of the finals with their settings: the refined ones, and the best of them with a mask from fewer samples."""
+    refined = results(runs, "refine")
+    arms = {arm: best_config(result) for arm, result in refined.items()}
+    best = min((arm for arm in arms if arm.score not in ("none", "random")), key=lambda a: score_of(refined[a]))
+    return arms | {replace(best, samples=plan.FEW_SAMPLES): arms[best]}
+
+
 def _final(runs: Path) -> list[Task]:
-    return [
-        t
-        for arm, r in results(runs, "refine").items()
-        for t in _finals(arm, best_config(r), plan.SEEDS, plan.FINAL_STEPS)
-    ]
+    return [t for arm, config in tuned(runs).items() for t in _finals(arm, config, plan.SEEDS, plan.FINAL_STEPS)]
 
 
 def one_stage_arms(runs: Path) -> list[Arm]:
@@ -202,9 +206,9 @@ def _one_stage_tuning(runs: Path) -> list[Task]:
 
 
 def _one_stage(runs: Path) -> list[Task]:
-    tuned = results(runs, "one_stage_tuning")
+    found = results(runs, "one_stage_tuning")
     return [
-        t for arm, r in tuned.items() for t in _finals(arm, best_config(r), plan.ONE_STAGE_SEEDS, plan.ONE_STAGE_STEPS)
+        t for arm, r in found.items() for t in _finals(arm, best_config(r), plan.ONE_STAGE_SEEDS, plan.ONE_STAGE_STEPS)
     ]
 
 

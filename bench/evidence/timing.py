@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from evidence import plan
-from evidence.stages import best_config, results
+from evidence.stages import best_config, results, tuned
 
 ROUNDS = 15
 
@@ -17,15 +17,12 @@ def measure(runs: Path) -> None:
     """Writes `time.json`: {arm: {"iteration_ms": median, "mask_s": …}}. Wants a quiet machine."""
     from evidence import trial as trials
 
-    found = {**results(runs, "refine"), **results(runs, "one_stage_tuning")}
+    found = tuned(runs) | {arm: best_config(result) for arm, result in results(runs, "one_stage_tuning").items()}
     timing: dict[str, dict[str, float]] = {}
-    trials.Trial(plan.PAPER, best_config(next(iter(found.values()))), plan.PAIRS[0], plan.TUNING_SEED).advance(
-        2
-    )  # warm
+    trials.Trial(plan.PAPER, next(iter(found.values())), plan.PAIRS[0], plan.TUNING_SEED).advance(2)  # warm
     running = {}
-    for arm, result in found.items():
+    for arm, config in found.items():
         trials._scores.cache_clear()
-        config = best_config(result)
         start = time.perf_counter()
         trial = trials.Trial(arm, config, plan.PAIRS[0], plan.TUNING_SEED)
         made = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import log2
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from pecker_kernels import SaliencyMask, SaliencyScores
 from torch import Tensor
 
-from evidence.plan import BATCH_SIZE, MASK_SAMPLES, RELEARN_STEPS, TILE, UA_BAR, Arm, Config
+from evidence.plan import BATCH_SIZE, RELEARN_STEPS, TILE, UA_BAR, Arm, Config
 from pecker_fast.config import Recipe, load_recipe
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
@@ -35,7 +36,7 @@ def recipe_of(arm: Arm, config: Config, pair: tuple[int, int], seed: int) -> Rec
     keys = [
         f"forget={pair[0]}", f"cover={pair[1]}", f"seed={seed}", f"batch_size={BATCH_SIZE}", f"ema={EMA}", "alpha=1.0",
         f"lr.generator={config.lr}", f"lr.score={config.lr_score}", f"lr.warmup={config.warmup}", f"weights.forget={config.forget}",
-        f"mask.samples={MASK_SAMPLES}", f"mask.structure={arm.structure}", f"mask.tile=[{TILE[0]},{TILE[1]}]",
+        f"mask.samples={arm.samples}", f"mask.structure={arm.structure}", f"mask.tile=[{TILE[0]},{TILE[1]}]",
         f"generator={'digits' if arm.start == 'two-stage' else 'null'}",
     ]  # fmt: skip
     if arm.score == "none":
@@ -50,14 +51,13 @@ def recipe_of(arm: Arm, config: Config, pair: tuple[int, int], seed: int) -> Rec
 
 
 @lru_cache(maxsize=10)
-def _scores(loss: str, contrast: bool, pair: tuple[int, int], seed: int, start: str) -> SaliencyScores:
-    """Scores depend on neither structure nor density, so that arms of one score share them."""
-    arm = Arm(loss + "+" * contrast, "element", 0.5, "differentiated", start)
+def _scores(arm: Arm, pair: tuple[int, int], seed: int) -> SaliencyScores:
+    """Scores of `arm`, of which structure, density and rule do not matter."""
     recipe = recipe_of(arm, RELEARN_RATES, pair, seed)
     parts = load_parts(recipe)
     networks = (parts.teacher, parts.score, parts.generator, parts.conditions)
     scores = saliency_scores(recipe, *networks, "forget", recipe.mask.reduction)
-    if contrast:
+    if arm.contrast:
         scores.contrast_(saliency_scores(recipe, *networks, "retain", "square"), floor=1e-3)
     return scores
 
@@ -69,7 +69,8 @@ def mask_of(recipe: Recipe, arm: Arm, pair: tuple[int, int], seed: int, generato
         return None
     if arm.score == "random":
         return SaliencyMask.random(generator.named_parameters(), seed=1000 + seed, **shape)
-    return SaliencyMask.from_scores(_scores(arm.loss, arm.contrast, pair, seed, arm.start), **shape)
+    shared = replace(arm, structure="element", density=0.5, rule="differentiated")  # arms of one score share it
+    return SaliencyMask.from_scores(_scores(shared, pair, seed), **shape)
 
 
 class Trial:
