@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pecker_kernels import SaliencyMask
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pecker_fast import io_safe
-from pecker_fast.denoiser import load_weights
+from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import TrainState
 from pecker_fast.errors import CheckpointError, PeckerError
 
@@ -131,8 +130,8 @@ def check_identity(folder: Path, identity: dict[str, str]) -> None:
 def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
     """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
     check_identity(folder, identity)
-    load_network(state.generator.unet, folder / "generator.safetensors")
-    load_network(state.score.unet, folder / "score.safetensors")
+    load_network(state.generator, folder / "generator.safetensors")
+    load_network(state.score, folder / "score.safetensors")
     if state.ema is not None:
         tensors, _ = io_safe.read_tensors(folder / "ema.safetensors", error=CheckpointError)
         for name, average in state.ema.items():
@@ -145,14 +144,14 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
         setattr(state, name, stored["counters"][name])
 
 
-def load_network(unet: torch.nn.Module, path: Path) -> None:
+def load_network(network: Denoiser, path: Path) -> None:
     tensors, _ = io_safe.read_tensors(path, error=CheckpointError)
-    load_weights(unet, tensors, path)
+    network.load_state(tensors, path)
 
 
 def _write_files(state: TrainState, folder: Path) -> None:
-    io_safe.write_tensors(folder / "generator.safetensors", state.generator.unet.state_dict())
-    io_safe.write_tensors(folder / "score.safetensors", state.score.unet.state_dict())
+    io_safe.write_tensors(folder / "generator.safetensors", state.generator.state_dict())
+    io_safe.write_tensors(folder / "score.safetensors", state.score.state_dict())
     if state.ema is not None:
         io_safe.write_tensors(folder / "ema.safetensors", state.ema)
     if state.mask is not None:

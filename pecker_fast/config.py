@@ -39,8 +39,8 @@ def _classes(value: Any, distinct: bool = True) -> Any:
         return value
     items = value if isinstance(value, list) else [value]
     if not items:
-        raise ValueError("the list is empty; name at least one class")
-    if all(isinstance(item, str) for item in items):
+        raise ValueError("the list is empty; name at least one class, or one prompt")
+    if all(isinstance(item, str) for item in items) or all(isinstance(item, dict) for item in items):
         return value
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int):
@@ -56,6 +56,10 @@ def _classes_or_null(value: Any) -> Any:
     return None if value is None else _classes(value)
 
 
+def _covers_or_null(value: Any) -> Any:
+    return None if value is None else _covers(value)
+
+
 def _both_rates(value: Any) -> Any:
     """One number sets both rates; raises ValueError."""
     if isinstance(value, dict | LearningRates):
@@ -66,8 +70,10 @@ def _both_rates(value: Any) -> Any:
     return {"generator": value, "score": value}
 
 
-Covers = Annotated[int | list[int] | str | list[str] | dict[str, Any], BeforeValidator(_covers)]
-Conditions = Annotated[int | list[int] | str | list[str] | dict[str, Any], BeforeValidator(_classes)]
+Covers = Annotated[int | list[int] | str | list[str] | dict[str, Any] | None, BeforeValidator(_covers_or_null)]
+Conditions = Annotated[
+    int | list[int] | str | list[str] | dict[str, Any] | list[dict[str, Any]], BeforeValidator(_classes)
+]
 ConditionsOrNull = Annotated[
     int | list[int] | str | list[str] | dict[str, Any] | None, BeforeValidator(_classes_or_null)
 ]
@@ -113,6 +119,9 @@ class Guidance(Section):
     score: float = _key(1.0, "guidance of ψ in the generator's loss", ge=0, le=100, allow_inf_nan=False)
     teacher: float = _key(1.0, "guidance of the teacher φ", ge=0, le=100, allow_inf_nan=False)
     text_dropout: float = _key(0.0, "share of conditions dropped while ψ trains", ge=0, lt=1, allow_inf_nan=False)
+    unconditional: str | None = _key(
+        None, "text of the unconditional branch; null = empty, `keywords` = the keywords of forget", max_length=4096
+    )
 
 
 class Weights(Section):
@@ -154,6 +163,13 @@ class Optimizer(Section):
     clip_value: float | None = _key(1.0, "gradients are clipped to ± this value; null = off", gt=0, allow_inf_nan=False)
 
 
+class Lora(Section):
+    """The adapter that makes ψ out of φ with `score: lora`."""
+
+    rank: int = _key(16, "rank of the adapter in every layer", ge=1, le=4096)
+    targets: Literal["all", "attention"] = _key("all", "layers that get one: attention projections, or convolutions too")
+
+
 class Engine(Section):
     """Where tensors live and how an iteration runs."""
 
@@ -166,6 +182,9 @@ class Engine(Section):
     cuda_graph: bool = _key(False, "run a whole iteration as one CUDA graph; needs a GPU")
     channels_last: bool = _key(True, "feed the networks images in channels-last memory order")
     threads: int = _key(0, "threads on the CPU; 0 = torch's choice", ge=0, le=4096)
+    weights: Literal["fp32", "bf16"] = _key("fp32", "number format the weights of φ, ψ and θ are kept in")
+    checkpointing: bool = _key(False, "keep no activations of blocks, compute them again on the way back")
+    micro_batch: Count = _key(0, "samples of each branch that pass the networks at once; 0 = the whole batch")
 
 
 class Evaluate(Section):
@@ -175,6 +194,9 @@ class Evaluate(Section):
     samples: Positive = _key(512, "images of an evaluation in the loop")
     final: Count = _key(2000, "images of the evaluation at the end; 0 = none")
     judge: Name | None = _key(None, "folder of the classifier that judges; null = the one beside the model")
+    prompts: str | list[str] | None = _key(
+        None, "captions to judge a text-to-image model by, a file or a list; null = those of the training"
+    )
     teacher_steps: int = _key(50, "DDIM steps of the teacher's reference row", ge=1, le=1000)
 
 
@@ -188,14 +210,15 @@ class Checkpoint(Section):
 class Recipe(Section):
     """All settings of a run. Attribute names are the recipe's keys, except `config_folder` for `model_config`."""
 
-    model: Name = _key("digits", "shipped name, diffusers folder or hub name (owner/name) of the teacher")
+    model: Name = _key("digits", "shipped name, diffusers folder, single file or hub name (owner/name) of the teacher")
+    revision: Name | None = _key(None, "commit or tag of a hub model; null = its newest, pinned in the run's recipe")
     config_folder: Name | None = _key(None, "folder with configs and tokenizer, for single files", alias="model_config")
     method: Literal["pecker", "sfd"] = _key(
         "pecker", "pecker = saliency-masked SFD, sfd = score forgetting distillation"
     )
-    forget: Conditions = _key(0, "class to forget, or a list of classes")
-    cover: Covers = _key(1, "class that takes its place, or one for each forget class")
-    retain: ConditionsOrNull = _key(None, "classes to keep; null = every other class")
+    forget: Conditions = _key(0, "class to forget, or a list; or prompts, a prompt file, or {concept: …, prompts: …}")
+    cover: Covers = _key(1, "class, or text, that takes its place; or one for each")
+    retain: ConditionsOrNull = _key(None, "classes to keep (null = every other one), or captions: a file or a list")
     steps: Count = _key(500, "iterations (score step + generator step) of forgetting")
     distill_steps: Count = _key(0, "iterations of plain distillation before forgetting (two-stage)")
     generator: Name | None = _key(None, "distilled generator to start θ (and ψ) from; null = from the teacher")
@@ -216,8 +239,10 @@ class Recipe(Section):
     ema: float = _key(
         0.98, "decay of the exported average of θ, with warm-up; 0 = off", ge=0, lt=1, allow_inf_nan=False
     )
-    precision: Literal["fp32", "bf16"] = _key("fp32", "number format of the networks")
-    score: Literal["full", "lora"] = _key("full", "how ψ is trained")
+    precision: Literal["fp32", "bf16"] = _key("fp32", "number format the networks compute in")
+    resolution: int | None = _key(None, "pixels a side of a text-to-image model's images; null = its own", ge=8, le=8192)
+    score: Literal["full", "lora"] = _key("full", "how ψ is trained: all its weights, or φ with an adapter")
+    lora: Lora = _section(Lora, "the adapter of `score: lora`")
     engine: Engine = _section(Engine, "where tensors live")
     evaluate: Evaluate = _section(Evaluate, "when and how the model is judged")
     checkpoint: Checkpoint = _section(Checkpoint, "when training state is saved")
@@ -230,12 +255,21 @@ class Recipe(Section):
         """Whether a mask is computed at all: never for sfd, nor for `mask.source: none`."""
         return self.method != "sfd" and self.mask.source != "none"
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
-        for key in ("forget", "cover", "retain"):
+    @property
+    def uses_prompts(self) -> bool:
+        """Whether conditions are prompts (a text-to-image model) and not class numbers."""
+        return _is_text(self.forget)
+
+    def _same_kind(self) -> None:
+        kinds = {True: "prompts", False: "classes"}
+        for key in ("cover", "retain"):
             value = getattr(self, key)
-            if isinstance(value, str | dict) or (isinstance(value, list) and isinstance(value[0], str)):
-                raise ValueError(f"{key}: prompts are not supported yet; name classes by their numbers")
+            if value is not None and _is_text(value) != self.uses_prompts:
+                raise ValueError(f"{key}: names {kinds[_is_text(value)]} where forget names {kinds[self.uses_prompts]}")
+        if self.cover is None and not self.uses_prompts:
+            raise ValueError("cover: a class is needed that takes the place of the forgotten one")
+
+    def _classes_fit(self) -> None:
         forget, cover, retain = (
             value if isinstance(value, list) else [value] for value in (self.forget, self.cover, self.retain)
         )
@@ -245,6 +279,12 @@ class Recipe(Section):
             raise ValueError(f"retain: class {shared[0]} is to be forgotten; take it out of retain or out of forget")
         if len(cover) not in (1, len(forget)):
             raise ValueError(f"cover: {len(cover)} classes for {len(forget)} forget classes; give one, or one for each")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        self._same_kind()
+        if not self.uses_prompts:
+            self._classes_fit()
         if self.engine.compile != "none" and self.mask.refresh and self.mask.skip and self.uses_mask:
             raise ValueError("mask.refresh: with engine.compile every new mask is compiled anew; add mask.skip=false")
         w = self.weights
@@ -255,14 +295,18 @@ class Recipe(Section):
         if self.distill_steps and not (w.retain and w.score_retain):
             raise ValueError("weights.retain: distillation needs weights.retain and weights.score_retain above 0")
         for key, value, instead in (
-            ("score", self.score == "lora", "full"),
             ("engine.zero", self.engine.zero > 0, 0),
             ("engine.offload", self.engine.offload != "none", "none"),
-            ("model_config", self.config_folder is not None, "null and a diffusers folder as model"),
         ):
             if value:
                 raise ValueError(f"{key}: this value is not supported yet; use {instead}")
         return self
+
+
+def _is_text(value: Any) -> bool:
+    """Prompts, a prompt file, or mappings that name a concept; not class numbers."""
+    one = value[0] if isinstance(value, list) else value
+    return isinstance(one, str | dict)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -363,6 +407,8 @@ def idle_keys(recipe: Recipe) -> list[str]:
         (recipe.mask.score == "forget_loss", "mask.score=forget_loss", ("mask.data", "mask.timesteps")),
         (recipe.mask.structure != "tile", f"mask.structure={recipe.mask.structure}", ("mask.tile",)),
         (recipe.engine.zero == 0, "engine.zero=0", ("engine.stall_s",)),
+        (recipe.score == "full", "score=full", ("lora.rank", "lora.targets")),
+        (not recipe.uses_prompts, "classes to forget", ("resolution", "guidance.unconditional", "evaluate.prompts")),
     ]
     values, defaults = _flat(recipe), _flat(Recipe())
     return [

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,15 @@ class Denoiser:
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are kept in; images go in and out as float32."""
+        return next(self.unet.parameters()).dtype
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.unet.named_parameters())
 
-    def freeze(self) -> "Denoiser":
+    def freeze(self) -> Self:
         self.unet.requires_grad_(False)
         return self
 
@@ -68,21 +73,39 @@ class Denoiser:
         finally:
             self.unet.requires_grad_(True)
 
-    def clone(self) -> "Denoiser":
-        """An independent trainable copy of the network; the schedule is shared."""
-        return Denoiser(
-            copy.deepcopy(self.unet).requires_grad_(True), self.schedule, self.null_class, self.channels_last
-        )
+    def with_network(self, unet: nn.Module) -> Self:
+        """The same interface over another network of this architecture; all but the network is shared."""
+        other = copy.copy(self)
+        other.unet = unet.eval()
+        return other
 
-    def to(self, device: torch.device | str) -> "Denoiser":
-        return Denoiser(self.unet.to(device), self.schedule.to(device), self.null_class, self.channels_last)
+    def clone(self) -> Self:
+        """An independent trainable copy of the network; the schedule is shared."""
+        return self.with_network(copy.deepcopy(self.unet).requires_grad_(True))
+
+    def to(self, device: torch.device | str) -> Self:
+        other = self.with_network(self.unet.to(device))
+        other.schedule = self.schedule.to(device)
+        return other
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1], float32, of samples of this network."""
+        return x.float().clamp(-1, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of this network."""
+        return self.unet.state_dict()
+
+    def load_state(self, tensors: dict[str, Tensor], where: Path) -> None:
+        """Inverse of `state_dict`. Raises ModelError naming the first tensor that does not fit."""
+        load_weights(self.unet, tensors, where)
 
     def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         # The convolutions go on in the order they are fed. For C = 1 both orders are the same bytes and the strides stay as
         # they are: such a network runs in the plain order (on the CPU that is the faster one, see docs/performance.md).
         if self.channels_last:
             x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        return self.unet(x_t, t, class_labels=c, return_dict=False)[0]
+        return self.unet(x_t.to(self.dtype), t, class_labels=c, return_dict=False)[0]
 
     def output(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's own output (noise, velocity or sample), [N, C, H, W], for x_t [N, C, H, W], t [N], c [N]."""
@@ -93,7 +116,8 @@ class Denoiser:
                 f"guidance {guidance:g} needs a model with a null class (trained with label dropout); use guidance 1"
             )
         null = torch.full_like(c, self.null_class)
-        conditional, unconditional = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c, null])).chunk(2)
+        both = self._forward(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c, null]))
+        conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
     def eps(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
@@ -106,18 +130,28 @@ class Denoiser:
 
 
 def load_unet(folder: Path) -> nn.Module:
-    """A UNet2DModel in float32 from its folder (config.json and safetensors weights). Raises ModelError naming the folder.
+    """The UNet of a folder in float32: a UNet2DModel, or another of `UNETS` if its config says so. Raises ModelError."""
+    config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
+    name = config.get("_class_name", io_safe.UNETS[0])
+    if name not in io_safe.UNETS:
+        raise ModelError(f"{folder / io_safe.CONFIG_NAME}: {name} is not supported yet (only {', '.join(io_safe.UNETS)})")
+    return load_module(folder, name)
+
+
+def load_module(folder: Path, class_name: str) -> nn.Module:
+    """A diffusers network in float32 from its folder (config.json and safetensors weights). Raises ModelError naming it.
 
     The config is first built without memory and compared with the weights, so that one that lies about sizes costs nothing.
     """
-    from diffusers import UNet2DModel
+    import diffusers
 
+    kind = getattr(diffusers, class_name)
     config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     tensors = io_safe.read_weights(folder)
     try:
         with torch.device("meta"):
-            planned = UNet2DModel.from_config(config)
+            planned = kind.from_config(config)
     except (
         TypeError,
         ValueError,
@@ -129,12 +163,12 @@ def load_unet(folder: Path) -> nn.Module:
         ZeroDivisionError,
     ) as error:
         raise ModelError(
-            f"{folder / io_safe.CONFIG_NAME}: not a UNet2DModel diffusers can build ({_one_line(error)})"
+            f"{folder / io_safe.CONFIG_NAME}: not a {class_name} diffusers can build ({_one_line(error)})"
         ) from error
     check_weights(planned, tensors, folder)
-    unet = UNet2DModel.from_config(config)
-    unet.load_state_dict(tensors)
-    return unet
+    module: nn.Module = kind.from_config(config)
+    module.load_state_dict(tensors)
+    return module
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
@@ -174,6 +208,8 @@ def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
             f"{folder}: a one-step generator cannot be the teacher; give the model it came from, or use it as generator="
         )
     unet = load_unet(unet_folder)
+    if type(unet).__name__ != "UNet2DModel":
+        raise ModelError(f"{folder}: a {type(unet).__name__} without a text-to-image model_index.json; fetch the whole model")
     count = getattr(unet.config, "num_class_embeds", None)
     if not count:
         raise ModelError(

@@ -38,10 +38,15 @@ images = scheduler.step(output, t, x).prev_sample.clamp(-1, 1)  # [N, C, H, W] i
 
 def write_unet(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """config.json and safetensors weights as diffusers lays them out, floating-point tensors stored as `dtype`."""
-    config = json.loads(denoiser.unet.to_json_string())  # type: ignore[operator]
-    io_safe.write_json(folder / io_safe.CONFIG_NAME, {k: v for k, v in config.items() if k != "_name_or_path"})
+    io_safe.write_json(folder / io_safe.CONFIG_NAME, unet_config(denoiser))
     weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
     io_safe.write_tensors(folder / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
+
+
+def unet_config(denoiser: Denoiser) -> dict[str, Any]:
+    """The network's config as diffusers writes it, without where it once lay."""
+    config = json.loads(denoiser.unet.to_json_string())  # type: ignore[operator]
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def export_pipeline(
@@ -118,16 +123,6 @@ def model_card(
     pairs = ", ".join(
         f"class {f} (class {c} is drawn in its place)" for f, c in zip(conditions.forget, conditions.cover)
     )
-    rows = [
-        f"| {name} | " + " | ".join(_figure(metrics[key].get(name)) for key in ("before", "after", "teacher")) + " |"
-        for name in ("ua", "cover_rate", "retain_accuracy", "fid", "inception_score", "precision", "recall")
-        if metrics and all(metrics.get(key) for key in ("before", "after", "teacher"))
-    ]
-    table = (
-        "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
-        if rows
-        else "Not evaluated."
-    )
     return f"""---
 library_name: diffusers
 tags: [diffusion, unlearning, one-step]
@@ -148,7 +143,7 @@ It is not a denoiser: do not run it over many steps.
 UA: share of forget samples the judge does not recognise as the forgotten class. FID, precision and recall: kept classes
 against real images without the forgotten class, over the judge's features.
 
-{table}
+{figures_table(metrics)}
 
 ## Hashes
 
@@ -160,6 +155,17 @@ sha256 of these weights: `{weights_sha256}`
 ```yaml
 {recipe_to_yaml(recipe)}```
 """
+
+
+def figures_table(metrics: dict[str, Any] | None) -> str:
+    """Markdown table of the figures of `before`, `after` and `teacher`."""
+    names = ("ua", "cover_rate", "retain_accuracy", "ira", "cra", "fid", "inception_score", "precision", "recall")
+    columns = [(metrics or {}).get(key) for key in ("before", "after", "teacher")]
+    if not all(columns):
+        return "Not evaluated."
+    known = [name for name in names if any(name in column for column in columns if column)]
+    rows = [f"| {name} | " + " | ".join(_figure(c.get(name)) for c in columns if c) + " |" for name in known]
+    return "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
 
 
 def _figure(value: float | None) -> str:

@@ -32,6 +32,7 @@ MAX_TEXT_BYTES = 8 << 20
 MAX_HEADER_BYTES = 8 << 20
 _LIBRARIES = frozenset({"diffusers", "transformers"})
 _MODEL_PARTS = ("", "unet", "scheduler", "judge", "generator", "score")
+UNETS = ("UNet2DModel", "UNet2DConditionModel")  # the denoising networks there is an interface for
 _NO_PICKLE = "pickle weights are never opened; convert them to safetensors"
 
 
@@ -280,10 +281,11 @@ def shipped_models() -> list[str]:
     return sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
 
 
-def resolve_model(name: str) -> Path:
-    """Folder of a model: a shipped name, else a local folder, else (owner/name) fetched from the Hugging Face hub.
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """Folder or single file of a model: a shipped name, else a local path, else (owner/name) fetched from the Hugging Face hub.
 
-    Only *.json and *.safetensors are ever fetched. Raises ModelError when there is nothing of that name.
+    revision: commit, branch or tag of a hub model. Only configs, tokenizers and safetensors of a diffusers folder are ever
+    fetched. Raises ModelError when there is nothing of that name.
     """
     if name in shipped_models():
         return ASSETS / name
@@ -293,23 +295,38 @@ def resolve_model(name: str) -> Path:
             return path
     except (OSError, ValueError) as reason:
         raise ModelError(f"{name[:80]}: not a folder name: {_reason(reason)}") from None
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and ".." not in name and not _local_owner(path):
-        return _from_hub(name)
+    if is_hub_name(name):
+        return _from_hub(name, revision)
     shipped = ", ".join(shipped_models()) or "none"
     if path.suffix == "" and len(path.parts) > 1:
         shipped += "; `pecker-fast pretrain` makes others"
     raise ModelError(f"{name}: no such model folder; shipped models: {shipped}")
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is one of the hub (owner/name), and no local path or shipped name."""
+    path = Path(name)
+    local = name in shipped_models() or path.exists() or _local_owner(path)
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and ".." not in name and not local
+
+
 def _local_owner(path: Path) -> bool:
     return path.parts[0] == "runs" or Path(path.parts[0]).is_dir()
 
 
-def _from_hub(name: str) -> Path:
+def revision_of(folder: Path) -> str | None:
+    """Commit of a model folder in the hub's cache (snapshots/COMMIT); None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    # of the weights at the top a diffusers folder has no need (single files of many gigabytes lie there); variants neither
+    wanted = ["*.json", "*/*.json", "*/*.txt", "diffusion_pytorch_model*.safetensors", "*/*.safetensors"]
+    unwanted = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.bf16.safetensors", "safety_checker/*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as reason:  # the client raises a wide family: HTTP, cache, offline, validation
         why = f"{type(reason).__name__}: {_first_line(reason)}"
         raise ModelError(
@@ -329,17 +346,22 @@ def check_model_folder(path: str | Path) -> Path:
         raise ModelError(f"{root}: {_NO_PICKLE if root.suffix in PICKLE_SUFFIXES else 'a model folder was expected'}")
     if not root.is_dir():
         raise ModelError(f"{root}: no such model folder; shipped models: {', '.join(shipped_models()) or 'none'}")
-    for part in _MODEL_PARTS:
-        _check_part(root / part, root)
+    check_parts(root, _MODEL_PARTS)
     unet = root / "unet" if (root / "unet").is_dir() else root
     if not (unet / CONFIG_NAME).is_file():
         raise ModelError(f"{root}: no unet/{CONFIG_NAME} or {CONFIG_NAME} in this model folder")
     name = read_json(unet / CONFIG_NAME, error=ModelError).get("_class_name")
-    if name != "UNet2DModel":
-        raise ModelError(f"{unet / CONFIG_NAME}: _class_name is {name!r}; only UNet2DModel is supported")
+    if name not in UNETS:
+        raise ModelError(f"{unet / CONFIG_NAME}: _class_name is {name!r}; only {' and '.join(UNETS)} are supported")
     for file in weight_files(unet):
         check_tensors(file, error=ModelError)
     return unet
+
+
+def check_parts(root: Path, parts: Iterable[str]) -> None:
+    """Raises ModelError where a part of a model folder links out of it or names code."""
+    for part in parts:
+        _check_part(root / part, root)
 
 
 def _check_part(folder: Path, root: Path) -> None:
@@ -377,26 +399,26 @@ def _check_config(path: Path, config: Any) -> None:
         raise ModelError(f"{path}: {code} names custom code, which is never run; use a plain diffusers model")
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """Safetensors files that hold the weights of one diffusers module, shards in order of name; raises ModelError."""
+def weight_files(folder: str | Path, name: str = WEIGHTS_NAME) -> list[Path]:
+    """Safetensors files that hold the weights of one module (`name`, or its shards in order); raises ModelError."""
     folder = Path(folder)
-    if (folder / WEIGHTS_NAME).exists():
-        return [folder / WEIGHTS_NAME]
-    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if (folder / name).exists():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
     if index.exists():
         content = read_json(index, error=ModelError)
         names = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise ModelError(f"{index}: damaged: no weight_map of file names")
-        for name in names.values():
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ModelError(f"{index}: {name!r} is no safetensors file of this folder; it is not followed")
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder / name}: missing, although {index.name} lists it; fetch the model again")
+        for shard in names.values():
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ModelError(f"{index}: {shard!r} is no safetensors file of this folder; it is not followed")
+            if not (folder / shard).is_file():
+                raise ModelError(f"{folder / shard}: missing, although {index.name} lists it; fetch the model again")
         return [folder / name for name in sorted(set(names.values()))]
-    if any(entry.suffix.lower() in PICKLE_SUFFIXES for entry in folder.iterdir()):
+    if folder.is_dir() and any(entry.suffix.lower() in PICKLE_SUFFIXES for entry in folder.iterdir()):
         raise ModelError(f"{folder}: holds only pickle weights; {_NO_PICKLE}")
-    raise ModelError(f"{folder / WEIGHTS_NAME}: missing; the folder holds no safetensors weights")
+    raise ModelError(f"{folder / name}: missing; the folder holds no safetensors weights")
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pecker_fast.denoiser import Denoiser
 from pecker_fast.evaluate import evaluate
 from pecker_fast.evaluate.classes import Sampler
 from pecker_fast.evaluate.metrics import fid_floor
-from pecker_fast.parts import Parts
+from pecker_fast.parts import Model
 from pecker_fast.sample import ddim_sample, grid_labels, one_step_sample, save_grid
 
 GRID_COLUMNS = 8
@@ -21,23 +21,19 @@ GRID_SEED = 7
 EVALUATION_SEED = 1_000_003  # apart from every training seed a user is likely to choose
 
 
-class Judging:
-    """Figures and grids of one recipe's networks; every row sees the same noise."""
+class BaseJudging:
+    """Samplers of one recipe's networks; every row of figures sees the same noise."""
 
-    def __init__(self, recipe: Recipe, parts: Parts, poll: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
         self.recipe, self.parts, self.poll = recipe, parts, poll  # poll is called before every draw and may raise
-
-    @property
-    def possible(self) -> bool:
-        return self.parts.judge is not None
 
     def one_step(self, generator: Denoiser) -> Sampler:
         return self._polled(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
 
     def multi_step(self) -> Sampler:
         """The teacher's own sampler, the reference row."""
-        steps = self.recipe.evaluate.teacher_steps
-        return self._polled(lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed))
+        steps, guidance = self.recipe.evaluate.teacher_steps, self.recipe.guidance.teacher
+        return self._polled(lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance))
 
     def _polled(self, sampler: Sampler) -> Sampler:
         def sample(labels: Tensor, seed: int) -> Tensor:
@@ -45,6 +41,14 @@ class Judging:
             return sampler(labels, seed)
 
         return sample
+
+
+class Judging(BaseJudging):
+    """Figures and grids over classes, by the judge beside the model."""
+
+    @property
+    def possible(self) -> bool:
+        return self.parts.judge is not None
 
     def figures(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
         """UA, cover rate, retain figures of `samples` forget and `samples` retain images; see `evaluate`."""

@@ -1,9 +1,11 @@
 """Everything a recipe names, loaded and checked against each other before anything is written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pecker_fast import io_safe
 from pecker_fast.conditions import Conditions, class_conditions
@@ -12,19 +14,30 @@ from pecker_fast.denoiser import Denoiser, load_denoiser, load_unet
 from pecker_fast.engine.graph import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate.judge import Judge, Reference, load_judge
+from pecker_fast.evaluate.words import WordJudge, load_word_judge
+from pecker_fast.text_model import is_text_model
+from pecker_fast.text_parts import TextParts, load_text_parts
 
 
-@dataclass
-class Parts:
-    """What a run starts from. `generator` and `score` are trainable copies, the teacher is frozen."""
+@dataclass(kw_only=True)
+class Model:
+    """The teacher of a recipe with all that belongs to it; nothing is trained yet."""
 
-    folder: Path
-    teacher: Denoiser
+    folder: Path  # or the single file
+    teacher: Denoiser  # φ, frozen
+    conditions: Conditions
+    judge: Judge | None = None  # of classes
+    reference: Reference | None = None
+    text: TextParts | None = None  # of a text-to-image model
+    words: WordJudge | None = None  # its judge
+
+
+@dataclass(kw_only=True)
+class Parts(Model):
+    """What a run starts from. `generator` and `score` are trainable copies."""
+
     score: Denoiser
     generator: Denoiser
-    conditions: Conditions
-    judge: Judge | None
-    reference: Reference | None
     teacher_sha256: str  # of the weights of φ, in named_parameters order
     base_sha256: str  # of φ, θ and ψ together: what the run starts from
 
@@ -32,22 +45,73 @@ class Parts:
 def load_parts(recipe: Recipe) -> Parts:
     """Load model, start of θ and ψ, judge and conditions on the CPU. Raises RecipeError or ModelError, one line."""
     require_gpu(recipe, pick_device())
-    folder = io_safe.resolve_model(recipe.model)
-    judge, reference = find_judge(recipe, folder)
-    teacher = load_denoiser(folder).freeze()
-    if judge is not None:
-        _match_judge(teacher, judge, folder)
-    conditions = class_conditions(recipe.forget, recipe.cover, recipe.retain, teacher.classes)
-    check_schedule(recipe, teacher)
-    generator, score = load_start(recipe.generator, teacher) if recipe.generator else (teacher.clone(), teacher.clone())
-    for network in (teacher, generator, score):
-        network.channels_last = recipe.engine.channels_last
+    model = load_model(recipe)
+    teacher = model.teacher
+    generator, score = load_start(recipe, teacher)
+    for network in (generator, score):
+        network.unet.to(teacher.dtype)
+        if recipe.engine.checkpointing:
+            enable_checkpointing(network.unet)
     networks = (("teacher", teacher), ("generator", generator), ("score", score))
     tensors = ((f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters())
     return Parts(
-        folder, teacher, score, generator, conditions, judge, reference,
-        io_safe.sha256_tensors(teacher.named_parameters()), io_safe.sha256_tensors(tensors),
+        **vars(model), score=score, generator=generator,
+        teacher_sha256=io_safe.sha256_tensors(teacher.named_parameters()), base_sha256=io_safe.sha256_tensors(tensors),
     )  # fmt: skip
+
+
+def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
+    """The teacher, conditions and judge of a recipe, on the CPU. prompts: more rows for a text-to-image model's table.
+
+    Raises RecipeError or ModelError, one line.
+    """
+    folder = io_safe.resolve_model(recipe.model, recipe.revision)
+    check_kind(recipe, folder)
+    model: Model
+    if recipe.uses_prompts:
+        teacher, conditions, text = load_text_parts(recipe, folder, prompts)
+        model = Model(folder=folder, teacher=teacher, conditions=conditions, text=text)
+        model.words = find_word_judge(recipe, text.configs)
+    else:
+        judge, reference = find_judge(recipe, folder)
+        denoiser = load_denoiser(folder).freeze()
+        denoiser.channels_last = recipe.engine.channels_last
+        if judge is not None:
+            _match_judge(denoiser, judge, folder)
+        conditions = class_conditions(recipe.forget, recipe.cover, recipe.retain, denoiser.classes)
+        model = Model(folder=folder, teacher=denoiser, conditions=conditions, judge=judge, reference=reference)
+    check_schedule(recipe, model.teacher)
+    if recipe.engine.weights == "bf16":
+        model.teacher.unet.to(torch.bfloat16)
+    return model
+
+
+def check_kind(recipe: Recipe, folder: Path) -> None:
+    """Raises RecipeError where prompts are given for classes, or classes for prompts."""
+    text = folder.is_file() or is_text_model(folder)
+    if text and not recipe.uses_prompts:
+        raise RecipeError(f"forget: {recipe.forget!r} is a class; {recipe.model} draws from text, name a concept or prompts")
+    if recipe.uses_prompts and not text:
+        raise RecipeError(f"forget: prompts are given, and {recipe.model} draws from classes; name class numbers")
+    if folder.is_file():
+        io_safe.check_tensors(folder, error=ModelError)
+
+
+def enable_checkpointing(unet: nn.Module) -> None:
+    """Blocks keep no activations and are computed again on the way back. Raises RecipeError where the network cannot."""
+    if not getattr(unet, "_supports_gradient_checkpointing", False):
+        raise RecipeError(f"engine.checkpointing: {type(unet).__name__} cannot; leave it out")
+    unet.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def find_word_judge(recipe: Recipe, folder: Path) -> WordJudge | None:
+    """The recipe's judge of words, else the one beside the model, else none."""
+    if recipe.evaluate.judge is not None:
+        found = load_word_judge(recipe.evaluate.judge)
+        if found is None:
+            raise ModelError(f"{recipe.evaluate.judge}: this judge knows classes and no words; a text-to-image run needs words")
+        return found
+    return load_word_judge(folder / "judge") if (folder / "judge").is_dir() else None
 
 
 def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | None]:
@@ -57,17 +121,27 @@ def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | 
     return load_judge(folder / "judge") if (folder / "judge").is_dir() else (None, None)
 
 
-def load_start(name: str, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
-    """(θ, ψ) of a distilled generator: its `generator/` and `score/`, or a pipeline's `unet/`; ψ from φ where it has none."""
-    folder = io_safe.resolve_model(name)
+def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
+    """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
+    `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
+    if recipe.generator is None:
+        return teacher.clone(), new_score(recipe, teacher)
+    folder = io_safe.resolve_model(recipe.generator)
     source = folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
-    generator = Denoiser(load_unet(source), teacher.schedule, teacher.null_class)
+    generator = teacher.with_network(load_unet(source))
     _match_teacher(generator, teacher, source)
-    if not (folder / "score").is_dir():
-        return generator, teacher.clone()
-    score = Denoiser(load_unet(folder / "score"), teacher.schedule, teacher.null_class)
+    if recipe.score == "lora" or not (folder / "score").is_dir():
+        return generator, new_score(recipe, teacher)
+    score = teacher.with_network(load_unet(folder / "score"))
     _match_teacher(score, teacher, folder / "score")
     return generator, score
+
+
+def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """ψ as it starts: φ's weights of its own, or an adapter on φ's."""
+    if recipe.score == "full":
+        return teacher.clone()
+    raise RecipeError("score: lora")
 
 
 def check_schedule(recipe: Recipe, teacher: Denoiser) -> None:

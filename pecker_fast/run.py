@@ -12,10 +12,12 @@ from pecker_fast.denoiser import load_unet
 from pecker_fast.errors import ModelError, OutputError
 from pecker_fast.export import write_unet
 from pecker_fast.guard import StopFlag
-from pecker_fast.io_safe import output_errors, sha256_tensors, write_json
+from pecker_fast.io_safe import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
 from pecker_fast.parts import Parts, load_parts
 from pecker_fast.run_folder import BASE, is_run_folder, locked, open_run_folder, plan_run_folder, trajectory_sha256
 from pecker_fast.saliency import ForgetImages
+from pecker_fast.text_denoiser import TextDenoiser
+from pecker_fast.text_parts import plan_of
 from pecker_fast.track import Tracker, require_tensorboard
 from pecker_fast.training import RunResult, Training
 
@@ -28,7 +30,11 @@ def train(recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry
     dry_run loads and checks everything, and writes nothing.
     """
     started = time.perf_counter()
+    if dry_run and dry_run_text(recipe):
+        return RunResult(Path(recipe.output), None, None)
     parts = load_parts(recipe)
+    if (commit := revision_of(parts.folder)) is not None:
+        recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
     forget_images = _forget_images(recipe, parts)
     identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
     plan = plan_run_folder(recipe, identity)
@@ -112,12 +118,25 @@ def distill(
     shutil.rmtree(run_dir)
 
 
+def dry_run_text(recipe: Recipe) -> bool:
+    """For a hub model: look at all but the weights, which are not fetched for it. False for every other recipe."""
+    if not recipe.uses_prompts or not is_hub_name(recipe.model):
+        return False
+    plan_of(recipe, None)
+    plan_run_folder(recipe, {})
+    return True
+
+
 def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:
     """`mask.data=PATH`: the user's own images of the forget class, dealt in order; no other data set is ever opened."""
     if not recipe.uses_mask or recipe.mask.source != "saliency" or recipe.mask.data in ("pseudo", "teacher"):
         return None
     from pecker_fast.data import forget_images
 
+    if isinstance(parts.teacher, TextDenoiser) and parts.text is not None:
+        height, width = parts.text.pixels
+        deal = forget_images(recipe.mask.data, (3, height, width), [0])  # one folder for all prompts
+        return lambda rows, index: parts.teacher.to_latents(deal(torch.zeros_like(rows).cpu(), index).to(rows.device))
     return forget_images(recipe.mask.data, parts.teacher.sample_shape, parts.conditions.forget)
 
 

@@ -14,7 +14,7 @@ from pecker_fast.config import Recipe
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.errors import RecipeError
 from pecker_fast.losses import generate, generator_loss, noise_loss
-from pecker_fast.sample import ddim_sample
+from pecker_fast.sample import ddim
 
 ForgetImages = Callable[[Tensor, int], Tensor]  # (labels [N], batch index) -> images [N, C, H, W] in [-1, 1]
 
@@ -145,7 +145,8 @@ def _forget_set(
         return forget_images(c, index).to(z.device)
     if recipe.mask.data == "teacher":
         seed = draws.generator(recipe.seed, f"saliency-teacher-{branch}-{step}", index).initial_seed()
-        return ddim_sample(teacher, c, recipe.evaluate.teacher_steps, seed)
+        steps, guidance = recipe.evaluate.teacher_steps, recipe.guidance.teacher
+        return torch.cat(list(ddim(teacher, c, steps, seed, guidance=guidance)))
     if recipe.mask.data == "pseudo" or branch == "retain":
         return generate(generator, z, c, recipe.timesteps.init)
     raise RecipeError(f"mask.data: {recipe.mask.data!r} needs images to be loaded first")

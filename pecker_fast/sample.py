@@ -1,7 +1,7 @@
 """Samplers: one step of a generator, and the teacher's multi-step DDIM. Images leave as float32 [N, C, H, W] in [-1, 1]."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,15 +23,25 @@ def sample_noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
 def one_step_sample(
     generator: Denoiser, labels: Tensor, seed: int, t_init: int, batch_size: int = BATCH_SIZE
 ) -> Tensor:
-    """Images of the one-step generator θ for labels [N]: x_g from z, [N, C, H, W]."""
+    """Images of the one-step generator θ for conditions [N]: x_g from z, [N, C, H, W]."""
     z = sample_noise(generator, labels.shape[0], seed)
     parts = zip(z.split(batch_size), labels.to(generator.device).split(batch_size))
-    return torch.cat([generate(generator, z_i, c_i, t_init) for z_i, c_i in parts]).float().clamp(-1, 1)
+    return torch.cat([generator.to_images(generate(generator, z_i, c_i, t_init)) for z_i, c_i in parts])
 
 
 @torch.no_grad()
-def ddim_sample(denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int = BATCH_SIZE) -> Tensor:
-    """Images of the multi-step sampler (DDIM, η = 0, diffusers' scheduler) for labels [N], [N, C, H, W]."""
+def ddim_sample(
+    denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int = BATCH_SIZE, guidance: float = 1.0
+) -> Tensor:
+    """Images of the multi-step sampler (DDIM, η = 0, diffusers' scheduler) for conditions [N], [N, C, H, W]."""
+    return torch.cat([denoiser.to_images(x) for x in ddim(denoiser, labels, steps, seed, batch_size, guidance)])
+
+
+@torch.no_grad()
+def ddim(
+    denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int = BATCH_SIZE, guidance: float = 1.0
+) -> Iterator[Tensor]:
+    """What `ddim_sample` makes images of, batch by batch: samples of the network, [n, C, H, W] each."""
     from diffusers import DDIMScheduler
 
     schedule = denoiser.schedule
@@ -39,14 +49,12 @@ def ddim_sample(denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch
         **schedule.config, prediction_type=schedule.prediction_type, clip_sample=False, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(steps)
-    images = []
     z = sample_noise(denoiser, labels.shape[0], seed)
     for x, c in zip(z.split(batch_size), labels.to(denoiser.device).split(batch_size)):
         for t in scheduler.timesteps:
-            output = denoiser.output(x, t.to(x.device).expand(x.shape[0]), c)
+            output = denoiser.output(x, t.to(x.device).expand(x.shape[0]), c, guidance)
             x = scheduler.step(output, t, x).prev_sample
-        images.append(x)
-    return torch.cat(images).float().clamp(-1, 1)
+        yield x
 
 
 def grid_labels(classes: Sequence[int], columns: int) -> Tensor:

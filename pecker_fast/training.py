@@ -14,13 +14,14 @@ from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import CheckpointError
-from pecker_fast.export import export_pipeline
+from pecker_fast.exports import export_run_folder
 from pecker_fast.guard import StopFlag
-from pecker_fast.judging import Judging, outside_sha256
+from pecker_fast.judging import outside_sha256
 from pecker_fast.loop import Losses, run_stage
 from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import Dense, adam
-from pecker_fast.parts import Parts, load_parts, pick_device
+from pecker_fast.parts import Parts, load_start, pick_device
+from pecker_fast.prompt_judging import judging_of
 from pecker_fast.report import write_report
 from pecker_fast.run_folder import MASK, METRICS, PIPELINE
 from pecker_fast.saliency import ForgetImages, make_mask, mask_flops
@@ -53,7 +54,7 @@ class Training:
         self.forget_images, self.started = forget_images, started
         self.device = pick_device()
         self.engine = LocalEngine(recipe, parts.conditions, self.device)
-        self.judging = Judging(recipe, parts, lambda: stop.check("the same command takes the figures up again"))
+        self.judging = judging_of(recipe, parts, lambda: stop.check("the same command takes the figures up again"))
         self.run_dir = Path(recipe.output)
         self.saved_step: int | None = None
         self.mask_cost: dict[str, float] = {}  # of one mask
@@ -282,10 +283,7 @@ class Training:
             "peak_memory_bytes": hardware.peak_memory_bytes(),
             "parts": self.parts_account(state),
         }
-        export_pipeline(
-            generator, self.recipe, self.parts.conditions, self.run_dir / PIPELINE,
-            base_sha256=self.parts.teacher_sha256, metrics=self.metrics,
-        )  # fmt: skip
+        export_run_folder(generator, self.recipe, self.parts, self.run_dir, self.run_dir / PIPELINE, self.metrics)
         self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
         self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
         io_safe.write_json(self.run_dir / METRICS, self.metrics)
@@ -310,7 +308,8 @@ class Training:
         if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
             return None
         weights = mask.total - mask.count
-        before, after = outside_sha256(load_parts(recipe).generator, mask), outside_sha256(generator, mask)
+        start, _ = load_start(recipe, self.parts.teacher)  # φ is as it was loaded
+        before, after = outside_sha256(start, mask), outside_sha256(generator, mask)
         if before != after:
             raise CheckpointError(
                 f"weights outside the mask have changed ({before[:12]} is now {after[:12]}); please report this"

@@ -24,6 +24,12 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    def part(self, samples: slice) -> "Batch":
+        """Some of the samples; the whole batch itself where that is all of them."""
+        if samples.start == 0 and samples.stop >= self.z.shape[0]:
+            return self
+        return Batch(*(tensor[samples] for tensor in self.tensors()))
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -143,30 +143,35 @@ class LocalEngine:
     def score_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """ψ learns θ's distribution: L_ψ = s_r mean_n ℓ(retain) + s_f mean_n ℓ(forget), θ under no_grad."""
         weights = self.branch_weights(state.stage, "score")
-        batch = concatenate(list(self.batches(state, "score", weights, inputs).values()))
-        with self.autocast():
-            with torch.no_grad(), part("score_samples"):
-                x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
-            x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
-            guidance = self.recipe.guidance.score_train
-
-            def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-                return state.score.eps(x, t, c, guidance)
-
-            with part("score_forward"):
-                per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
-        loss = weighted_mean(per_sample, weights)
+        whole = list(self.batches(state, "score", weights, inputs).values())
+        pieces = split(whole, self.recipe.engine.micro_batch)
         state.score_optimizer.zero_grad()
-        with part("score_backward"):
-            loss.backward()
+        losses = []
+        for share, piece in pieces:
+            batch = concatenate(piece)
+            with self.autocast():
+                with torch.no_grad(), part("score_samples"):
+                    x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
+                x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
+                guidance = self.recipe.guidance.score_train
+
+                def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+                    return state.score.eps(x, t, c, guidance)
+
+                with part("score_forward"):
+                    per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
+            loss = share * weighted_mean(per_sample, weights)
+            with part("score_backward"):
+                loss.backward()
+            losses.append(loss.detach())
+            state.images += per_sample.shape[0]
         named = state.score.named_parameters()
         self.guard.check(f"{state.stage} step {state.step}", "score network", [p.grad for _, p in named], named)
         with part("score_optimizer"):
             state.score_optimizer.step()
         self.guard.note(state.score_optimizer, 1)
         state.score_optimizer.zero_grad()
-        state.images += per_sample.shape[0]
-        return {"score_loss": loss.detach()}
+        return {"score_loss": total(losses)}
 
     def generator_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """θ: the phases of the update rule in order, each at the weights the one before left behind."""
@@ -195,8 +200,27 @@ class LocalEngine:
         The chain rule is cut at x_g: dL/dx_g comes from the shared pass, then each branch goes back through θ alone. Of
         branches that the mask limits only live weights have gradients, in MaskedAdam's compact form.
         """
+        named = state.generator.named_parameters()
+        whole = self.batches(state, "generator", weights, inputs)
+        gradients: dict[str, Gradients] = {}
+        values: dict[str, list[Tensor]] = {}
+        for share, piece in split(list(whole.values()), self.recipe.engine.micro_batch):
+            shares = {branch: share * weight for branch, weight in weights.items()}
+            found, means = self._piece_gradients(state, dict(zip(whole, piece)), shares, separate)
+            gradients = {key: add_gradients(gradients.get(key), grads) for key, grads in found.items()}
+            for branch, mean in means.items():
+                values.setdefault(branch, []).append(share * mean)
+        for grads in gradients.values():
+            self.guard.check(f"{state.stage} step {state.step}", "generator", grads, named)
+        if separate:  # a branch of weight zero has no gradient at all
+            gradients = {branch: gradients.get(branch, [None] * len(named)) for branch in ("retain", "forget")}
+        return gradients, {("retain" if b == "all" else b) + "_loss": total(found) for b, found in values.items()}
+
+    def _piece_gradients(
+        self, state: TrainState, batches: dict[str, Batch], weights: dict[str, float], separate: bool
+    ) -> tuple[dict[str, Gradients], dict[str, Tensor]]:
+        """(gradients, mean losses) of what passes the networks at once."""
         recipe, named = self.recipe, state.generator.named_parameters()
-        batches = self.batches(state, "generator", weights, inputs)
         groups = [[branch] for branch in batches] if separate else [list(batches)]
         live = [self.live.of(state, group) for group in groups]
         with self.autocast():
@@ -224,13 +248,31 @@ class LocalEngine:
                 sparse or nullcontext(),
             ):  # checkpointing passes forward again
                 grads = gradients_of(x, parameters, dx.to(x.dtype), sparse)
-            self.guard.check(f"{state.stage} step {state.step}", "generator", grads, named)
             gradients[group[0] if separate else "sum"] = grads
-        if separate:  # a branch of weight zero has no gradient at all
-            gradients = {branch: gradients.get(branch, [None] * len(parameters)) for branch in ("retain", "forget")}
         state.images += x_g.shape[0]
         means = per_sample.detach().view(len(weights), -1).mean(1)
-        return gradients, {("retain" if b == "all" else b) + "_loss": mean for b, mean in zip(weights, means)}
+        return gradients, dict(zip(weights, means.unbind()))
+
+
+def split(batches: list[Batch], micro_batch: int) -> list[tuple[float, list[Batch]]]:
+    """(share of the batch, the batches' parts) of what passes at once: `micro_batch` samples of each; 0 = all in one."""
+    n = batches[0].z.shape[0]
+    size = micro_batch or n
+    return [
+        (min(size, n - start) / n, [batch.part(slice(start, start + size)) for batch in batches])
+        for start in range(0, n, size)
+    ]
+
+
+def add_gradients(sum_so_far: Gradients | None, grads: Gradients) -> Gradients:
+    """Σ of gradients of pieces; None counts as zero."""
+    if sum_so_far is None:
+        return grads
+    return [b if a is None else a if b is None else a + b for a, b in zip(sum_so_far, grads)]
+
+
+def total(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def weighted_mean(per_sample: Tensor, weights: dict[str, float]) -> Tensor:

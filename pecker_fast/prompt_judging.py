@@ -1,0 +1,95 @@
+"""Judging a text-to-image run: the same figures and grids as for classes, over prompts and the words in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pecker_fast import io_safe
+from pecker_fast.conditions import Conditions
+from pecker_fast.config import Recipe
+from pecker_fast.evaluate.concepts import word_figures
+from pecker_fast.evaluate.classes import Sampler
+from pecker_fast.judging import EVALUATION_SEED, GRID_COLUMNS, GRID_SEED, BaseJudging, Judging
+from pecker_fast.parts import Model
+from pecker_fast.sample import save_grid
+from pecker_fast.text_denoiser import TextDenoiser, TextTable
+
+ROWS = 3  # prompts of each kind in a grid
+
+
+def judging_of(recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> Judging | PromptJudging:
+    """What judges this run: by classes or by prompts."""
+    return (Judging if parts.text is None else PromptJudging)(recipe, parts, poll)
+
+
+class PromptJudging(BaseJudging):
+    """Figures by a judge of words, where there is one; grids always."""
+
+    def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
+        super().__init__(recipe, parts, poll)
+        assert parts.text is not None and isinstance(parts.teacher, TextDenoiser)
+        self.judged: Conditions = parts.text.judged
+        self.table: TextTable = parts.teacher.table
+
+    @property
+    def possible(self) -> bool:
+        return self.parts.words is not None
+
+    def figures(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+        """UA, cover rate and what else of the prompts is obeyed; see `word_figures`."""
+        judge = self.parts.words
+        assert judge is not None
+        c = self.judged
+        return word_figures(
+            sampler, judge, self._named(c.forget), self._named(c.cover), self._named(c.retain), samples, seed
+        )
+
+    def _named(self, rows: tuple[int, ...]) -> list[tuple[int, str]]:
+        return [(row, self.table.prompts[row]) for row in rows]
+
+    def grid(self, sampler: Sampler, path: Path) -> Path:
+        """Rows of images: prompts to forget, their covers, the retain prompts nearest to them, other retain prompts."""
+        rows = grid_rows(self.judged, self.table)
+        labels = torch.tensor([row for row, _ in rows]).repeat_interleave(GRID_COLUMNS)
+        lines = [f"{kind}: {self.table.prompts[row]}" for row, kind in rows]
+        io_safe.write_text(path.with_name("prompts.txt"), "\n".join(lines) + "\n")
+        return save_grid(sampler(labels, GRID_SEED), GRID_COLUMNS, path)
+
+    def trust(self, teacher: dict[str, Any] | None) -> dict[str, Any] | None:
+        if self.parts.words is None:
+            return None
+        return {
+            "held_out_accuracy": self.parts.words.info.get("held_out_accuracy"),
+            "teacher_accuracy": (teacher or {}).get("retain_accuracy"),
+            "fid_floor": None,
+            "reference_samples": None,
+        }
+
+
+def grid_rows(c: Conditions, table: TextTable) -> list[tuple[int, str]]:
+    """(row of the table, kind) of a grid's rows."""
+    near = neighbours(c, table, ROWS)
+    other = [row for row in c.retain if row not in near]
+    step = max(1, len(other) // ROWS)
+    pairs = list(dict.fromkeys(zip(c.forget, c.cover)))
+    pairs = pairs[:: max(1, len(pairs) // ROWS)][:ROWS]
+    rows = [(f, "forget") for f, _ in pairs] + [(o, "cover") for _, o in pairs]
+    return rows + [(row, "neighbour") for row in near] + [(row, "retain") for row in other[::step][:ROWS]]
+
+
+def neighbours(c: Conditions, table: TextTable, count: int) -> list[int]:
+    """The retain prompts whose text is nearest to what is forgotten (cosine of the mean embedding)."""
+
+    def mean(rows: tuple[int, ...]) -> Tensor:
+        vectors = table.embeds[torch.tensor(rows, device=table.embeds.device)].float().mean(1)
+        return torch.nn.functional.normalize(vectors, dim=1)
+
+    nearness = (mean(c.retain) @ mean(c.forget).T).amax(1)
+    return [c.retain[i] for i in nearness.topk(min(count, len(c.retain))).indices.tolist()]
+
+
