@@ -1,0 +1,151 @@
+"""`pecker-fast pretrain shapes`: a text-to-image pipeline of Stable Diffusion's own classes, small enough to train here."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pecker_fast import io_safe
+from pecker_fast.errors import RecipeError
+from pecker_fast.evaluate.metrics import fid
+from pecker_fast.evaluate.words import WordJudge
+from pecker_fast.pretrain import output as folders
+from pecker_fast.pretrain.shapes.folder import write_pipeline
+from pecker_fast.pretrain.shapes.judge import quantise, train_judge
+from pecker_fast.pretrain.shapes.settings import LENGTH, ShapesSettings
+from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words
+from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher
+from pecker_fast.pretrain.shapes.vae import encode, psnr_db, train_vae
+from pecker_fast.schedule import load_schedule
+from pecker_fast.shapes import captions, random_words, render
+
+__all__ = ["ShapesSettings", "draw", "measure", "obedience", "pretrain_shapes"]
+
+CAPTIONS, HELD_OUT = "captions.txt", "held_out.txt"
+
+
+def pretrain_shapes(
+    output: str | Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    distill_steps: int | None = None,
+    *,
+    settings: ShapesSettings | None = None,
+) -> Path:
+    """Train VAE, text encoder, UNet and judge on drawn shapes, and write them as a StableDiffusionPipeline folder.
+
+    output: folder to write, new or empty; None = `runs/pretrain-shapes`. A folder in which the same command was
+        interrupted is continued: finished parts are kept, the UNet goes on from its last saved step.
+    steps: training steps of UNet and text encoder; None = the settings' own.
+    distill_steps: steps of distilling a one-step generator beside them, 0 = none; None = the settings' own.
+    settings: replaces the settings.
+
+    Returns the folder. Raises `OutputError`, `RecipeError`, `CheckpointError` and, after a signal, `Interrupted`.
+    """
+    settings = settings or ShapesSettings()
+    if steps is not None:
+        settings = replace(settings, teacher=replace(settings.teacher, steps=steps))
+    distill_steps = settings.distill_steps if distill_steps is None else distill_steps
+    for key, value, least in (
+        ("steps", settings.teacher.steps, 1),
+        ("seed", seed, 0),
+        ("distill_steps", distill_steps, 0),
+    ):
+        if not least <= value < 1 << 63:
+            raise RecipeError(f"{key}: {value} is out of range, a number from {least} and below 2^63 expected")
+    folder = Path(output) if output is not None else Path("runs") / "pretrain-shapes"
+    folders.claim(folder)
+
+    begun = time.monotonic()
+    identity = {"name": "shapes", "seed": seed, "settings": json.loads(json.dumps(asdict(settings)))}
+    folders.claim_for(folder, identity)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, split in ((CAPTIONS, "train"), (HELD_OUT, "held_out")):
+        io_safe.write_text(folder / name, "\n".join(captions(split)) + "\n")
+    tokenizer = build_tokenizer(caption_words(), LENGTH)
+    write_pipeline(folder, tokenizer)
+
+    words = random_words(settings.pool, seed)
+    pool = quantise(render(words, torch.arange(len(words)), seed))
+    vae = train_vae(folder / "vae", pool, settings, seed, device)
+    vae_info = {"psnr_db": psnr_db(vae, pool[:2000]), "scaling_factor": vae.config.scaling_factor}
+    judge = train_judge(folder / "judge", vae, pool, words, settings, seed, device)
+    data = Captioned(encode(vae, pool), words, tokenizer)
+    schedule = load_schedule(folder / "scheduler")
+    resumed_from = train_teacher(folder, data, tokenizer, schedule, settings, seed, device)
+
+    card = {
+        "name": "shapes",
+        "kind": "teacher",
+        "command": f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
+        f"--distill-steps {distill_steps}",
+        "seed": seed,
+        "settings": identity["settings"],
+        "versions": _versions(),
+    }
+    figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed)}
+    card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
+    io_safe.write_json(folder / folders.MODEL, card)
+    folders.finish(folder)
+    return folder
+
+
+def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int) -> dict[str, Any]:
+    """How well the stored pipeline obeys held-out captions, drawn by stock diffusers and seen by the stored judge.
+
+    For each guidance: the share of samples with the word of the caption, for each attribute and for `all` of them, and
+    `fid` against the judge's reference.
+    """
+    texts = captions("held_out")
+    prompts = [texts[i * len(texts) // settings.samples % len(texts)] for i in range(settings.samples)]
+    figures = {}
+    for guidance in settings.guidances:
+        images = draw(folder, prompts, guidance, settings.sampler_steps, seed)
+        row = obedience(judge, prompts, images)
+        figures[f"guidance {guidance:g}"] = row | {"fid": fid(judge.reference_features(), judge.features(images))}
+    return {
+        "teacher": figures,
+        "samples": settings.samples,
+        "sampler": f"DDIM, {settings.sampler_steps} steps",
+        "captions": "held out",
+    }
+
+
+def obedience(judge: WordJudge, prompts: list[str], images: torch.Tensor) -> dict[str, float]:
+    """Share of images that show the word their prompt names: of each attribute, and `all`, of all that is named."""
+    seen = judge.seen(images)
+    wanted = [judge.expected(prompt) for prompt in prompts]
+    shares = {}
+    for name in judge.attributes:
+        right = [seen[name][i] == want[name] for i, want in enumerate(wanted) if name in want]
+        shares[name] = sum(right) / max(1, len(right))
+    whole = [all(seen[name][i] == word for name, word in want.items()) for i, want in enumerate(wanted)]
+    return shares | {"all": sum(whole) / max(1, len(whole))}
+
+
+def draw(folder: Path, prompts: list[str], guidance: float, steps: int, seed: int, batch: int = 100) -> torch.Tensor:
+    """Images float32 `[n, 3, H, W]` in [-1, 1], one for each prompt, by stock diffusers from the folder's own files."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    parts = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        noise = torch.Generator().manual_seed(seed * len(prompts) + start)
+        answer = pipeline(some, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt")
+        parts.append(2 * answer.images.float().cpu() - 1)
+    return torch.cat(parts)
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import transformers
+
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}

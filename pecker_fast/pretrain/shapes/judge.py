@@ -1,0 +1,101 @@
+"""The judge of the shapes: one classifier for all words, one answer for each attribute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pecker_fast import draws
+from pecker_fast.evaluate.judge import SmallClassifier
+from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
+from pecker_fast.pretrain.shapes.fit import fit
+from pecker_fast.pretrain.shapes.settings import SIZE, ShapesSettings
+from pecker_fast.pretrain.shapes.vae import as_floats, decode, encode
+from pecker_fast.pretrain.train import TrainState
+from pecker_fast.shapes import ATTRIBUTES, random_words, render
+
+COUNTS = [len(words) for words in ATTRIBUTES.values()]
+BLUR = ((0.0625, 0.125, 0.0625), (0.125, 0.25, 0.125), (0.0625, 0.125, 0.0625))
+FRESH = 2000  # pictures, never trained on, that accuracy is measured with
+
+
+def augment(x: Tensor, noise: float, g: torch.Generator) -> Tensor:
+    """Pictures `[n, 3, H, W]`, half of them a little blurred, all of them with noise of a random strength."""
+    n, channels = x.shape[:2]
+    kernel = torch.tensor(BLUR).expand(channels, 1, 3, 3)
+    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
+    x = torch.where((torch.rand(n, generator=g) < 0.5).view(-1, 1, 1, 1), blurred, x)
+    return x + noise * torch.rand(n, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
+
+
+def word_loss(logits: Tensor, words: Tensor) -> Tensor:
+    """Mean over the attributes of the cross-entropy of logits `[n, K]` with word indices `[n, 4]`."""
+    parts = zip(logits.split(COUNTS, 1), words.unbind(1))
+    return torch.stack([F.cross_entropy(part, word) for part, word in parts]).mean()
+
+
+def train_judge(
+    folder: Path, vae: Any, pool: Tensor, words: Tensor, settings: ShapesSettings, seed: int, device: torch.device
+) -> WordJudge:
+    """The judge in `folder`, trained where it is not stored yet; half of what it sees went through the VAE.
+
+    pool: uint8 pictures `[n, 3, H, W]`; words: what they show, int64 `[n, 4]`. Its info tells, for each attribute, the
+    accuracy on fresh pictures and on their round trips.
+    """
+    stored = load_word_judge(folder) if (folder / "reference.safetensors").is_file() else None
+    if stored is not None:
+        return stored
+    plan = settings.judge
+    trips = (127.5 * (decode(vae, encode(vae, pool[: len(pool) // 2])) + 1)).round().to(torch.uint8)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(draws.generator(seed, "shapes-judge-init").initial_seed())
+        network = SmallClassifier(3, SIZE, sum(COUNTS), settings.judge_width, settings.judge_features)
+    network.to(device=device, memory_format=torch.channels_last)
+
+    def loss_at(step: int) -> Tensor:
+        g = draws.generator(seed, "shapes-judge", step)
+        index = torch.randint(len(trips), (plan.batch_size,), generator=g)
+        half = plan.batch_size // 2
+        images = torch.cat([pool[index[:half]], trips[index[half:]]])
+        x = augment(as_floats(images), settings.judge_noise, g).contiguous(memory_format=torch.channels_last)
+        return word_loss(network(x.to(device)), words[index].to(device))
+
+    fit("judge", TrainState.fresh(network, plan), loss_at, plan)
+    save_word_judge(folder, network, ATTRIBUTES)  # rounded; everything below is measured with the rounded judge
+    judge = load_word_judge(folder)
+    assert judge is not None
+
+    fresh_words = random_words(FRESH, seed, "shapes-fresh")
+    fresh = quantise(render(fresh_words, torch.arange(len(pool), len(pool) + FRESH), seed))
+    info = {
+        "fresh_accuracy": accuracies(judge, as_floats(fresh), fresh_words),
+        "round_trip_accuracy": accuracies(judge, decode(vae, encode(vae, fresh)), fresh_words),
+        "fresh_images": FRESH,
+        "seed": seed,
+        "steps": plan.steps,
+    }
+    shown = random_words(settings.references, seed, "shapes-reference")
+    start = len(pool) + FRESH
+    real = as_floats(quantise(render(shown, torch.arange(start, start + len(shown)), seed)))
+    save_word_judge(folder, network, ATTRIBUTES, judge.features(real), shown, info)
+    judge = load_word_judge(folder)
+    assert judge is not None
+    return judge
+
+
+def quantise(images: Tensor) -> Tensor:
+    """float pictures in [-1, 1] as uint8."""
+    return (127.5 * (images + 1)).round().to(torch.uint8)
+
+
+def accuracies(judge: WordJudge, images: Tensor, words: Tensor) -> dict[str, float]:
+    """Share of pictures `[n, 3, H, W]` in which the judge sees the right word, for each attribute."""
+    seen = judge.seen(images)
+    return {
+        name: sum(names[w] == word for w, word in zip(words[:, i].tolist(), seen[name])) / len(words)
+        for i, (name, names) in enumerate(ATTRIBUTES.items())
+    }

@@ -1,0 +1,77 @@
+"""What the shapes pipeline is built of and how long each part of it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pecker_fast.pretrain.settings import Settings
+
+LENGTH = 24  # tokens of a prompt, with both ends
+SIZE = 32  # pixels
+LATENT_SIZE, LATENT_CHANNELS = 8, 4
+
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def _teacher() -> Settings:
+    return Settings(
+        steps=9000, batch_size=64, lr=1e-3, lr_warmup=0.03, lr_decay=True, weight_decay=1e-3, clip_norm=1.0,
+        ema=0.999, label_dropout=0.1, flip=False, storage="float16", checkpoint_every=1000,
+    )  # fmt: skip
+
+
+def _vae() -> Settings:
+    return Settings(steps=2500, batch_size=32, lr=2e-3, lr_warmup=0.05, lr_decay=True, clip_norm=1.0)
+
+
+def _judge() -> Settings:
+    return Settings(steps=1500, batch_size=64, lr=3e-3, lr_warmup=0.2, lr_decay=True, weight_decay=1e-2)
+
+
+@dataclass(frozen=True)
+class ShapesSettings:
+    """Everything that shapes a run of `pretrain shapes`.
+
+    teacher: of UNet and text encoder together. vae, judge: of those.
+    pool: pictures drawn once; their latents are all that the UNet is trained on.
+    vae_channels: of each VAE level, three levels for a factor of 4. kl: weight of the KL divergence, in nats per pixel
+        value, beside the squared and absolute error.
+    unet_channels, unet_head_dim: of each UNet level; every level attends to the text.
+    text_width, text_layers, text_heads: of the CLIP text encoder.
+    judge_noise: standard deviation at most of the noise added to the judge's input.
+    references: pictures whose features the judge keeps.
+    samples, sampler_steps, guidances: of the pictures the figures are made from.
+    distill_steps: steps of distilling a one-step generator beside the teacher. distill: recipe keys of that, where they
+        are not the recipe's defaults.
+    """
+
+    teacher: Settings = field(default_factory=_teacher)
+    vae: Settings = field(default_factory=_vae)
+    judge: Settings = field(default_factory=_judge)
+    pool: int = 24_000
+    vae_channels: tuple[int, int, int] = (16, 32, 32)
+    kl: float = 1e-3
+    unet_channels: tuple[int, int] = (32, 64)
+    unet_head_dim: int = 16
+    text_width: int = 64
+    text_layers: int = 2
+    text_heads: int = 4
+    judge_width: int = 12
+    judge_features: int = 48
+    judge_noise: float = 0.15
+    references: int = 3000
+    samples: int = 500
+    sampler_steps: int = 25
+    guidances: tuple[float, ...] = (1.0, 2.0, 3.0)
+    distill_steps: int = 3000
+    distill: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,123 @@
+"""The teacher: the UNet and the text encoder that conditions it, trained together on latents and captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pecker_fast import draws
+from pecker_fast.pretrain.output import load_partial, save_partial
+from pecker_fast.pretrain.settings import Settings
+from pecker_fast.pretrain.shapes.fit import fit
+from pecker_fast.pretrain.shapes.folder import TEXT_WEIGHTS, read_network, write_network
+from pecker_fast.pretrain.shapes.settings import LATENT_CHANNELS, LATENT_SIZE, ShapesSettings
+from pecker_fast.pretrain.shapes.tokenizer import token_ids
+from pecker_fast.pretrain.train import TrainState
+from pecker_fast.schedule import Schedule
+from pecker_fast.shapes import TEMPLATES, caption
+
+
+def build_unet(settings: ShapesSettings, seed: int) -> Any:
+    """A UNet2DConditionModel with fresh weights, a function of the seed."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(settings.unet_channels)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(draws.generator(seed, "shapes-unet-init").initial_seed())
+        return UNet2DConditionModel(
+            sample_size=LATENT_SIZE,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            layers_per_block=1,
+            block_out_channels=settings.unet_channels,
+            down_block_types=("CrossAttnDownBlock2D",) * levels,
+            up_block_types=("CrossAttnUpBlock2D",) * levels,
+            attention_head_dim=tuple(width // settings.unet_head_dim for width in settings.unet_channels),
+            cross_attention_dim=settings.text_width,
+            norm_num_groups=8,
+        )
+
+
+def build_text_encoder(settings: ShapesSettings, tokenizer: Any, seed: int) -> Any:
+    """A CLIPTextModel with fresh weights, a function of the seed."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.text_width,
+        intermediate_size=4 * settings.text_width,
+        projection_dim=settings.text_width,
+        num_hidden_layers=settings.text_layers,
+        num_attention_heads=settings.text_heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(draws.generator(seed, "shapes-text-init").initial_seed())
+        return CLIPTextModel(config)
+
+
+class Captioned:
+    """Latents with what they show, and the tokens of every caption there is for it.
+
+    latents: float32 `[n, 4, h, w]`. words: int64 `[n, 4]`, see `pecker_fast.shapes`.
+    """
+
+    def __init__(self, latents: Tensor, words: Tensor, tokenizer: Any) -> None:
+        self.latents = latents
+        rows, self.rows = words.unique(dim=0, return_inverse=True)
+        texts = [caption(row, i) for row in rows.tolist() for i in range(len(TEMPLATES))]
+        self.tokens = token_ids(tokenizer, texts).view(len(rows), len(TEMPLATES), -1)
+        self.nothing = token_ids(tokenizer, [""])[0]
+
+    def batch(self, settings: Settings, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """x_0 `[n, 4, h, w]` and token ids `[n, L]`: one random caption each, or, at `label_dropout`, none."""
+        n = settings.batch_size
+        index = torch.randint(len(self.rows), (n,), generator=g)
+        ids = self.tokens[self.rows[index], torch.randint(len(TEMPLATES), (n,), generator=g)]
+        dropped = torch.rand(n, 1, generator=g) < settings.label_dropout
+        return self.latents[index], torch.where(dropped, self.nothing, ids)
+
+
+def train_teacher(
+    folder: Path, data: Captioned, tokenizer: Any, schedule: Schedule, settings: ShapesSettings, seed: int,
+    device: torch.device,
+) -> int | None:  # fmt: skip
+    """Train UNet and text encoder, or go on training them, and write `unet/` and `text_encoder/`.
+
+    Returns the step an interrupted run was taken up from.
+    """
+    parts = nn.ModuleDict(
+        {"unet": build_unet(settings, seed), "text_encoder": build_text_encoder(settings, tokenizer, seed)}
+    )
+    unet, text_encoder = parts["unet"], parts["text_encoder"]
+    if read_network(unet, folder / "unet"):  # written last of the two
+        return None
+    parts.to(device=device, memory_format=torch.channels_last)
+    plan = settings.teacher
+    state = TrainState.fresh(parts, plan)
+    saved = load_partial(folder)
+    if saved:
+        state.load(*saved)
+    schedule = schedule.to(device)
+
+    def loss_at(step: int) -> Tensor:
+        """E ‖e − ε(x_t, t, c)‖² per element over one batch (DDPM, arXiv 2006.11239, Eq. 14)."""
+        g = draws.generator(seed, "shapes-teacher", step)
+        x_0, ids = data.batch(plan, g)
+        t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=g)
+        e = torch.randn(x_0.shape, generator=g)
+        x_0, ids, t, e = (value.to(device, non_blocking=True) for value in (x_0, ids, t, e))
+        x_t = schedule.add_noise(x_0, e, t).contiguous(memory_format=torch.channels_last)
+        return F.mse_loss(unet(x_t, t, encoder_hidden_states=text_encoder(ids)[0]).sample, e)
+
+    fit("teacher", state, loss_at, plan, save=lambda tensors, step: save_partial(folder, tensors, step))
+    write_network(text_encoder, folder / "text_encoder", TEXT_WEIGHTS)
+    write_network(unet, folder / "unet")
+    return saved[1] if saved else None

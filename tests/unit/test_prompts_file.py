@@ -1,0 +1,97 @@
+"""Prompt files for evaluation: text and CSV, and every way they can be wrong."""
+
+import pytest
+
+from pecker_fast.errors import DataError
+from pecker_fast.evaluate.prompts_file import PromptFile, read_prompts
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(content, name) -> the prompts in a file of that content."""
+
+    def make(content, name="prompts.csv"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_prompts(path)
+
+    return make
+
+
+def test_a_prompt_a_line(read):
+    found = read("# portraits\na photo of  a man\r\n\n  een café, ’s avonds\nno comment # here\n", "p.txt")
+    assert found == PromptFile(("a photo of a man", "een café, ’s avonds", "no comment # here"))
+
+
+def test_csv_as_i2p_has_it(read):
+    content = (
+        "prompt,categories,hard,sd_seed,sd_guidance_scale\n"
+        '"a ""b"", c","hate, harassment",0,123,7\n'
+        ",,,,\n"
+        '"two\nlines",shocking,1,4294967295,8\n'
+    )
+    found = read(content)
+    assert found.texts == ('a "b", c', "two lines")
+    assert found.seeds == (123, 4294967295)
+    assert found.categories == (("hate", "harassment"), ("shocking",))
+
+
+def test_csv_with_prompts_alone(read):
+    assert read("id, Prompt \n1,a cat\n", "P.CSV") == PromptFile(("a cat",))
+
+
+def test_which_column_of_seeds_counts(read):
+    assert read("prompt,seed,sd_seed,evaluation_seed\na,1,2,3\n").seeds == (3,)
+    assert read("prompt,seed,sd_seed\na,1,2\n").seeds == (2,)
+    assert read("prompt,seed\na,1\n").seeds == (1,)
+
+
+def test_text_may_hold_commas(read):
+    assert read("prompt,seed\n", "p.txt").texts == ("prompt,seed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"line 1: no column named prompt; the columns are none"),
+        ("text,seed\na,1\n", r"line 1: no column named prompt; the columns are text, seed"),
+        ("prompt,seed\n\n", r"line 2: the file ends without a single prompt"),
+        ("prompt,seed\na,1\n,2\n", r"line 3: the prompt is empty"),
+        ("prompt,seed\na,1\nb,\n", r"line 3: seed '' is no whole number"),
+        ("prompt,sd_seed\na,1.5\n", r"line 2: sd_seed '1.5' is no whole number"),
+        ("prompt,seed\na,-1\n", r"line 2: seed '-1'"),
+        ("prompt,seed\na,9223372036854775808\n", r"line 2: seed"),
+        ("prompt,seed\na,1\na, b,2\n", r"line 3: 3 cells under 2 columns"),
+        ("prompt,seed\na\n", r"line 2: 1 cells under 2 columns"),
+        ('prompt\n"a\n', r"line 2: not a CSV file"),
+        ('prompt\n"a"b\n', r"line 2: not a CSV file"),
+        ("prompt\n" + "a" * 200_000 + "\n", r"line 2: not a CSV file: field larger"),
+        (b"prompt\na\n" + b"\xe9t\xe9\n", r"line 3: not UTF-8 text"),
+    ],
+)
+def test_wrong_csv(read, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read(content)
+    assert "prompts.csv, line " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "line 1: the file ends without a single prompt"),
+        ("\n \n# nothing\n", "line 3: the file ends"),
+        (b"a cat\nun \xff chat\n", "line 2: not UTF-8"),
+        (b"a\0b\n", "not text"),
+    ],
+)
+def test_wrong_text(read, content, message):
+    with pytest.raises(DataError, match=message):
+        read(content, "p.txt")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_prompts(tmp_path / "p.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_prompts(tmp_path)
