@@ -12,14 +12,18 @@ from torch import Tensor
 from pecker_fast import io_safe
 from pecker_fast.conditions import Conditions
 from pecker_fast.config import Recipe
-from pecker_fast.evaluate.concepts import word_figures
 from pecker_fast.evaluate.classes import Sampler
+from pecker_fast.evaluate.drawing import Prompt
+from pecker_fast.evaluate.metrics import fid, precision_recall
+from pecker_fast.evaluate.obedience import word_figures
+from pecker_fast.evaluate.words import WordJudge
 from pecker_fast.judging import EVALUATION_SEED, GRID_COLUMNS, GRID_SEED, BaseJudging, Judging
 from pecker_fast.parts import Model
 from pecker_fast.sample import save_grid
 from pecker_fast.text_denoiser import TextDenoiser, TextTable
 
 ROWS = 3  # prompts of each kind in a grid
+NEIGHBOURS = 3  # of precision and recall
 
 
 def judging_of(recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> Judging | PromptJudging:
@@ -41,16 +45,40 @@ class PromptJudging(BaseJudging):
         return self.parts.words is not None
 
     def figures(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
-        """UA, cover rate and what else of the prompts is obeyed; see `word_figures`."""
-        judge = self.parts.words
+        """UA, cover rate and what else of the prompts is obeyed, see `word_figures`; FID, precision and recall of the retain
+        samples against the judge's real images without the forgotten words, where it has such."""
+        judge, c = self.parts.words, self.judged
         assert judge is not None
-        c = self.judged
-        return word_figures(
-            sampler, judge, self._named(c.forget), self._named(c.cover), self._named(c.retain), samples, seed
-        )
+        kept, features = set(c.retain), []
 
-    def _named(self, rows: tuple[int, ...]) -> list[tuple[int, str]]:
-        return [(row, self.table.prompts[row]) for row in rows]
+        def noted(rows: Tensor, number: int) -> Tensor:
+            images = sampler(rows, number)
+            if int(rows[0]) in kept:
+                features.append(judge.features(images))
+            return images
+
+        forget, retain = ([Prompt(row, self.table.prompts[row]) for row in group] for group in (c.forget, c.retain))
+        covers = [self.table.prompts[row] for row in c.cover]
+        figures = word_figures(noted, judge, forget, covers, retain, samples, seed)
+        figures |= dict.fromkeys(("fid", "inception_score", "precision", "recall"))
+        real = self._real(judge, [prompt.text for prompt in forget], covers)
+        if real is not None and samples > NEIGHBOURS:
+            drawn = torch.cat(features)
+            figures["fid"] = fid(real, drawn)
+            figures["precision"], figures["recall"] = precision_recall(real, drawn, k=NEIGHBOURS)
+        return figures
+
+    def _real(self, judge: WordJudge, forget: list[str], covers: list[str]) -> Tensor | None:
+        """Features of real images without the forgotten word; None without a reference, or with several words of a kind."""
+        gone: dict[str, set[str]] = {}
+        for prompt, cover in zip(forget, covers):
+            wanted = judge.expected(cover)
+            for attribute, word in judge.expected(prompt).items():
+                if wanted.get(attribute) != word:
+                    gone.setdefault(attribute, set()).add(word)
+        if not judge.has_reference or any(len(words) > 1 for words in gone.values()):
+            return None
+        return judge.reference_features({attribute: words.copy().pop() for attribute, words in gone.items()})
 
     def grid(self, sampler: Sampler, path: Path) -> Path:
         """Rows of images: prompts to forget, their covers, the retain prompts nearest to them, other retain prompts."""

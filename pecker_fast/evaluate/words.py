@@ -64,6 +64,11 @@ class WordJudge:
         self._patterns = {name: _pattern(group) for name, group in self.attributes.items()}
 
     @property
+    def has_reference(self) -> bool:
+        """Whether there are features of real images to compare with."""
+        return self._reference is not None
+
+    @property
     def info(self) -> dict[str, Any]:
         """How good the judge is, as stored in its config.json."""
         return self.judge.info
