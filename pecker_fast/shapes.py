@@ -120,8 +120,8 @@ def render(words: Tensor, index: Tensor, seed: int = 0, size: int = 32, batch: i
     index: int64 `[n]`, which picture of these words: each is a function of (its words, its index, seed) alone, whatever
     else is drawn with it. batch: pictures drawn at a time.
     """
-    parts = [_render(w, i, seed, size) for w, i in zip(words.split(batch), index.split(batch))]
-    return torch.cat(parts) if parts else torch.empty(0, 3, size, size)
+    parts = [_render(w, i, seed, size) for w, i in zip(words.split(batch), index.split(batch)) if len(i)]
+    return torch.cat([torch.empty(0, 3, size, size), *parts])
 
 
 def _render(words: Tensor, index: Tensor, seed: int, size: int) -> Tensor:

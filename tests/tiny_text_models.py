@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,22 @@ WORDS = [
 
 def tiny_tokenizer(words: list[str] = WORDS, length: int = LENGTH) -> Any:
     """A CLIPTokenizer in which each of `words` is one token, and every other text falls into bytes."""
-    import json
-
-    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(words, tokenizers.trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*bytes_, *(f"{byte}</w>" for byte in bytes_), *("".join(pair) for pair in merges)]
+    ranks: dict[tuple[str, str], int] = {}  # the trainer of `tokenizers` would break ties by chance
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            pairs = list(itertools.pairwise(pieces))
+            best = min((pair for pair in pairs if pair in ranks), key=ranks.__getitem__, default=pairs[0])
+            ranks.setdefault(best, len(ranks))
+            pieces[pairs.index(best) : pairs.index(best) + 2] = ["".join(best)]
+    bytes_ = sorted(ByteLevel.alphabet())
+    tokens = [*bytes_, *(f"{byte}</w>" for byte in bytes_), *("".join(pair) for pair in ranks)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    return CLIPTokenizer(vocab=vocab, merges=list(ranks), model_max_length=length)
 
 
 def _text_encoder(cls: str, tokenizer: Any, width: int, act: str) -> Any:

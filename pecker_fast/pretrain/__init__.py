@@ -35,7 +35,8 @@ def pretrain(
 ) -> Path:
     """Train a class-conditional teacher and its judge, and write them as a model folder.
 
-    name: "digits", "cifar10", "stl10" or "images".
+    name: "digits", "cifar10", "stl10" or "images"; "shapes" makes a text-to-image pipeline instead, see
+        `pecker_fast.pretrain.shapes`.
     data: path of the data set, see `pecker_fast.data`; the digits need none.
     output: folder to write, new or empty; None = `runs/pretrain-NAME`. A folder in which the same command was
         interrupted is continued from its last saved step.
@@ -47,6 +48,12 @@ def pretrain(
     Returns the folder. Raises `DataError`, `OutputError`, `RecipeError`, `CheckpointError` and, after a signal,
     `Interrupted`.
     """
+    if name == "shapes":
+        from pecker_fast.pretrain.shapes import pretrain_shapes
+
+        if data is not None or size is not None or settings is not None:
+            raise RecipeError("shapes: it draws its own pictures; leave out data, size and settings")
+        return pretrain_shapes(output, steps, seed, distill_steps)
     settings = settings_for(name, steps) if settings is None else settings
     distill_steps = settings.distill_steps if distill_steps is None else distill_steps
     for key, value, least in (("steps", settings.steps, 1), ("seed", seed, 0), ("distill_steps", distill_steps, 0)):

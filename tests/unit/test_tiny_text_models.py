@@ -33,6 +33,8 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     assert torch.equal(state, torch.get_rng_state())
     first, same, other = ((path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for path in paths)
     assert first == same != other
+    ids = tiny_tokenizer().get_vocab()
+    assert all(tiny_tokenizer().get_vocab() == ids for _ in range(3))
 
 
 def test_words_are_single_tokens_and_other_text_still_tokenizes():

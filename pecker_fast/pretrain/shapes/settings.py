@@ -31,7 +31,7 @@ def _teacher() -> Settings:
 
 
 def _vae() -> Settings:
-    return Settings(steps=2500, batch_size=32, lr=2e-3, lr_warmup=0.05, lr_decay=True, clip_norm=1.0)
+    return Settings(steps=2500, batch_size=16, lr=2e-3, lr_warmup=0.05, lr_decay=True, clip_norm=1.0)
 
 
 def _judge() -> Settings:
