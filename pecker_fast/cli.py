@@ -139,12 +139,17 @@ def pretrain(
         "pecker-fast sample runs/digits",
         "pecker-fast sample runs/digits --classes 0,1 --count 16 --output grid.png",
         "pecker-fast sample runs/digits --before",
+        'pecker-fast sample runs/shapes --prompt "a red circle on the left" --prompt "a blue star" --seed 3',
     )
 )
 def sample(
     run: RunFolder,
     classes: Annotated[str | None, typer.Option("--classes", help="Classes, as 0,1,2; default: all.")] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Images of each class.")] = 8,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="Text to draw, may be given again; default: the run's own prompts."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Images of each class or prompt.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG to write; default: in the run folder.")
@@ -155,19 +160,49 @@ def sample(
     chosen = _class_list(classes)
     from pecker_fast.tools import sample_run
 
-    typer.echo(f"images: {sample_run(run, classes=chosen, count=count, seed=seed, output=output, before=before)}")
+    path = sample_run(run, classes=chosen, count=count, seed=seed, output=output, before=before, prompts=prompt)
+    typer.echo(f"images: {path}")
 
 
 @app.command(
-    epilog=_examples("pecker-fast evaluate runs/digits", "pecker-fast evaluate runs/digits --samples 5000 --seed 1")
+    epilog=_examples(
+        "pecker-fast evaluate runs/digits",
+        "pecker-fast evaluate runs/digits --samples 5000 --seed 1",
+        "pecker-fast evaluate runs/shapes --protocol classes",
+        "pecker-fast evaluate runs/sd15 --protocol celebrity --prompts people.txt --detector my_detector:faces",
+    )
 )
 def evaluate(
     run: RunFolder,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images; default: the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the images; default: the run's.")] = None,
     judge: Annotated[Path | None, typer.Option("--judge", help="Folder of another classifier to judge by.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", help="celebrity, i2p or classes: how a concept is judged (docs/concepts.md)."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Prompt file of the protocol; default: the run's forget prompts.")
+    ] = None,
+    detector: Annotated[
+        list[str] | None, typer.Option("--detector", help="Judge folder or module:function; i2p takes several.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Images of each prompt of the protocol.")] = None,
+    before: Annotated[bool, typer.Option("--before", help="With --protocol: the model before forgetting.")] = False,
 ) -> None:
-    """Judge the model of a run again, with other images or another judge."""
+    """Judge the model of a run again, with other images or another judge, or by a protocol for concepts."""
+    if protocol is not None:
+        if judge is not None:
+            raise RecipeError("--judge: a protocol is judged by --detector; leave one out")
+        from pecker_fast.evaluate.concepts import TABLE_HEADER, protocol_table
+        from pecker_fast.tools import evaluate_protocol
+
+        figures = evaluate_protocol(run, protocol, detector or (), prompts, seeds, samples, seed, before)
+        _show(protocol_table(figures), TABLE_HEADER)
+        return
+    given = {"--prompts": prompts, "--detector": detector, "--seeds": seeds, "--before": before}
+    if used := [name for name, value in given.items() if value]:
+        raise RecipeError(f"{used[0]}: needs --protocol celebrity, i2p or classes")
     from pecker_fast.report import metrics_table
     from pecker_fast.tools import evaluate_run
 
@@ -211,19 +246,46 @@ def mask(
 
 
 @app.command(
-    epilog=_examples("pecker-fast export runs/digits", "pecker-fast export runs/digits --weights raw --output model")
+    epilog=_examples(
+        "pecker-fast export runs/digits",
+        "pecker-fast export runs/digits --weights raw --output model",
+        "pecker-fast export runs/shapes --format delta --output circle.safetensors",
+        "pecker-fast export apply circle.safetensors BASE --output model",
+    )
 )
 def export(
-    run: RunFolder,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; default: in the run.")] = None,
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN | apply DELTA BASE", help="Run folder; or a delta and the model it is of."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder or file to write; default: in the run.")
+    ] = None,
     weights: Annotated[str, typer.Option("--weights", help="ema (averaged) or raw.")] = "ema",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers (folder), unet (its weights), single (checkpoint in the original layout), delta (what changed).",
+        ),
+    ] = "diffusers",
 ) -> None:
-    """Write the model of a run as a diffusers pipeline."""
+    """Write the model of a run, as a folder or a file; or apply a delta file to the model it was made from."""
+    if what[0] == "apply":
+        if len(what) != 3 or output is None:
+            raise RecipeError("export apply: give DELTA, BASE and --output, as `pecker-fast export apply D B -o OUT`")
+        from pecker_fast.tools import apply_delta_file
+
+        typer.echo(f"model: {apply_delta_file(what[1], what[2], output)}")
+        return
+    if len(what) != 1:
+        raise RecipeError(f"export: one run folder expected, got {' '.join(what)[:120]!r}")
     if weights not in ("ema", "raw"):
         raise RecipeError(f"--weights: expected ema or raw, got {weights!r}")
     from pecker_fast.tools import export_run
 
-    typer.echo(f"pipeline: {export_run(run, output=output, weights=weights)}")
+    path = export_run(Path(what[0]), output=output, weights=weights, form=form)
+    typer.echo(f"{'pipeline' if form == 'diffusers' else form}: {path}")
 
 
 @app.command(epilog=_examples("pecker-fast doctor", "pecker-fast doctor digits"))

@@ -167,7 +167,9 @@ class Lora(Section):
     """The adapter that makes ψ out of φ with `score: lora`."""
 
     rank: int = _key(16, "rank of the adapter in every layer", ge=1, le=4096)
-    targets: Literal["all", "attention"] = _key("all", "layers that get one: attention projections, or convolutions too")
+    targets: Literal["all", "attention"] = _key(
+        "all", "layers that get one: attention projections, or convolutions too"
+    )
 
 
 class Engine(Section):
@@ -240,7 +242,9 @@ class Recipe(Section):
         0.98, "decay of the exported average of θ, with warm-up; 0 = off", ge=0, lt=1, allow_inf_nan=False
     )
     precision: Literal["fp32", "bf16"] = _key("fp32", "number format the networks compute in")
-    resolution: int | None = _key(None, "pixels a side of a text-to-image model's images; null = its own", ge=8, le=8192)
+    resolution: int | None = _key(
+        None, "pixels a side of a text-to-image model's images; null = its own", ge=8, le=8192
+    )
     score: Literal["full", "lora"] = _key("full", "how ψ is trained: all its weights, or φ with an adapter")
     lora: Lora = _section(Lora, "the adapter of `score: lora`")
     engine: Engine = _section(Engine, "where tensors live")
@@ -287,6 +291,12 @@ class Recipe(Section):
             self._classes_fit()
         if self.engine.compile != "none" and self.mask.refresh and self.mask.skip and self.uses_mask:
             raise ValueError("mask.refresh: with engine.compile every new mask is compiled anew; add mask.skip=false")
+        if self.engine.compile != "none" and self.score == "lora":
+            raise ValueError(
+                "engine.compile: adapters change their layers between passes; use score=full, or no compile"
+            )
+        if self.engine.weights == "bf16" and self.precision != "bf16":
+            raise ValueError("engine.weights: bf16 weights need precision=bf16")
         w = self.weights
         if self.steps and not (w.score_retain or w.score_forget):
             raise ValueError("weights.score_retain: both score weights are 0, so ψ would learn nothing; raise one")

@@ -54,8 +54,9 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are kept in; images go in and out as float32."""
-        return next(self.unet.parameters()).dtype
+        """What the network's weights are kept in; images go in and out as float32."""
+        network: Any = getattr(self.unet, "base", self.unet)  # adapters are float32 beside whatever they adapt
+        return next(network.parameters()).dtype
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.unet.named_parameters())
@@ -134,7 +135,9 @@ def load_unet(folder: Path) -> nn.Module:
     config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
     name = config.get("_class_name", io_safe.UNETS[0])
     if name not in io_safe.UNETS:
-        raise ModelError(f"{folder / io_safe.CONFIG_NAME}: {name} is not supported yet (only {', '.join(io_safe.UNETS)})")
+        raise ModelError(
+            f"{folder / io_safe.CONFIG_NAME}: {name} is not supported yet (only {', '.join(io_safe.UNETS)})"
+        )
     return load_module(folder, name)
 
 
@@ -209,7 +212,9 @@ def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
         )
     unet = load_unet(unet_folder)
     if type(unet).__name__ != "UNet2DModel":
-        raise ModelError(f"{folder}: a {type(unet).__name__} without a text-to-image model_index.json; fetch the whole model")
+        raise ModelError(
+            f"{folder}: a {type(unet).__name__} without a text-to-image model_index.json; fetch the whole model"
+        )
     count = getattr(unet.config, "num_class_embeds", None)
     if not count:
         raise ModelError(

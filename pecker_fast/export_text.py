@@ -110,7 +110,9 @@ def _facts(recipe: Recipe, text: TextParts, base_sha256: str, weights_sha256: st
 def usage(generator: Denoiser, recipe: Recipe, text: TextParts, folder: str) -> str:
     """The few lines of the model card that draw with stock diffusers."""
     height, width = text.pixels
-    return USAGE.format(folder=folder, prompt=text.plan.retain[0], t_init=recipe.timesteps.init, height=height, width=width)
+    return USAGE.format(
+        folder=folder, prompt=text.plan.retain[0], t_init=recipe.timesteps.init, height=height, width=width
+    )
 
 
 def what_is_forgotten(text: TextParts) -> str:

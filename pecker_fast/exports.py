@@ -1,27 +1,70 @@
-"""The export of a run, whatever kind of model it is of."""
+"""The export of a run, whatever kind of model it is of, in every format."""
 
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from pecker_fast import io_safe
 from pecker_fast.config import Recipe
+from pecker_fast.delta import hash_of, write_delta
 from pecker_fast.denoiser import Denoiser
+from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export import export_pipeline
-from pecker_fast.export_text import export_text_pipeline
-from pecker_fast.parts import Parts
+from pecker_fast.export_text import as_stored, export_text_pipeline
+from pecker_fast.parts import Model
+from pecker_fast.single_file import replace_unet, to_single_file
 
 GRIDS = ("before", "after", "teacher")
+FORMATS = ("diffusers", "unet", "single", "delta")
 
 
-def export_run_folder(
-    generator: Denoiser, recipe: Recipe, parts: Parts, run_dir: Path, folder: Path, metrics: dict[str, Any] | None
+def export_folder(
+    generator: Denoiser,
+    recipe: Recipe,
+    model: Model,
+    run_dir: Path,
+    folder: Path,
+    metrics: dict[str, Any] | None,
+    base_sha256: str,
 ) -> Path:
     """θ as a diffusers folder with its model card. Raises OutputError, an older folder intact."""
-    if parts.text is None:
-        return export_pipeline(
-            generator, recipe, parts.conditions, folder, base_sha256=parts.teacher_sha256, metrics=metrics
-        )
+    if model.text is None:
+        return export_pipeline(generator, recipe, model.conditions, folder, base_sha256=base_sha256, metrics=metrics)
     pictures = {name: run_dir / "samples" / f"{name}.png" for name in GRIDS}
     return export_text_pipeline(
-        generator, recipe, parts.text, folder,
-        base_sha256=parts.teacher_sha256, metrics=metrics, pictures=pictures if metrics else None,
+        generator, recipe, model.text, folder,
+        base_sha256=base_sha256, metrics=metrics, pictures=pictures if metrics else None,
     )  # fmt: skip
+
+
+def base_unet(model: Model) -> dict[str, Tensor]:
+    """The UNet's tensors as the base's file has them."""
+    if model.text is not None:
+        return model.text.base_unet()
+    return io_safe.read_weights(io_safe.check_model_folder(model.folder))
+
+
+def export_file(generator: Denoiser, model: Model, output: Path, form: str) -> Path:
+    """θ as one safetensors file, every tensor in the dtype of the base's.
+
+    form: "unet" (the UNet alone, diffusers' names), "single" (a whole checkpoint in the original Stable Diffusion layout) or
+    "delta" (only the weights that changed). Raises RecipeError, OutputError.
+    """
+    if output.suffix != ".safetensors":
+        raise OutputError(f"{output}: the format {form} is one file; give a name that ends in .safetensors")
+    if output.exists():
+        raise OutputError(f"{output}: exists already; give another name")
+    base = base_unet(model)
+    unet = as_stored(generator.unet.state_dict(), base)
+    if form == "unet":
+        io_safe.write_tensors(output, unet, {"format": "pt"})
+    elif form == "delta":
+        write_delta(base, unet, output, base_sha256=hash_of(base))
+    elif model.text is None:
+        raise RecipeError("format: single is the layout of Stable Diffusion checkpoints; this model draws from classes")
+    elif model.text.single:
+        replace_unet(model.text.source, output, unet)
+    else:
+        to_single_file(model.text.source, output, unet=unet)
+    return output

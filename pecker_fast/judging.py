@@ -33,7 +33,9 @@ class BaseJudging:
     def multi_step(self) -> Sampler:
         """The teacher's own sampler, the reference row."""
         steps, guidance = self.recipe.evaluate.teacher_steps, self.recipe.guidance.teacher
-        return self._polled(lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance))
+        return self._polled(
+            lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance)
+        )
 
     def _polled(self, sampler: Sampler) -> Sampler:
         def sample(labels: Tensor, seed: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.denoiser import Denoiser
+from pecker_fast.lora import pair_x0
 
 Prediction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [N,C,H,W], t [N], c [N]) -> [N,C,H,W]
 
@@ -58,6 +59,5 @@ def generator_loss(
     """`distillation_loss` at x_t = a_t x_g + b_t e, [N]. detach_score drops the gradient through φ and ψ (Diff-Instruct)."""
     x_t = teacher.schedule.add_noise(x_g, e, t)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_score):
-        f_teacher = teacher.x0(x_t, t, c_p, guidance_teacher)
-        f_score = score.x0(x_t, t, c_g, guidance_score)
+        f_teacher, f_score = pair_x0(teacher, score, x_t, t, c_p, c_g, guidance_teacher, guidance_score)
     return distillation_loss(x_g, f_teacher, f_score, alpha)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pecker_fast import io_safe
 from pecker_fast.conditions import Conditions, class_conditions
@@ -15,6 +16,8 @@ from pecker_fast.engine.graph import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate.judge import Judge, Reference, load_judge
 from pecker_fast.evaluate.words import WordJudge, load_word_judge
+from pecker_fast.lora import lora_score
+from pecker_fast.text_denoiser import TextDenoiser
 from pecker_fast.text_model import is_text_model
 from pecker_fast.text_parts import TextParts, load_text_parts
 
@@ -39,7 +42,7 @@ class Parts(Model):
     score: Denoiser
     generator: Denoiser
     teacher_sha256: str  # of the weights of φ, in named_parameters order
-    base_sha256: str  # of φ, θ and ψ together: what the run starts from
+    base_sha256: str  # of φ, θ and ψ together, and of the prompts: what the run starts from
 
 
 def load_parts(recipe: Recipe) -> Parts:
@@ -48,16 +51,25 @@ def load_parts(recipe: Recipe) -> Parts:
     model = load_model(recipe)
     teacher = model.teacher
     generator, score = load_start(recipe, teacher)
-    for network in (generator, score):
-        network.unet.to(teacher.dtype)
-        if recipe.engine.checkpointing:
+    if recipe.engine.checkpointing:
+        for network in (teacher, generator, score):
             enable_checkpointing(network.unet)
     networks = (("teacher", teacher), ("generator", generator), ("score", score))
-    tensors = ((f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters())
+    tensors = [(f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()]
+    tensors += prompts_of(model)
     return Parts(
         **vars(model), score=score, generator=generator,
         teacher_sha256=io_safe.sha256_tensors(teacher.named_parameters()), base_sha256=io_safe.sha256_tensors(tensors),
     )  # fmt: skip
+
+
+def prompts_of(model: Model) -> list[tuple[str, Tensor]]:
+    """What the prompts of a text-to-image run came to: a run is not resumed with others."""
+    if not isinstance(model.teacher, TextDenoiser):
+        return []
+    c = model.conditions
+    rows = [(name, torch.tensor(getattr(c, name))) for name in ("forget", "cover", "retain")]
+    return [("embeds", model.teacher.table.embeds), *rows]
 
 
 def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
@@ -90,7 +102,9 @@ def check_kind(recipe: Recipe, folder: Path) -> None:
     """Raises RecipeError where prompts are given for classes, or classes for prompts."""
     text = folder.is_file() or is_text_model(folder)
     if text and not recipe.uses_prompts:
-        raise RecipeError(f"forget: {recipe.forget!r} is a class; {recipe.model} draws from text, name a concept or prompts")
+        raise RecipeError(
+            f"forget: {recipe.forget!r} is a class; {recipe.model} draws from text, name a concept or prompts"
+        )
     if recipe.uses_prompts and not text:
         raise RecipeError(f"forget: prompts are given, and {recipe.model} draws from classes; name class numbers")
     if folder.is_file():
@@ -99,9 +113,10 @@ def check_kind(recipe: Recipe, folder: Path) -> None:
 
 def enable_checkpointing(unet: nn.Module) -> None:
     """Blocks keep no activations and are computed again on the way back. Raises RecipeError where the network cannot."""
-    if not getattr(unet, "_supports_gradient_checkpointing", False):
-        raise RecipeError(f"engine.checkpointing: {type(unet).__name__} cannot; leave it out")
-    unet.enable_gradient_checkpointing()  # type: ignore[operator]
+    network: Any = getattr(unet, "base", unet)
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise RecipeError(f"engine.checkpointing: {type(network).__name__} cannot; leave it out")
+    network.enable_gradient_checkpointing()
 
 
 def find_word_judge(recipe: Recipe, folder: Path) -> WordJudge | None:
@@ -109,7 +124,9 @@ def find_word_judge(recipe: Recipe, folder: Path) -> WordJudge | None:
     if recipe.evaluate.judge is not None:
         found = load_word_judge(recipe.evaluate.judge)
         if found is None:
-            raise ModelError(f"{recipe.evaluate.judge}: this judge knows classes and no words; a text-to-image run needs words")
+            raise ModelError(
+                f"{recipe.evaluate.judge}: this judge knows classes and no words; a text-to-image run needs words"
+            )
         return found
     return load_word_judge(folder / "judge") if (folder / "judge").is_dir() else None
 
@@ -128,11 +145,11 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
         return teacher.clone(), new_score(recipe, teacher)
     folder = io_safe.resolve_model(recipe.generator)
     source = folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
-    generator = teacher.with_network(load_unet(source))
+    generator = teacher.with_network(load_unet(source).to(teacher.dtype))
     _match_teacher(generator, teacher, source)
     if recipe.score == "lora" or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)
-    score = teacher.with_network(load_unet(folder / "score"))
+    score = teacher.with_network(load_unet(folder / "score").to(teacher.dtype))
     _match_teacher(score, teacher, folder / "score")
     return generator, score
 
@@ -141,7 +158,7 @@ def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     """ψ as it starts: φ's weights of its own, or an adapter on φ's."""
     if recipe.score == "full":
         return teacher.clone()
-    raise RecipeError("score: lora")
+    return lora_score(teacher, recipe.lora.rank, recipe.lora.targets, recipe.seed)
 
 
 def check_schedule(recipe: Recipe, teacher: Denoiser) -> None:

@@ -36,7 +36,8 @@ class PromptJudging(BaseJudging):
 
     def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
         super().__init__(recipe, parts, poll)
-        assert parts.text is not None and isinstance(parts.teacher, TextDenoiser)
+        assert parts.text is not None
+        assert isinstance(parts.teacher, TextDenoiser)
         self.judged: Conditions = parts.text.judged
         self.table: TextTable = parts.teacher.table
 
@@ -119,5 +120,3 @@ def neighbours(c: Conditions, table: TextTable, count: int) -> list[int]:
 
     nearness = (mean(c.retain) @ mean(c.forget).T).amax(1)
     return [c.retain[i] for i in nearness.topk(min(count, len(c.retain))).indices.tolist()]
-
-

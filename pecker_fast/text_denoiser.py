@@ -34,11 +34,7 @@ class TextTable:
         return tuple(rows[prompt] for prompt in prompts)
 
     def to(self, device: torch.device | str) -> TextTable:
-        moved = {
-            key: t.to(device)
-            for key in ("embeds", "pooled", "time_ids")
-            if (t := getattr(self, key)) is not None
-        }
+        moved = {key: t.to(device) for key in ("embeds", "pooled", "time_ids") if (t := getattr(self, key)) is not None}
         return replace(self, **moved)
 
     def rows(self, c: Tensor, dtype: torch.dtype) -> dict[str, Any]:

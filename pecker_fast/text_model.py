@@ -6,13 +6,13 @@ MODEL/  model_index.json  unet/  vae/  scheduler/  tokenizer/  text_encoder/  [t
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pecker_fast import io_safe
 from pecker_fast.denoiser import load_module, load_unet
@@ -20,7 +20,10 @@ from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.schedule import Schedule, load_schedule
 from pecker_fast.text_denoiser import TextDenoiser, TextTable
 
-ENCODERS = {"StableDiffusionPipeline": ("text_encoder",), "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2")}
+ENCODERS = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
 ENCODED = 32  # prompts a text encoder reads at a time
 
 
@@ -68,11 +71,18 @@ def check_text_folder(folder: Path) -> str:
     return pipeline
 
 
-def encode_prompts(folder: Path, prompts: Sequence[str], null: str, size: tuple[int, int]) -> TextTable:
+def encode_prompts(
+    folder: Path,
+    prompts: Sequence[str],
+    null: str,
+    size: tuple[int, int],
+    encoders: Mapping[str, nn.Module] | None = None,
+) -> TextTable:
     """The table of `prompts`, float32 on the CPU. Loads the text encoders and lets them go.
 
     null: the unconditional text; where the pipeline wants zeros in its place (SDXL, empty text), its row is zeros.
-    size: (height, width) in pixels, for SDXL's size conditions. Raises ModelError.
+    size: (height, width) in pixels, for SDXL's size conditions. encoders: of a single file, by part; None = the folder's own.
+    Raises ModelError.
     """
     import diffusers
     import transformers
@@ -82,7 +92,7 @@ def encode_prompts(folder: Path, prompts: Sequence[str], null: str, size: tuple[
     parts: dict[str, Any] = {}
     for name in ENCODERS[pipeline]:
         kind = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
-        parts[name] = _load_encoder(getattr(transformers, kind), folder / name)
+        parts[name] = encoders[name] if encoders else _load_encoder(getattr(transformers, kind), folder / name)
         where = folder / name.replace("text_encoder", "tokenizer")
         try:
             parts[where.name] = transformers.CLIPTokenizer.from_pretrained(where, local_files_only=True)
@@ -132,7 +142,9 @@ def _load_encoder(kind: Any, folder: Path) -> nn.Module:
     lost = [*info.get("missing_keys", ()), *(str(k) for k in info.get("mismatched_keys", ()))]
     lost = [name for name in lost if not name.endswith("position_ids")]
     if lost:
-        raise ModelError(f"{folder}: tensor {lost[0]} is missing or of another shape; the weights do not belong to this config")
+        raise ModelError(
+            f"{folder}: tensor {lost[0]} is missing or of another shape; the weights do not belong to this config"
+        )
     for name, p in encoder.named_parameters():
         if not bool(torch.isfinite(p).all()):
             raise ModelError(f"{folder}: tensor {name} holds NaN or infinity; the weights are damaged")
@@ -144,6 +156,12 @@ def load_networks(folder: Path) -> Networks:
     check_text_folder(folder)
     unet, vae = load_unet(folder / "unet"), load_module(folder / "vae", "AutoencoderKL")
     return Networks(unet, vae.eval().requires_grad_(False), load_schedule(folder / "scheduler"))
+
+
+def networks_of(modules: Mapping[str, nn.Module], configs: Path) -> Networks:
+    """The same of a single file's modules; the schedule is that of its config folder."""
+    unet, vae = modules["unet"].float(), modules["vae"].float()
+    return Networks(unet, vae.eval().requires_grad_(False), load_schedule(configs / "scheduler"))
 
 
 def latent_size(networks: Networks, resolution: int | None, where: str) -> tuple[int, int]:
@@ -191,7 +209,9 @@ def check_fit(networks: Networks, table: TextTable, where: Path) -> None:
         raise ModelError(f"{where}: UNet and text encoders are of different kinds of models (added conditions)")
     kinds = ("epsilon", "v_prediction")
     if networks.schedule.prediction_type not in kinds:
-        raise ModelError(f"{where}: prediction_type {networks.schedule.prediction_type!r}: expected {' or '.join(kinds)}")
+        raise ModelError(
+            f"{where}: prediction_type {networks.schedule.prediction_type!r}: expected {' or '.join(kinds)}"
+        )
 
 
 def text_denoiser(
@@ -199,9 +219,7 @@ def text_denoiser(
 ) -> TextDenoiser:
     """The frozen teacher."""
     row = table.index([null])[0]
-    return TextDenoiser(
-        networks.unet, networks.schedule, table, networks.vae, row, latents, channels_last
-    ).freeze()
+    return TextDenoiser(networks.unet, networks.schedule, table, networks.vae, row, latents, channels_last).freeze()
 
 
 def _config(module: nn.Module) -> Any:
@@ -215,7 +233,3 @@ def _line(error: Exception) -> str:
 def unique(*groups: Sequence[str]) -> tuple[str, ...]:
     """Prompts of all groups, each once, in order."""
     return tuple(dict.fromkeys(prompt for group in groups for prompt in group))
-
-
-def tensors_of(unet: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach() for name, t in unet.state_dict().items()}

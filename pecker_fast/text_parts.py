@@ -11,13 +11,24 @@ from torch import Tensor
 
 from pecker_fast import io_safe, text_model
 from pecker_fast.conditions import Conditions
-from pecker_fast.config import Recipe
+from pecker_fast.config import RECIPES, Recipe
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.prompts import PromptPlan, plan_prompts
+from pecker_fast.single_file import load_single_file, unet_map, unet_of
 from pecker_fast.text_denoiser import TextDenoiser
 
 COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-UNWANTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.onnx", "*.py", ".*")  # what lies beside in some copies
+UNWANTED = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.msgpack",
+    "*.onnx",
+    "*.py",
+    ".*",
+)  # what lies beside in some copies
 
 
 @dataclass(frozen=True)
@@ -37,29 +48,24 @@ class TextParts:
 
     def base_unet(self) -> dict[str, Tensor]:
         """The UNet's tensors as the base's file has them, by diffusers' names."""
-        if self.single:
-            from pecker_fast.single_file import read_unet
-
-            return read_unet(self.source, self.configs)
-        return io_safe.read_weights(self.source / "unet")
+        if not self.single:
+            return io_safe.read_weights(self.source / "unet")
+        names = unet_map(io_safe.read_json(self.configs / "unet" / io_safe.CONFIG_NAME, error=ModelError))
+        return unet_of(io_safe.read_tensors(self.source, error=ModelError)[0], names, self.source)
 
     def write_other_parts(self, folder: Path) -> None:
         """The base's VAE, text encoders and tokenizers into a diffusers folder, bit for bit. Raises OutputError."""
-        if self.single:
-            from pecker_fast.single_file import write_parts
-
-            write_parts(self.source, self.configs, folder)
-            return
+        modules = load_single_file(self.source, self.configs) if self.single else {}
         for part in COPIED:
-            if (self.source / part).is_dir():
-                shutil.copytree(self.source / part, folder / part, ignore=shutil.ignore_patterns(*UNWANTED))
+            if part in modules:
+                modules[part].save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+            elif (self.configs / part).is_dir():
+                shutil.copytree(self.configs / part, folder / part, ignore=shutil.ignore_patterns(*UNWANTED))
 
 
 def prompt_folders(recipe: Recipe, model: Path | None) -> list[Path]:
-    """Where prompt files are looked for beside the working directory: shipped ones, and the model's folder."""
-    from pecker_fast.config import RECIPES
-
-    return [RECIPES / "prompts", *([model] if model is not None and model.is_dir() else [])]
+    """Where prompt files are looked for beside the working directory: the shipped recipes' folder, and the model's."""
+    return [RECIPES, *([model] if model is not None and model.is_dir() else [])]
 
 
 def plan_of(recipe: Recipe, model: Path | None) -> tuple[PromptPlan, PromptPlan]:
@@ -72,7 +78,9 @@ def plan_of(recipe: Recipe, model: Path | None) -> tuple[PromptPlan, PromptPlan]
     if captions is None:
         return plan, plan
     if not plan.concepts:
-        raise RecipeError("evaluate.prompts: captions are sorted by forget.concept, which this recipe has not; leave it out")
+        raise RecipeError(
+            "evaluate.prompts: captions are sorted by forget.concept, which this recipe has not; leave it out"
+        )
     concepts = [{"concept": concept, "captions": captions} for concept, _ in plan.concepts]
     try:
         judged = plan_prompts(concepts, [cover for _, cover in plan.concepts], captions, folders=folders)
@@ -90,10 +98,11 @@ def load_text_parts(
     """
     configs = config_folder(recipe, source)
     plan, judged = plan_of(recipe, configs)
+    encoders = None
     if source.is_file():
-        from pecker_fast.single_file import load_single_file
-
-        networks = load_single_file(source, configs)
+        text_model.check_text_folder(configs)
+        encoders = load_single_file(source, configs)
+        networks = text_model.networks_of(encoders, configs)
     else:
         networks = text_model.load_networks(source)
     latents = text_model.latent_size(networks, recipe.resolution, str(source))
@@ -102,7 +111,7 @@ def load_text_parts(
         more,
     )  # fmt: skip
     size = text_model.pixel_size(networks, latents)
-    table = text_model.encode_prompts(configs, prompts, plan.unconditional, size)
+    table = text_model.encode_prompts(configs, prompts, plan.unconditional, size, encoders)
     text_model.check_fit(networks, table, source)
     teacher = text_model.text_denoiser(networks, table, plan.unconditional, latents, recipe.engine.channels_last)
 
@@ -126,6 +135,7 @@ def config_folder(recipe: Recipe, source: Path) -> Path:
         )
     folder = io_safe.resolve_model(recipe.config_folder)
     if not folder.is_dir() or not text_model.is_text_model(folder):
-        raise ModelError(f"model_config: {folder} is no diffusers folder of a Stable Diffusion model (model_index.json)")
+        raise ModelError(
+            f"model_config: {folder} is no diffusers folder of a Stable Diffusion model (model_index.json)"
+        )
     return folder
-

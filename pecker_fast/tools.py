@@ -5,16 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pecker_fast import io_safe
 from pecker_fast.checkpoint import latest_checkpoint, load_network, read_checkpoint_stage, verify_checkpoint
 from pecker_fast.config import Recipe, load_recipe
+from pecker_fast.delta import apply_to_folder
 from pecker_fast.denoiser import Denoiser, load_unet
+from pecker_fast.engine.state import blend_average
 from pecker_fast.errors import CheckpointError, OutputError, RecipeError
-from pecker_fast.exports import export_run_folder
+from pecker_fast.evaluate.concepts import PROTOCOLS, celebrity, i2p
+from pecker_fast.evaluate.detector import load_detector
+from pecker_fast.evaluate.drawing import Prompt
+from pecker_fast.evaluate.prompts_file import read_prompts
+from pecker_fast.exports import FORMATS, export_file, export_folder
 from pecker_fast.judging import EVALUATION_SEED
-from pecker_fast.parts import Model, load_model, load_parts, load_start
+from pecker_fast.parts import Model, load_model, load_start
 from pecker_fast.prompt_judging import grid_rows, judging_of
 from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE, warn
 from pecker_fast.sample import grid_labels, one_step_sample, save_grid
@@ -110,28 +114,96 @@ def evaluate_run(
     return {"before": recorded.get("before"), "after": after, "teacher": recorded.get("teacher")}
 
 
-def export_run(run_dir: str | Path, output: str | Path | None = None, weights: str = "ema") -> Path:
-    """Write the pipeline folder from the newest checkpoint; weights: "ema" (the average) or "raw"."""
+def export_run(
+    run_dir: str | Path, output: str | Path | None = None, weights: str = "ema", form: str = "diffusers"
+) -> Path:
+    """Write the model of the newest checkpoint; weights: "ema" (the average) or "raw"; form: one of `FORMATS`."""
     run = load_run(run_dir)
     if weights not in ("ema", "raw"):
         raise RecipeError(f"weights: {weights!r}; give ema or raw")
-    target = Path(output) if output else run.folder / PIPELINE
+    if form not in FORMATS:
+        raise RecipeError(f"format: {form!r}; give one of {', '.join(FORMATS)}")
+    name = "pipeline" if form == "diffusers" else f"{form}.safetensors"
+    target = Path(output) if output else run.folder / name
     if weights == "raw" and output is None:
-        raise RecipeError("weights: raw weights do not replace the run's pipeline/; give --output FOLDER")
-    if target.exists() and not _is_export(target):
+        raise RecipeError("weights: raw weights do not replace the run's own; give --output")
+    if form == "diffusers" and target.exists() and not _is_export(target):
         raise OutputError(f"{target}: exists and is no exported generator; give another output")
     checkpoint = latest_checkpoint(run.folder, warn=warn)
     if checkpoint is None:
         raise CheckpointError(f"{run.folder}: there is no checkpoint to export")
     if read_checkpoint_stage(checkpoint)[0] != "forget":
         raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
-    parts = load_parts(run.recipe)
-    name = "ema" if weights == "ema" and (checkpoint / "ema.safetensors").is_file() else "generator"
-    load_network(parts.generator, checkpoint / f"{name}.safetensors")
+    model = load_model(run.recipe)
+    averaged = weights == "ema" and (checkpoint / "ema.safetensors").is_file()
+    generator = checkpointed_generator(model, checkpoint, averaged)
+    if form != "diffusers":
+        return export_file(generator, model, target, form)
     metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
     judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
-    with torch.no_grad():
-        return export_run_folder(parts.generator, run.recipe, parts, run.folder, target, metrics if judged else None)
+    base_sha256 = io_safe.sha256_tensors(model.teacher.named_parameters())
+    return export_folder(generator, run.recipe, model, run.folder, target, metrics if judged else None, base_sha256)
+
+
+def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
+    """θ of a checkpoint, its average or its raw weights."""
+    generator = model.teacher.clone()
+    load_network(generator, checkpoint / "generator.safetensors")
+    if averaged:
+        average, _ = io_safe.read_tensors(checkpoint / "ema.safetensors", error=CheckpointError)
+        blend_average(generator, average)
+    return generator.freeze()
+
+
+def apply_delta_file(delta: str | Path, base: str, output: str | Path) -> Path:
+    """Base + delta = result: a diffusers folder for a folder, a single file for a single file. See `delta.apply_to_folder`."""
+    return apply_to_folder(Path(delta), io_safe.resolve_model(base), Path(output))
+
+
+def evaluate_protocol(
+    run_dir: str | Path,
+    protocol: str,
+    detectors: Sequence[str] = (),
+    prompts: str | Path | None = None,
+    seeds: int | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    before: bool = False,
+) -> dict[str, Any]:
+    """Figures of a protocol of docs/concepts.md over the exported generator (before: over what θ started as).
+
+    detectors: judge folders or module:function. prompts: a file; None = the run's own forget prompts. seeds: images of each
+    prompt. samples: images of each group, for `classes`. Raises RecipeError, ModelError, DataError.
+    """
+    run = load_run(run_dir)
+    if protocol not in PROTOCOLS:
+        raise RecipeError(f"protocol: {protocol!r}; give one of {', '.join(PROTOCOLS)}")
+    if not run.recipe.uses_prompts:
+        raise RecipeError("protocol: protocols are for text-to-image runs; this run's model draws from classes")
+    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no"}[protocol]
+    if (protocol == "celebrity" and len(detectors) != 1) or (protocol == "i2p") > len(detectors):
+        raise RecipeError(f"detector: {protocol} takes {needed} --detector, got {len(detectors)}")
+    if protocol == "classes" and (detectors or prompts):
+        raise RecipeError("detector: classes is judged by the run's judge of words and its own prompts; give neither")
+    found = [load_detector(detector) for detector in detectors]
+    file = read_prompts(prompts) if prompts is not None else None
+    model = load_model(run.recipe, file.texts if file else ())
+    assert model.text is not None
+    assert isinstance(model.teacher, TextDenoiser)
+    judging = judging_of(run.recipe, model)
+    start = load_start(run.recipe, model.teacher)[0].freeze() if before else trained_generator(run, model)
+    sampler = judging.one_step(start)
+    number = EVALUATION_SEED if seed is None else seed
+    if protocol == "classes":
+        if not judging.possible:
+            raise RecipeError("protocol: classes needs a judge of words beside the model, or evaluate.judge")
+        return judging.figures(sampler, samples or run.recipe.evaluate.final or 2000, number)
+    texts = file.texts if file else [model.teacher.table.prompts[row] for row in model.text.judged.forget]
+    asked = [Prompt(row, text) for row, text in zip(model.teacher.table.index(texts), texts)]
+    if protocol == "celebrity":
+        return celebrity(sampler, asked, found[0], seeds or 20, number)
+    more = {"seeds": file.seeds, "categories": file.categories} if file else {}
+    return i2p(sampler, asked, found, seeds or 10, number, **more)
 
 
 def _is_export(folder: Path) -> bool:

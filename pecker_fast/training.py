@@ -14,7 +14,7 @@ from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import CheckpointError
-from pecker_fast.exports import export_run_folder
+from pecker_fast.exports import export_folder
 from pecker_fast.guard import StopFlag
 from pecker_fast.judging import outside_sha256
 from pecker_fast.loop import Losses, run_stage
@@ -283,7 +283,10 @@ class Training:
             "peak_memory_bytes": hardware.peak_memory_bytes(),
             "parts": self.parts_account(state),
         }
-        export_run_folder(generator, self.recipe, self.parts, self.run_dir, self.run_dir / PIPELINE, self.metrics)
+        export_folder(
+            generator, self.recipe, self.parts, self.run_dir, self.run_dir / PIPELINE, self.metrics,
+            self.parts.teacher_sha256,
+        )  # fmt: skip
         self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
         self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
         io_safe.write_json(self.run_dir / METRICS, self.metrics)

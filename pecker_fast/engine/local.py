@@ -147,17 +147,17 @@ class LocalEngine:
         pieces = split(whole, self.recipe.engine.micro_batch)
         state.score_optimizer.zero_grad()
         losses = []
+        guidance = self.recipe.guidance.score_train
+
+        def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            return state.score.eps(x, t, c, guidance)
+
         for share, piece in pieces:
             batch = concatenate(piece)
             with self.autocast():
                 with torch.no_grad(), part("score_samples"):
                     x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
                 x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
-                guidance = self.recipe.guidance.score_train
-
-                def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-                    return state.score.eps(x, t, c, guidance)
-
                 with part("score_forward"):
                     per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
             loss = share * weighted_mean(per_sample, weights)

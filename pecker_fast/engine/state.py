@@ -1,5 +1,6 @@
 """Everything that must survive an interruption, in one place."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,12 +82,15 @@ class TrainState:
         """A frozen copy of θ with the averaged weights (the plain ones where there is no average)."""
         copy = self.generator.clone().freeze()
         if self.ema is not None:
-            for name, p in copy.named_parameters():
-                average = self.ema[name]
-                p.copy_(
-                    torch.where(average == p, p, average)
-                )  # a weight that never moved keeps its very bits, −0.0 too
+            blend_average(copy, self.ema)
         return copy
+
+
+@torch.no_grad()
+def blend_average(generator: Denoiser, average: Mapping[str, Tensor]) -> None:
+    """θ ← its average, by parameter name; a weight that never moved keeps its very bits, −0.0 too."""
+    for name, p in generator.named_parameters():
+        p.copy_(torch.where(average[name] == p, p, average[name]))
 
 
 def start_ema(generator: Denoiser, decay: float) -> dict[str, Tensor] | None:
