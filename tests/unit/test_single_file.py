@@ -1,6 +1,7 @@
 """Single files in the original layout: names against diffusers' own converters, bits there and back."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -214,6 +215,16 @@ def test_real_configurations_map_to_the_names_that_diffusers_knows(kind, count):
     assert len(names) == count == sum(name.startswith("model.diffusion_model.") for name in whole)
     traced = stock.convert_ldm_unet_checkpoint({b: a for a, b in names.items()}, dict(modules["unet"].config))
     assert traced == {name: name for name in names}
+    # diffusers reads either spelling of these two, the tools of the original layout only their own
+    sampled = re.compile(r"model\.diffusion_model\.(output_blocks\.\d+\.\d+\.conv\.weight)")
+    assert {found[1] for found in map(sampled.fullmatch, whole) if found} == {
+        "sd1": {"output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight", "output_blocks.8.2.conv.weight"},
+        "sd2": {"output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight", "output_blocks.8.2.conv.weight"},
+        "sdxl": {"output_blocks.2.2.conv.weight", "output_blocks.5.2.conv.weight"},
+    }[kind]
+    for name in ("q", "k", "v", "proj_out"):
+        for coder in ("encoder", "decoder"):
+            assert whole[f"first_stage_model.{coder}.mid.attn_1.{name}.weight"].shape == (512, 512, 1, 1)
     vae = stock.convert_ldm_vae_checkpoint(whole, dict(modules["vae"].config))
     assert {name: t.shape for name, t in vae.items()} == parts.shapes_of("vae", modules["vae"])
     for part in REAL_TEXT[kind]:

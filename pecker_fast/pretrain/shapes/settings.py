@@ -25,7 +25,7 @@ SCHEDULER: dict[str, Any] = {
 
 def _teacher() -> Settings:
     return Settings(
-        steps=9000, batch_size=64, lr=1e-3, lr_warmup=0.03, lr_decay=True, weight_decay=1e-3, clip_norm=1.0,
+        steps=8000, batch_size=32, lr=1e-3, lr_warmup=0.03, lr_decay=True, weight_decay=1e-3, clip_norm=1.0,
         ema=0.999, label_dropout=0.1, flip=False, storage="float16", checkpoint_every=1000,
     )  # fmt: skip
 
