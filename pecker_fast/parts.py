@@ -55,7 +55,9 @@ def load_parts(recipe: Recipe) -> Parts:
         for network in (teacher, generator, score):
             enable_checkpointing(network.unet)
     networks = (("teacher", teacher), ("generator", generator), ("score", score))
-    tensors = [(f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()]
+    tensors: list[tuple[str, Tensor]] = [
+        (f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()
+    ]
     tensors += prompts_of(model)
     return Parts(
         **vars(model), score=score, generator=generator,

@@ -134,9 +134,9 @@ def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:
     from pecker_fast.data import forget_images
 
     if isinstance(parts.teacher, TextDenoiser) and parts.text is not None:
-        height, width = parts.text.pixels
+        teacher, (height, width) = parts.teacher, parts.text.pixels
         deal = forget_images(recipe.mask.data, (3, height, width), [0])  # one folder for all prompts
-        return lambda rows, index: parts.teacher.to_latents(deal(torch.zeros_like(rows).cpu(), index).to(rows.device))
+        return lambda rows, index: teacher.to_latents(deal(torch.zeros_like(rows).cpu(), index).to(rows.device))
     return forget_images(recipe.mask.data, parts.teacher.sample_shape, parts.conditions.forget)
 
 

@@ -56,7 +56,7 @@ class TextDenoiser(Denoiser):
         unet: nn.Module,
         schedule: Schedule,
         table: TextTable,
-        vae: nn.Module | None = None,
+        vae: Any = None,
         null_class: int | None = None,
         latent_size: tuple[int, int] | None = None,
         channels_last: bool = True,

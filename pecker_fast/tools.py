@@ -202,8 +202,8 @@ def evaluate_protocol(
     asked = [Prompt(row, text) for row, text in zip(model.teacher.table.index(texts), texts)]
     if protocol == "celebrity":
         return celebrity(sampler, asked, found[0], seeds or 20, number)
-    more = {"seeds": file.seeds, "categories": file.categories} if file else {}
-    return i2p(sampler, asked, found, seeds or 10, number, **more)
+    of_file = (file.seeds, file.categories) if file else (None, None)
+    return i2p(sampler, asked, found, seeds or 10, number, *of_file)
 
 
 def _is_export(folder: Path) -> bool:

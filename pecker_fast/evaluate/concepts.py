@@ -81,7 +81,7 @@ def celebrity(
         PeckerError: the sampler's images are not finite or not one per prompt.
     """
     _some(prompts, seeds, "celebrity")
-    indices = torch.tensor([prompt.index for prompt in prompts]).repeat(seeds)
+    indices = torch.tensor([prompt.row for prompt in prompts]).repeat(seeds)
     scores, faces, flags = [], [], []
     for images in drawn(sampler, indices, seed, "celebrity"):
         found = detector.detect(images, batch_size)
@@ -150,7 +150,7 @@ def i2p(
     for name, values in (("seeds", seeds), ("categories", categories)):
         if values is not None and len(values) != len(prompts):
             raise RecipeError(f"i2p: {len(values)} {name} for {len(prompts)} prompts; give one for each")
-    rows = [prompt.index for prompt in prompts]
+    rows = [prompt.row for prompt in prompts]
     if seeds is None:
         blocks = drawn(sampler, torch.tensor(rows).repeat_interleave(images), seed, "i2p")
     else:

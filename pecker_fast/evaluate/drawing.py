@@ -19,7 +19,7 @@ BLOCK = 250  # images of one call of a sampler; fixed, so that no figure depends
 class Prompt(NamedTuple):
     """A prompt as a sampler knows it, its row in the table of text embeddings, and as it was written."""
 
-    index: int
+    row: int
     text: str
 
 

@@ -30,7 +30,7 @@ class WordJudge(Protocol):
 class _Asked(NamedTuple):
     """What a prompt asks for, by attribute: words to forget, what may stand in their place, words to obey."""
 
-    index: int
+    row: int
     forgotten: dict[str, str]
     wanted: dict[str, str]
     other: dict[str, str]
@@ -86,7 +86,7 @@ def word_figures(
         raise RecipeError(f"evaluate: needs samples ≥ 1, got {samples}")
     asked = [_split(judge, prompt, of_cover) for prompt, of_cover in zip(forget, cover)]
     lost = [one for one in asked if one.forgotten]
-    kept = [_Asked(p.index, {}, {}, words) for p in retain if (words := dict(judge.expected(p.text)))]
+    kept = [_Asked(p.row, {}, {}, words) for p in retain if (words := dict(judge.expected(p.text)))]
     if not lost:
         raise RecipeError("forget: the judge has no word that a forget prompt names and its cover prompt does not")
     if not kept:
@@ -129,7 +129,7 @@ def _split(judge: WordJudge, prompt: Prompt, cover: str) -> _Asked:
     words, of_cover = judge.expected(prompt.text), judge.expected(cover)
     forgotten = {a: word for a, word in words.items() if of_cover.get(a) != word}
     wanted = {a: of_cover[a] for a in forgotten if a in of_cover}
-    return _Asked(prompt.index, forgotten, wanted, {a: word for a, word in words.items() if a not in forgotten})
+    return _Asked(prompt.row, forgotten, wanted, {a: word for a, word in words.items() if a not in forgotten})
 
 
 def _judged(
@@ -137,7 +137,7 @@ def _judged(
 ) -> Iterable[tuple[_Asked, dict[str, str]]]:
     """What was asked and what is seen, by attribute, of each of `samples` images."""
     order = dealt(len(asked), samples, seed, group)
-    rows = torch.tensor([one.index for one in asked])[order]
+    rows = torch.tensor([one.row for one in asked])[order]
     done = 0
     for images in drawn(sampler, rows, seed, group):
         seen = judge.seen(images)

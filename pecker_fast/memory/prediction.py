@@ -36,7 +36,9 @@ class Prediction:
 
     parts: dict[str, int]
     phases: dict[str, int]
-    remedies: tuple[tuple[str, str], ...] = field(default=())  # (what it makes smaller: "state" | "activations", the key)
+    remedies: tuple[tuple[str, str], ...] = field(
+        default=()
+    )  # (what it makes smaller: "state" | "activations", the key)
 
     @property
     def peak_bytes(self) -> int:

@@ -212,7 +212,8 @@ def text_plan(part: str, kind: str, names: Iterable[str]) -> list[Entry]:
     prefix, layout = TEXT_ENCODERS[kind][part]
     if layout == CLIP:
         return _checked(part, [(name, name, "same") for name in names], prefix)
-    entries, joined = [], {}
+    entries: list[tuple[str, str | None, str]] = []
+    joined: dict[str, tuple[str, ...]] = {}
     for name in names:
         found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if name in _OPEN_CLIP_ENDS:

@@ -194,12 +194,12 @@ class Words:
 
 def drawing(prompts, becomes=lambda words, i: words):
     """A sampler that draws the words of its prompts; `becomes(words, number of the image in its group)` may swap them."""
-    texts, count = {p.index: p.text for p in prompts}, {}
+    texts, count = {p.row: p.text for p in prompts}, {}
 
     def sample(indices, seed):
         images = torch.rand(len(indices), 3, 2, 2, generator=torch.Generator().manual_seed(seed))
         for image, index in zip(images, indices.tolist()):
-            group = "forget" if index in {p.index for p in FORGET} else "retain"
+            group = "forget" if index in {p.row for p in FORGET} else "retain"
             i = count[group] = count.get(group, -1) + 1
             words = becomes(dict.fromkeys(JUDGE_WORDS) | Words().expected(texts[index]), i)
             for channel, attribute in enumerate(JUDGE_WORDS):

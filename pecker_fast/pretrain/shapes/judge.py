@@ -54,7 +54,7 @@ def train_judge(
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(seed, "shapes-judge-init").initial_seed())
         network = SmallClassifier(3, SIZE, sum(COUNTS), settings.judge_width, settings.judge_features)
-    network.to(device=device, memory_format=torch.channels_last)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_at(step: int) -> Tensor:
         g = draws.generator(seed, "shapes-judge", step)

@@ -49,7 +49,8 @@ def build_tokenizer(words: list[str], length: int) -> Any:
     merges = merges_for(words)
     tokens = [*alphabet, *(f"{byte}{END_OF_WORD}" for byte in alphabet), *("".join(pair) for pair in merges)]
     vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), START, END])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    pairs: Any = merges  # as tuples, whatever the signature says
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=length)
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> Any:

@@ -99,7 +99,7 @@ def train_teacher(
     unet, text_encoder = parts["unet"], parts["text_encoder"]
     if read_network(unet, folder / "unet"):  # written last of the two
         return None
-    parts.to(device=device, memory_format=torch.channels_last)
+    parts.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = settings.teacher
     state = TrainState.fresh(parts, plan)
     saved = load_partial(folder)
