@@ -1,5 +1,6 @@
 """A model folder cannot run code, reach outside itself, or pass for something it is not."""
 
+import fnmatch
 import json
 import os
 from pathlib import Path
@@ -81,8 +82,8 @@ HOSTILE = {
     "config is deep": (lambda folder: put(folder, "unet/config.json", b"[" * 100_000), "damaged JSON"),
     "config is huge": (lambda folder: put(folder, "unet/config.json", b" " * (9 << 20)), "too long for a text file"),
     "config is missing": (without("unet/config.json"), "no unet/config.json or config.json"),
-    "another network": (config_with(_class_name="UNet2DConditionModel"), "only UNet2DModel is supported"),
-    "no class name": (lambda folder: put(folder, "unet/config.json", {}), "only UNet2DModel is supported"),
+    "another network": (config_with(_class_name="FluxTransformer2DModel"), "only UNet2DModel and UNet2DCond"),
+    "no class name": (lambda folder: put(folder, "unet/config.json", {}), "only UNet2DModel and"),
     "weights are missing": (without(WEIGHTS), "the folder holds no safetensors weights"),
     "weights are empty": (lambda folder: put(folder, WEIGHTS, b""), "not a safetensors file, or cut short"),
     "weights are text": (lambda folder: put(folder, WEIGHTS, b"version https://git-lfs"), "not a safetensors file"),
@@ -170,7 +171,7 @@ def test_a_config_at_the_top_is_a_model_too(model):
     "name", ["digitz", "/no/such/folder", "runs/nothing-here", "../x", "a/../b", "a//b", "", "x" * 9000]
 )
 def test_a_name_of_nothing_is_refused_without_asking_the_network(monkeypatch, name):
-    monkeypatch.setattr(io_safe, "_from_hub", lambda name: pytest.fail(f"asked the network for {name}"))
+    monkeypatch.setattr(io_safe, "_from_hub", lambda name, revision: pytest.fail(f"asked the network for {name}"))
     with pytest.raises(ModelError):
         io_safe.resolve_model(name)
 
@@ -178,11 +179,19 @@ def test_a_name_of_nothing_is_refused_without_asking_the_network(monkeypatch, na
 def test_local_folders_stand_before_the_hub(monkeypatch, model, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
-    monkeypatch.setattr(io_safe, "_from_hub", lambda name: Path("/fetched"))
+    monkeypatch.setattr(io_safe, "_from_hub", lambda name, revision: Path("/fetched"))
     assert io_safe.resolve_model("model") == Path("model")
     with pytest.raises(ModelError, match="no such model folder"):
         io_safe.resolve_model("owner/name")  # `owner` is a folder here: a local path was meant
     assert io_safe.resolve_model("google/ddpm") == Path("/fetched")
+
+
+def wanted(file, asked):
+    """As the hub's client filters file names."""
+    allowed, ignored = (
+        any(fnmatch.fnmatch(file, pattern) for pattern in asked[key]) for key in ("allow_patterns", "ignore_patterns")
+    )
+    return allowed and not ignored
 
 
 def test_the_hub_is_asked_for_json_and_safetensors_alone_and_its_failure_is_one_line(monkeypatch):
@@ -197,7 +206,11 @@ def test_the_hub_is_asked_for_json_and_safetensors_alone_and_its_failure_is_one_
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ModelError) as caught:
         io_safe.resolve_model("nobody-owner/name")
-    assert asked == {"name": "nobody-owner/name", "allow_patterns": ["*.json", "*.safetensors"]}
+    assert asked["name"] == "nobody-owner/name"
+    for file in ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"):
+        assert wanted(file, asked), file
+    for file in ("unet/model.bin", "pipeline.py", "v1-5-pruned.safetensors", "unet/model.fp16.safetensors", "run.sh"):
+        assert not wanted(file, asked), file
     assert "nobody-owner/name: no such local folder, and the Hugging Face hub did not give it" in str(caught.value)
     assert "second line" not in str(caught.value)
 

@@ -10,14 +10,14 @@ from pecker_fast.cli import app
 from pecker_fast.config import Recipe, recipe_help
 
 KEYS_TEXT = """
-model model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score lr.warmup alpha
-timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher guidance.text_dropout
+model revision model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score lr.warmup alpha
+timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher guidance.text_dropout guidance.unconditional
 detach_score weights.score_retain weights.score_forget weights.retain weights.forget mask.source mask.score
 mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope mask.reduction mask.samples mask.data
 mask.timesteps mask.skip mask.refresh update_rule optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_value ema
-precision score engine.zero engine.offload engine.stall_s engine.compile engine.cuda_graph
-engine.channels_last engine.threads evaluate.every evaluate.samples evaluate.final
-evaluate.judge evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
+precision resolution score lora.rank lora.targets engine.zero engine.offload engine.stall_s engine.compile engine.cuda_graph
+engine.channels_last engine.threads engine.weights engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final
+evaluate.judge evaluate.prompts evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
 """
 RECIPE_KEYS = KEYS_TEXT.split()
 
@@ -34,6 +34,8 @@ CHOICES = {
     "score": "full | lora",
     "engine.offload": "none | cpu",
     "engine.compile": "none | blocks",
+    "engine.weights": "fp32 | bf16",
+    "lora.targets": "all | attention",
 }
 
 DEFAULTS = {
@@ -47,19 +49,23 @@ DEFAULTS = {
     "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
     "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
     "engine.stall_s": 600, "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True,
-    "engine.threads": 0, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,
+    "engine.threads": 0, "engine.weights": "fp32", "engine.checkpointing": False, "engine.micro_batch": 0,
+    "revision": None, "resolution": None, "lora.rank": 16, "lora.targets": "all", "guidance.unconditional": None,
+    "evaluate.prompts": None, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,
     "checkpoint.every": 100, "checkpoint.keep": 2, "seed": 0, "output": "runs/digits", "resume": "auto",
 }  # fmt: skip
 
 COMMANDS = {
     "train": {"recipe", "overrides", "--tensorboard", "--dry-run", "--quiet", "-q"},
     "pretrain": {"name", "--data", "--output", "-o", "--steps", "--seed", "--distill-steps", "--size"},
-    "sample": {"run", "--classes", "--count", "--seed", "--output", "-o", "--before"},
-    "evaluate": {"run", "--samples", "--seed", "--judge"},
+    "sample": {"run", "--classes", "--prompt", "--count", "--seed", "--output", "-o", "--before"},
+    "evaluate": {
+        "run", "--samples", "--seed", "--judge", "--protocol", "--prompts", "--detector", "--seeds", "--before",
+    },  # fmt: skip
     "report": {"run"},
     "mask": {"run", "--plot"},
-    "export": {"run", "--output", "-o", "--weights"},
-    "doctor": {"recipe"},
+    "export": {"what", "--output", "-o", "--weights", "--format"},
+    "doctor": {"recipe", "overrides"},
     "bench": {"recipe", "overrides", "--iterations", "--json"},
     "recipes list": set(),
     "recipes show": {"name", "--all"},
@@ -111,9 +117,9 @@ def test_the_python_functions_behind_the_commands():
 
     first = {
         run.train: ["recipe", "tensorboard", "quiet", "dry_run"],
-        tools.sample_run: ["run_dir", "classes", "count", "seed", "output", "before"],
+        tools.sample_run: ["run_dir", "classes", "count", "seed", "output", "before", "prompts"],
         tools.evaluate_run: ["run_dir", "samples", "seed", "judge"],
-        tools.export_run: ["run_dir", "output", "weights"],
+        tools.export_run: ["run_dir", "output", "weights", "form"],
         report.write_report: ["run_dir"],
         report.run_tables: ["run_dir"],
         benchmark.bench: ["recipe", "iterations", "json_file"],
