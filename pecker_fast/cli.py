@@ -288,18 +288,32 @@ def export(
     typer.echo(f"{'pipeline' if form == 'diffusers' else form}: {path}")
 
 
-@app.command(epilog=_examples("pecker-fast doctor", "pecker-fast doctor digits"))
+@app.command(
+    epilog=_examples(
+        "pecker-fast doctor", "pecker-fast doctor digits", "pecker-fast doctor sd15_celebrity score=lora batch_size=1"
+    )
+)
 def doctor(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Also check what this recipe needs.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")] = None,
 ) -> None:
-    """Show versions and backends, and what is missing. Exits with 1 if something has to be mended."""
+    """Show versions, backends, what is missing, and the memory a recipe will take. Exits with 1 if something must be mended."""
     from pecker_fast.config import load_recipe
     from pecker_fast.hardware import doctor as examine
 
-    checks = examine(load_recipe(recipe) if recipe else None)
+    resolved = load_recipe(recipe, overrides or ()) if recipe else None
+    checks = examine(resolved)
     _show(
         [(check.name, check.state, check.found, check.remedy) for check in checks], ("part", "state", "found", "remedy")
     )
+    if resolved is not None and not any(check.name == "model" and check.state == "missing" for check in checks):
+        from pecker_fast.forecast import check_memory
+
+        prediction = check_memory(resolved)
+        if prediction is None:
+            typer.echo("memory: not known before the model is fetched from the hub")
+        else:
+            _show(prediction.table(), ("memory (predicted)", "bytes"))
     if any(check.state == "missing" for check in checks):
         raise typer.Exit(1)
 

@@ -250,7 +250,7 @@ def delta_of_folders(base: Path, result: Path, path: Path, *, metadata: Mapping[
 def _folder_unet(folder: Path) -> dict[str, Tensor]:
     if not (folder / "unet").is_dir():
         raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
-    io_safe._check_part(folder / "unet", folder)
+    io_safe.check_parts(folder, ("unet",))
     return io_safe.read_weights(folder / "unet")
 
 
@@ -261,9 +261,11 @@ def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:
 def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
     """Write the model of `base` with the delta's UNet: a diffusers folder for a folder, a single file for a single file.
 
-    Of a folder, model_index.json, the texts beside it and the parts that it names are copied; other weights of the old
-    UNet (variants, pickles, single files) are not, since they would keep what was forgotten. `output` must not exist
-    and appears as a whole. Raises DataError (the delta, or another base), ModelError (the base) and OutputError.
+    The schedule of the result comes with it, where the delta has one. Of a folder, model_index.json, the texts beside
+    it and the parts that it names are copied; other weights of the old UNet (variants, pickles, single files) are not,
+    since they would keep what was forgotten. `output` must not exist and appears as a whole.
+
+    Raises DataError (the delta, or another base), ModelError (the base) and OutputError.
     """
     delta, base, output = Path(delta), Path(base), Path(output)
     if output.exists() or output.is_symlink():
@@ -281,11 +283,29 @@ def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
         try:
             _copy_model(base, temporary)
             io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, unet, {"format": "pt"})
+            _put_scheduler(read, temporary)
             io_safe.replace(temporary, output)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return output
+
+
+def _put_scheduler(delta: _Delta, target: Path) -> None:
+    """The schedule that the result is drawn with, where the delta's notes have one. Raises DataError."""
+    try:
+        notes = json.loads(delta.header.get("metadata", "{}"))
+        config = json.loads(notes.get("scheduler", "null"))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise delta.error("its notes are no JSON") from None
+    if config is None:
+        return
+    plain = isinstance(config, dict) and all(isinstance(v, str | int | float | None) for v in config.values())
+    if not plain or config.get("_class_name") != "EulerDiscreteScheduler":
+        raise delta.error("the scheduler in its notes is no EulerDiscreteScheduler")
+    io_safe.write_json(target / "scheduler" / "scheduler_config.json", config)
+    index = io_safe.read_json(target / "model_index.json", error=ModelError)
+    io_safe.write_json(target / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
 
 
 def _copy_model(base: Path, target: Path) -> None:
@@ -295,7 +315,7 @@ def _copy_model(base: Path, target: Path) -> None:
         raise ModelError(f"{base / 'model_index.json'}: damaged: a JSON object was expected")
     parts = {name for name, value in index.items() if isinstance(value, list) and Path(name).name == name} | {"unet"}
     for folder in (base, *(base / name for name in sorted(parts) if (base / name).is_dir())):
-        io_safe._check_part(folder, base)
+        io_safe.check_parts(base, (folder.name if folder != base else "",))
         for file in sorted(folder.iterdir()):
             if folder == base or folder.name == "unet":
                 wanted = file.suffix in _TEXT_FILES and not file.name.endswith(".safetensors.index.json")

@@ -70,7 +70,7 @@ def export_text_pipeline(
             weights = as_stored(generator.unet.state_dict(), text.base_unet())
             io_safe.write_json(temporary / "unet" / io_safe.CONFIG_NAME, unet_config(generator))
             io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
-            io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
+            io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
             text.write_other_parts(temporary)
             index = io_safe.read_json(text.configs / "model_index.json")
             index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
@@ -93,6 +93,11 @@ def export_text_pipeline(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return folder
+
+
+def one_step_scheduler(generator: Denoiser) -> dict[str, Any]:
+    """As `scheduler_config`, with the offset that Stable Diffusion's pipelines want to see; trailing spacing ignores it."""
+    return scheduler_config(generator) | {"steps_offset": 1}
 
 
 def _facts(recipe: Recipe, text: TextParts, base_sha256: str, weights_sha256: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The export of a run, whatever kind of model it is of, in every format."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pecker_fast.delta import hash_of, write_delta
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export import export_pipeline
-from pecker_fast.export_text import as_stored, export_text_pipeline
+from pecker_fast.export_text import as_stored, export_text_pipeline, one_step_scheduler
 from pecker_fast.parts import Model
 from pecker_fast.single_file import replace_unet, to_single_file
 
@@ -45,11 +46,12 @@ def base_unet(model: Model) -> dict[str, Tensor]:
     return io_safe.read_weights(io_safe.check_model_folder(model.folder))
 
 
-def export_file(generator: Denoiser, model: Model, output: Path, form: str) -> Path:
+def export_file(generator: Denoiser, model: Model, output: Path, form: str, t_init: int) -> Path:
     """θ as one safetensors file, every tensor in the dtype of the base's.
 
     form: "unet" (the UNet alone, diffusers' names), "single" (a whole checkpoint in the original Stable Diffusion layout) or
-    "delta" (only the weights that changed). Raises RecipeError, OutputError.
+    "delta" (only the weights that changed). t_init: where the generator takes its one step, told in the delta.
+    Raises RecipeError, OutputError.
     """
     if output.suffix != ".safetensors":
         raise OutputError(f"{output}: the format {form} is one file; give a name that ends in .safetensors")
@@ -60,7 +62,8 @@ def export_file(generator: Denoiser, model: Model, output: Path, form: str) -> P
     if form == "unet":
         io_safe.write_tensors(output, unet, {"format": "pt"})
     elif form == "delta":
-        write_delta(base, unet, output, base_sha256=hash_of(base))
+        facts = {"t_init": str(t_init), "scheduler": json.dumps(one_step_scheduler(generator))}
+        write_delta(base, unet, output, base_sha256=hash_of(base), metadata=facts)
     elif model.text is None:
         raise RecipeError("format: single is the layout of Stable Diffusion checkpoints; this model draws from classes")
     elif model.text.single:

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 from pecker_fast import io_safe
 from pecker_fast.config import Recipe
-from pecker_fast.errors import PeckerError
+from pecker_fast.errors import ModelError, PeckerError
 
 # distribution, what it is for, the extra that brings it (None: always installed)
 PACKAGES: tuple[tuple[str, str, str | None], ...] = (
     ("torch", "tensors", None),
     ("diffusers", "models and schedules", None),
     ("safetensors", "files", None),
+    ("transformers", "text encoders", None),
     ("torchmetrics", "FID and the like", None),
     ("triton", "kernels on a GPU; comes with torch's CUDA builds", None),
     ("scikit-learn", "the digits data, for `pretrain digits`", "eval"),
@@ -158,9 +159,14 @@ def _disk(output: Path) -> Check:
 
 
 def _model(key: str, name: str) -> Check:
+    if io_safe.is_hub_name(name):
+        return Check(key, "note", name, "of the Hugging Face hub; `train` fetches it, or give a local folder")
     try:
         folder = io_safe.resolve_model(name)
-        io_safe.check_model_folder(folder)
+        if folder.is_file():
+            io_safe.check_tensors(folder, error=ModelError)
+        else:
+            io_safe.check_model_folder(folder)
     except PeckerError as reason:
         return Check(key, "missing", str(reason))
     return Check(key, "ok", str(folder) if str(folder) == name else f"{name} ({folder})")

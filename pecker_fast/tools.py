@@ -138,7 +138,7 @@ def export_run(
     averaged = weights == "ema" and (checkpoint / "ema.safetensors").is_file()
     generator = checkpointed_generator(model, checkpoint, averaged)
     if form != "diffusers":
-        return export_file(generator, model, target, form)
+        return export_file(generator, model, target, form, run.recipe.timesteps.init)
     metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
     judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
     base_sha256 = io_safe.sha256_tensors(model.teacher.named_parameters())

@@ -88,31 +88,16 @@ def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
     """Weights of one part under today's names."""
     if not (folder / part).is_dir():
         raise ModelError(f"{folder / part}: no such folder, although model_index.json promises this part")
-    io_safe._check_part(folder / part, folder)
+    io_safe.check_parts(folder, (part,))
     if part in ("unet", "vae"):
         weights = io_safe.read_weights(folder / part)
         return {modern_vae_name(name): tensor for name, tensor in weights.items()} if part == "vae" else weights
     weights = {}
-    for file in _text_files(folder / part):
+    for file in io_safe.weight_files(folder / part, _TEXT_WEIGHTS):
         weights |= io_safe.read_tensors(file, error=ModelError)[0]
     named = {parts.canonical(part, name): tensor for name, tensor in weights.items()}
     named.pop(_POSITION_IDS, None)
     return named
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """Safetensors files of a transformers module."""
-    index = folder / f"{_TEXT_WEIGHTS}.index.json"
-    if (folder / _TEXT_WEIGHTS).exists() or not index.exists():
-        return [folder / _TEXT_WEIGHTS]
-    content = io_safe.read_json(index, error=ModelError)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise ModelError(f"{index}: damaged: no weight_map of file names")
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index}: {name!r} is no safetensors file of this folder; it is not followed")
-    return [folder / name for name in sorted(set(names.values()))]
 
 
 def replace_unet(

@@ -207,7 +207,12 @@ def test_the_hub_is_asked_for_json_and_safetensors_alone_and_its_failure_is_one_
     with pytest.raises(ModelError) as caught:
         io_safe.resolve_model("nobody-owner/name")
     assert asked["name"] == "nobody-owner/name"
-    for file in ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"):
+    for file in (
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "tokenizer/merges.txt",
+    ):
         assert wanted(file, asked), file
     for file in ("unet/model.bin", "pipeline.py", "v1-5-pruned.safetensors", "unet/model.fp16.safetensors", "run.sh"):
         assert not wanted(file, asked), file

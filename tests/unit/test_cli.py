@@ -198,10 +198,10 @@ def test_the_verbs_hand_their_options_on(capsys, monkeypatch):
         )
         == 0
     )
-    keys = {"classes": [0, 2], "count": 3, "seed": 5, "output": Path("o.png"), "before": True}
+    keys = {"classes": [0, 2], "count": 3, "seed": 5, "output": Path("o.png"), "before": True, "prompts": None}
     assert sample.calls == [((run,), keys)]
     assert evaluate.calls == [((run,), {"samples": 10, "seed": 2, "judge": Path("j")})]
-    assert export.calls == [((run,), {"output": Path("out"), "weights": "raw"})]
+    assert export.calls == [((run,), {"output": Path("out"), "weights": "raw", "form": "diffusers"})]
     assert report.calls == [((run,), {})]
     keys = {"data": Path("d"), "output": None, "steps": 9, "seed": 1, "distill_steps": 0, "size": 32}
     assert pretrain.calls == [(("images",), keys)]

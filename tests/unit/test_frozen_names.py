@@ -10,14 +10,15 @@ from pecker_fast.cli import app
 from pecker_fast.config import Recipe, recipe_help
 
 KEYS_TEXT = """
-model revision model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score lr.warmup alpha
-timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher guidance.text_dropout guidance.unconditional
-detach_score weights.score_retain weights.score_forget weights.retain weights.forget mask.source mask.score
-mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope mask.reduction mask.samples mask.data
-mask.timesteps mask.skip mask.refresh update_rule optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_value ema
-precision resolution score lora.rank lora.targets engine.zero engine.offload engine.stall_s engine.compile engine.cuda_graph
-engine.channels_last engine.threads engine.weights engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final
-evaluate.judge evaluate.prompts evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
+model revision model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score
+lr.warmup alpha timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher
+guidance.text_dropout guidance.unconditional detach_score weights.score_retain weights.score_forget weights.retain
+weights.forget mask.source mask.score mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope
+mask.reduction mask.samples mask.data mask.timesteps mask.skip mask.refresh update_rule optimizer.betas optimizer.eps
+optimizer.weight_decay optimizer.clip_value ema precision resolution score lora.rank lora.targets engine.zero
+engine.offload engine.stall_s engine.compile engine.cuda_graph engine.channels_last engine.threads engine.weights
+engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final evaluate.judge evaluate.prompts
+evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
 """
 RECIPE_KEYS = KEYS_TEXT.split()
 
@@ -60,8 +61,16 @@ COMMANDS = {
     "pretrain": {"name", "--data", "--output", "-o", "--steps", "--seed", "--distill-steps", "--size"},
     "sample": {"run", "--classes", "--prompt", "--count", "--seed", "--output", "-o", "--before"},
     "evaluate": {
-        "run", "--samples", "--seed", "--judge", "--protocol", "--prompts", "--detector", "--seeds", "--before",
-    },  # fmt: skip
+        "run",
+        "--samples",
+        "--seed",
+        "--judge",
+        "--protocol",
+        "--prompts",
+        "--detector",
+        "--seeds",
+        "--before",
+    },
     "report": {"run"},
     "mask": {"run", "--plot"},
     "export": {"what", "--output", "-o", "--weights", "--format"},
