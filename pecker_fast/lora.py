@@ -62,9 +62,8 @@ class AdaptedUNet(nn.Module):
         super().__init__()
         if rank < 1:
             raise ModelError(f"adapters need a rank of at least 1, got {rank}")
-        self.__dict__["base"] = base.requires_grad_(
-            False
-        )  # past nn.Module, which would list the base's weights as ours
+        base.requires_grad_(False)
+        self.__dict__["base"] = base  # past nn.Module, which would list its weights as ours
         self.options: dict[str, Any] = {"rank": rank, "targets": targets, "seed": seed, "scale": scale}
         self.scale = scale
         self._rows: Rows = None
@@ -152,6 +151,8 @@ class AdaptedUNet(nn.Module):
         if self.scale != 1:
             h = self.scale * h
         delta = F.conv2d(h, b) if isinstance(layer, nn.Conv2d) else F.linear(h, b)
+        if torch.compiler.is_compiling():  # knows no function that writes in place, and fuses the plain form
+            return torch.cat([y[:first], y[first:] + delta]) if first else y + delta
         return _AddToTail.apply(y, delta.to(y.dtype), first)
 
     def merged(self) -> nn.Module:

@@ -364,6 +364,26 @@ def test_checkpointed_passes_repeat_the_same_rows(teacher, inputs, reentrant):
     hook.remove()
 
 
+def test_a_compiled_block_is_one_piece_and_is_compiled_once():
+    teacher = load_teacher("digits")
+    score, x = stir(lora_score(teacher, RANK)), torch.randn(N, *teacher.sample_shape)
+    t, c = torch.tensor([38, 300, 500]), torch.tensor([0, 1, 2])
+    pieces = []
+
+    def backend(graph, _):
+        pieces.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        want = [*pair_x0(teacher, score, x, t, c, c), score.x0(x, t, c), teacher.x0(x, t, c)]
+        torch._dynamo.reset()
+        teacher.unet.down_blocks[0].resnets[0].compile(backend=backend, fullgraph=True, dynamic=False)
+        for _ in range(3):
+            got = [*pair_x0(teacher, score, x, t, c, c), score.x0(x, t, c), teacher.x0(x, t, c)]
+            assert all(close(a, b) for a, b in zip(got, want))
+            assert len(pieces) == 3  # rows of both, ψ alone, φ alone
+
+
 def test_autocast_computes_the_adapters_in_its_own_dtype(teacher, inputs):
     x, t, c_p, c_g = inputs
     score = stir(lora_score(teacher, RANK))
@@ -413,17 +433,10 @@ def test_layers_it_cannot_adapt_are_named(layer, match):
 
 
 def test_layers_whose_weights_others_take_are_refused():
-    from diffusers import UNet2DModel
+    from diffusers.models.downsampling import FirDownsample2D
 
-    blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
-    keys = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 8), "layers_per_block": 1}
-    try:
-        fir = UNet2DModel(**keys, **blocks, norm_num_groups=4)
-    except TypeError:
-        pytest.skip("this diffusers builds no such blocks")
-    if any("Fir" in type(m).__name__ and hasattr(m, "Conv2d_0") for m in fir.modules()):
-        with pytest.raises(ModelError, match=r"Conv2d_0 is a Conv2d of Fir"):
-            AdaptedUNet(fir)
+    with pytest.raises(ModelError, match=r"down.Conv2d_0 is a Conv2d of FirDownsample2D"):
+        AdaptedUNet(torch.nn.ModuleDict({"down": FirDownsample2D(8, 8, use_conv=True)}))
     fused = conditional_unet("sd1")
     fused.fuse_qkv_projections()
     with pytest.raises(ModelError, match="unsupported layers"):
