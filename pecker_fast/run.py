@@ -11,6 +11,7 @@ from pecker_fast.config import Recipe, load_recipe, recipe_from
 from pecker_fast.denoiser import load_unet
 from pecker_fast.errors import ModelError, OutputError
 from pecker_fast.export import write_unet
+from pecker_fast.forecast import check_memory
 from pecker_fast.guard import StopFlag
 from pecker_fast.io_safe import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
 from pecker_fast.parts import Parts, load_parts
@@ -30,6 +31,7 @@ def train(recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry
     dry_run loads and checks everything, and writes nothing.
     """
     started = time.perf_counter()
+    prediction = check_memory(recipe) if recipe.uses_prompts else None
     if dry_run and dry_run_text(recipe):
         return RunResult(Path(recipe.output), None, None)
     parts = load_parts(recipe)
@@ -46,7 +48,9 @@ def train(recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry
     with locked(plan.run_dir), StopFlag() as stop:
         open_run_folder(recipe, plan)
         with Tracker(plan.run_dir, tensorboard, console) as tracker:
-            return Training(recipe, parts, identity, tracker, stop, forget_images, started).run(plan.checkpoint)
+            training = Training(recipe, parts, identity, tracker, stop, forget_images, started)
+            training.prediction = prediction
+            return training.run(plan.checkpoint)
 
 
 def unlearn(

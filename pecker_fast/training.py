@@ -18,6 +18,7 @@ from pecker_fast.exports import export_folder
 from pecker_fast.guard import StopFlag
 from pecker_fast.judging import outside_sha256
 from pecker_fast.loop import Losses, run_stage
+from pecker_fast.memory import ITERATION, Prediction, size
 from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import Dense, adam
 from pecker_fast.parts import Parts, load_start, pick_device
@@ -58,6 +59,7 @@ class Training:
         self.run_dir = Path(recipe.output)
         self.saved_step: int | None = None
         self.mask_cost: dict[str, float] = {}  # of one mask
+        self.prediction: Prediction | None = None  # of the memory this run will take
         self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
 
     # -- stages -------------------------------------------------------------------------------------------------
@@ -282,6 +284,7 @@ class Training:
             "flops": state.flops,
             "peak_memory_bytes": hardware.peak_memory_bytes(),
             "parts": self.parts_account(state),
+            "memory": self.memory(state),
         }
         export_folder(
             generator, self.recipe, self.parts, self.run_dir, self.run_dir / PIPELINE, self.metrics,
@@ -296,6 +299,16 @@ class Training:
                 "not judged: the model folder has no judge/ (give evaluate.judge); metrics.json holds the cost alone"
             )
         return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+
+    def memory(self, state: TrainState) -> dict[str, int] | None:
+        """Peak bytes of an iteration, as predicted before loading and as measured; None where nothing was predicted."""
+        account = state.accounts.get(state.stage)
+        if self.prediction is None or account is None:
+            return None
+        predicted = max(n for name, n in self.prediction.phases.items() if name in ITERATION)
+        measured = account["peak_allocated_bytes"] or account["peak_tensor_bytes"]
+        self.tracker.say(f"memory of an iteration: predicted {size(predicted)}, measured {size(measured)}")
+        return {"predicted_bytes": predicted, "measured_bytes": measured}
 
     def parts_account(self, state: TrainState) -> dict[str, Any] | None:
         """One iteration part by part, of the last stage this process has iterated in; else what an earlier one left."""

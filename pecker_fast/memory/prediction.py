@@ -27,6 +27,7 @@ DECODED_AT_ONCE = 4  # latents that pass through the VAE together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LORA_RANK = 16
 GIB = 1 << 30
+ITERATION = ("score step", "generator step", "average")  # the phases of one
 
 
 @dataclass(frozen=True)
