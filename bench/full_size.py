@@ -130,7 +130,9 @@ def meta(archs: list[str], output: Path) -> dict[str, Any]:
         for batch in (1, 8) if arch == "sd15" else (1,):
             for name in VARIANTS:
                 for checkpointing in (False, True):
-                    prediction = predict(variant_recipe(name, batch, checkpointing), unet, vae_config=vae, device="cuda")
+                    prediction = predict(
+                        variant_recipe(name, batch, checkpointing), unet, vae_config=vae, device="cuda"
+                    )
                     row = {
                         "arch": arch, "batch": batch, "variant": name, "checkpointing": checkpointing,
                         "peak_bytes": prediction.peak_bytes, "parts": prediction.parts, "phases": prediction.phases,
@@ -195,7 +197,9 @@ def released_schedule(prediction_type: str, device: torch.device) -> Schedule:
     return Schedule(product.sqrt().float().to(device), (1 - product).sqrt().float().to(device), prediction_type, {})
 
 
-def set_up(config: Config, prediction_type: str, recipe: Recipe, device: torch.device) -> tuple[LocalEngine, TrainState]:
+def set_up(
+    config: Config, prediction_type: str, recipe: Recipe, device: torch.device
+) -> tuple[LocalEngine, TrainState]:
     """φ, ψ, θ of random weights, each its own, and an engine; a random mask where the recipe uses one."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[getattr(recipe.engine, "weights", "fp32")]
     schedule, table = released_schedule(prediction_type, device), random_table(config, device, dtype)
@@ -223,7 +227,9 @@ def set_up(config: Config, prediction_type: str, recipe: Recipe, device: torch.d
     return LocalEngine(recipe, conditions, device), state
 
 
-def measure(config: Config, prediction_type: str, recipe: Recipe, iterations: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    config: Config, prediction_type: str, recipe: Recipe, iterations: int, device: torch.device
+) -> dict[str, Any]:
     """images/s, share of each part, peak memory, MFU of whole iterations."""
     engine, state = set_up(config, prediction_type, recipe, device)
     for _ in range(2):
@@ -252,7 +258,9 @@ def measure(config: Config, prediction_type: str, recipe: Recipe, iterations: in
         "mfu": flops / seconds / best if best and recipe.precision == "bf16" else None,
         "peak_bytes": peak.bytes,
         "predicted_bytes": predicted_steps(config, recipe, device),
-        "parts": {key: {"share": one["share"], "ms": one["ms"]} for key, one in account["parts"].items() if "ms" in one},
+        "parts": {
+            key: {"share": one["share"], "ms": one["ms"]} for key, one in account["parts"].items() if "ms" in one
+        },
     }
 
 

@@ -30,9 +30,13 @@ def build(
     """
     import diffusers
 
-    kind = str(config.get("_class_name") or ("UNet2DConditionModel" if "cross_attention_dim" in config else "UNet2DModel"))
+    kind = str(
+        config.get("_class_name") or ("UNet2DConditionModel" if "cross_attention_dim" in config else "UNet2DModel")
+    )
     if kind not in ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"):
-        raise ModelError(f"memory: no prediction for a {kind[:80]}; it knows UNet2DModel, UNet2DConditionModel, AutoencoderKL")
+        raise ModelError(
+            f"memory: no prediction for a {kind[:80]}; it knows UNet2DModel, UNet2DConditionModel, AutoencoderKL"
+        )
     with _default_dtype(dtype), _no_initial_values():
         network = getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
     if recomputed_in is not None:
@@ -163,7 +167,8 @@ class Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.fused and func is functional.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)
-        if self.fp32_norms and func in (functional.group_norm, functional.layer_norm):
+        norm = func in (functional.group_norm, functional.layer_norm)
+        if norm and self.fp32_norms and torch.is_autocast_enabled("cpu"):
             x, *rest = args
             rest = [a.float() if isinstance(a, Tensor) else a for a in rest]
             kwargs = {key: a.float() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
