@@ -21,7 +21,7 @@ import full_size
 DIGITS = io_safe.read_json(io_safe.ASSETS / "digits" / "unet" / "config.json")
 STEPS = ("score step", "generator step", "average")
 TEXT = {
-    "_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+    "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
     "block_out_channels": [16, 32], "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 2,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
 }  # fmt: skip
@@ -65,7 +65,7 @@ def test_prediction_is_what_the_digits_take(keys):
     recipe = load_recipe("digits", [*keys.split(), "mask.samples=2"])
     setup = set_up(recipe)
     found = measured(setup.engine, setup.state, setup.iterate)
-    assert iteration_bytes(predict(recipe, DIGITS)) == pytest.approx(found, rel=0.05)
+    assert iteration_bytes(predict(recipe, DIGITS)) == pytest.approx(found, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_prediction_is_what_a_text_network_takes(config, keys, checkpointing):
     recipe = full_size.with_keys(load_recipe(None, ["batch_size=2", *keys.split()]), checkpointing=checkpointing)
     engine, state = full_size.set_up(config, "epsilon", recipe, torch.device("cpu"))
     found = measured(engine, state, lambda: full_size.iteration(engine, state))
-    assert iteration_bytes(predict(recipe, config)) == pytest.approx(found, rel=0.05)
+    assert iteration_bytes(predict(recipe, config)) == pytest.approx(found, rel=0.03)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_what_takes_less():
     assert half.parts["generator optimizer"] == dense.parts["generator optimizer"]  # moments stay float32
     assert half.phases["score step"] < 0.6 * dense.phases["score step"]
     lora = peak(score="lora")
-    assert lora.parts["score network"] == pytest.approx(lora.parts["score optimizer"], rel=0.05)
+    assert lora.parts["score network"] == pytest.approx(lora.parts["score optimizer"], rel=0.03)
     assert 0 < lora.parts["score network"] < 0.3 * dense.parts["score network"]
 
 
