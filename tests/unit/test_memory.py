@@ -123,7 +123,7 @@ def test_what_takes_less():
     assert half.parts["generator optimizer"] == dense.parts["generator optimizer"]  # moments stay float32
     assert half.phases["score step"] < 0.6 * dense.phases["score step"]
     lora = peak(score="lora")
-    assert lora.parts["score network"] == pytest.approx(lora.parts["score optimizer"], rel=0.03)
+    assert lora.parts["score network"] == pytest.approx(lora.parts["score optimizer"], rel=0.05)
     assert 0 < lora.parts["score network"] < 0.3 * dense.parts["score network"]
 
 
