@@ -206,12 +206,12 @@ def set_up(
 
     def network() -> Denoiser:
         with device:
-            unet = build(config)
+            unet = build(config, dtype)
         for p in unet.parameters():
             nn.init.normal_(p, std=0.02)
         if getattr(recipe.engine, "checkpointing", False):
             unet.enable_gradient_checkpointing()
-        return text_denoiser(unet.to(dtype), schedule, table)
+        return text_denoiser(unet, schedule, table)
 
     teacher, score, generator = network().freeze(), network(), network()
     named = generator.named_parameters()

@@ -64,15 +64,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_initial_values() -> Iterator[None]:
     """Most of the time of building goes into values that nobody reads."""
-    kinds = (nn.Linear, nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm)
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Conv2d, nn.Embedding, nn.GroupNorm, nn.LayerNorm)
     before = [kind.reset_parameters for kind in kinds]
     for kind in kinds:
-        kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
+        kind.reset_parameters = lambda self: None
     try:
         yield
     finally:
         for kind, method in zip(kinds, before):
-            kind.reset_parameters = method  # type: ignore[method-assign]
+            kind.reset_parameters = method
 
 
 def blank_schedule() -> Schedule:
@@ -134,21 +134,21 @@ class Adapted(Blank):
             self.adapters.requires_grad_(True)
 
 
-def _adapt(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Module:
+def _adapt(layer: Any, rank: int) -> nn.Module:
     down: nn.Module
     up: nn.Module
     if isinstance(layer, nn.Linear):
         down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
     else:
         shape = {"stride": layer.stride, "padding": layer.padding, "bias": False}
-        down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **shape)  # type: ignore[arg-type]
+        down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **shape)
         up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
     own = layer.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:
         return own(x, *args) + 1.0 * up(down(x))
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     return nn.Sequential(down, up)
 
 
@@ -167,7 +167,8 @@ class Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.fused and func is functional.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)
-        if self.fp32_norms and func in (functional.group_norm, functional.layer_norm):
+        norm = func in (functional.group_norm, functional.layer_norm)
+        if norm and self.fp32_norms and torch.is_autocast_enabled("cpu"):
             x, *rest = args
             rest = [a.float() if isinstance(a, Tensor) else a for a in rest]
             kwargs = {key: a.float() if isinstance(a, Tensor) else a for key, a in kwargs.items()}

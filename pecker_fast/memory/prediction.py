@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from pecker_fast.memory.rehearsal import Rehearsal, planned_mask
 from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import Dense, UpdateRule, adam
 
-DECODED_AT_ONCE = 4  # latents that pass through the VAE together
+DECODED_AT_ONCE = 1  # latents that pass through the VAE together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LORA_RANK = 16
 GIB = 1 << 30
@@ -32,14 +32,13 @@ ITERATION = ("score step", "generator step", "average")  # the phases of one
 
 @dataclass(frozen=True)
 class Prediction:
-    """parts: bytes of each kind at the peak of the iteration or pass that needs most; they add up to `peak_bytes`.
-    phases: peak bytes of each phase, all that is alive then. remedies: changes to the recipe that would take less."""
+    """parts: bytes of each kind; "activations" are what the largest phase holds beyond the others, so they add up to
+    `peak_bytes`. phases: peak bytes of each phase, all that is alive then. remedies: keys of the recipe that would take
+    less, each with what it makes smaller ("state" or "activations")."""
 
     parts: dict[str, int]
     phases: dict[str, int]
-    remedies: tuple[tuple[str, str], ...] = field(
-        default=()
-    )  # (what it makes smaller: "state" | "activations", the key)
+    remedies: tuple[tuple[str, str], ...] = ()
 
     @property
     def peak_bytes(self) -> int:
