@@ -1,6 +1,7 @@
 """Samplers: one step of a generator, and the teacher's multi-step DDIM. Images leave as float32 [N, C, H, W] in [-1, 1]."""
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from pecker_fast import draws, io_safe
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.losses import generate
 
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # samples at a time, at most
+BATCH_NUMBERS = 1 << 18  # and no more numbers than these: 16 latents of 4×64×64
 
 
 def sample_noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
@@ -19,19 +21,25 @@ def sample_noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
     return torch.randn(n, *denoiser.sample_shape, generator=draws.generator(seed, "sample")).to(denoiser.device)
 
 
+def batch_of(denoiser: Denoiser) -> int:
+    """Samples of this network that are drawn at a time."""
+    return max(1, min(BATCH_SIZE, BATCH_NUMBERS // math.prod(denoiser.sample_shape)))
+
+
 @torch.no_grad()
 def one_step_sample(
-    generator: Denoiser, labels: Tensor, seed: int, t_init: int, batch_size: int = BATCH_SIZE
+    generator: Denoiser, labels: Tensor, seed: int, t_init: int, batch_size: int | None = None
 ) -> Tensor:
     """Images of the one-step generator θ for conditions [N]: x_g from z, [N, C, H, W]."""
     z = sample_noise(generator, labels.shape[0], seed)
-    parts = zip(z.split(batch_size), labels.to(generator.device).split(batch_size))
+    size = batch_size or batch_of(generator)
+    parts = zip(z.split(size), labels.to(generator.device).split(size))
     return torch.cat([generator.to_images(generate(generator, z_i, c_i, t_init)) for z_i, c_i in parts])
 
 
 @torch.no_grad()
 def ddim_sample(
-    denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int = BATCH_SIZE, guidance: float = 1.0
+    denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int | None = None, guidance: float = 1.0
 ) -> Tensor:
     """Images of the multi-step sampler (DDIM, η = 0, diffusers' scheduler) for conditions [N], [N, C, H, W]."""
     return torch.cat([denoiser.to_images(x) for x in ddim(denoiser, labels, steps, seed, batch_size, guidance)])
@@ -39,7 +47,7 @@ def ddim_sample(
 
 @torch.no_grad()
 def ddim(
-    denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int = BATCH_SIZE, guidance: float = 1.0
+    denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int | None = None, guidance: float = 1.0
 ) -> Iterator[Tensor]:
     """What `ddim_sample` makes images of, batch by batch: samples of the network, [n, C, H, W] each."""
     from diffusers import DDIMScheduler
@@ -50,7 +58,8 @@ def ddim(
     )
     scheduler.set_timesteps(steps)
     z = sample_noise(denoiser, labels.shape[0], seed)
-    for x, c in zip(z.split(batch_size), labels.to(denoiser.device).split(batch_size)):
+    size = batch_size or batch_of(denoiser)
+    for x, c in zip(z.split(size), labels.to(denoiser.device).split(size)):
         for t in scheduler.timesteps:
             output = denoiser.output(x, t.to(x.device).expand(x.shape[0]), c, guidance)
             x = scheduler.step(output, t, x).prev_sample

@@ -13,7 +13,7 @@ from pecker_fast.denoiser import Denoiser
 from pecker_fast.errors import RecipeError
 from pecker_fast.schedule import Schedule
 
-DECODED = 16  # latents the VAE decodes at a time
+DECODED_PIXELS = 1 << 12  # latent pixels the VAE takes at a time: one latent of 64×64
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class TextDenoiser(Denoiser):
             raise RecipeError("this network was loaded without a VAE; its latents cannot be shown")
         dtype = next(self.vae.parameters()).dtype
         scaled = x.to(dtype) / self.vae_config.scaling_factor
-        parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(DECODED)]
+        at_once = max(1, DECODED_PIXELS // (x.shape[2] * x.shape[3]))
+        parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)]
         return torch.cat(parts).float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -104,7 +105,9 @@ class TextDenoiser(Denoiser):
         """Latents [N, C, h, w] (means of the VAE's posterior) of images [N, 3, H, W] in [-1, 1]."""
         assert self.vae is not None
         dtype = next(self.vae.parameters()).dtype
-        parts = [self.vae.encode(part.to(dtype)).latent_dist.mode() for part in images.split(DECODED)]
+        _, height, width = self.sample_shape
+        at_once = max(1, DECODED_PIXELS // (height * width))
+        parts = [self.vae.encode(part.to(dtype)).latent_dist.mode() for part in images.split(at_once)]
         return torch.cat(parts).float() * self.vae_config.scaling_factor
 
     @property

@@ -147,6 +147,7 @@ class Training:
         recipe = self.recipe
         generator = state.averaged_generator() if state.stage == "distill" else state.generator
         generator.unet.requires_grad_(True)
+        state.release()
         fresh = TrainState(
             state.teacher, state.score, generator, adam(recipe, state.score.named_parameters(), recipe.lr.score),
             state.updates, start_ema(generator, recipe.ema),

@@ -79,11 +79,18 @@ class TrainState:
         return [ema[name] for name, _ in named], [p.detach().float() for _, p in named]
 
     def averaged_generator(self) -> Denoiser:
-        """A frozen copy of θ with the averaged weights (the plain ones where there is no average)."""
+        """A frozen copy of θ with the averaged weights; θ itself where there is no average."""
+        if self.ema is None:
+            return self.generator
         copy = self.generator.clone().freeze()
-        if self.ema is not None:
-            blend_average(copy, self.ema)
+        blend_average(copy, self.ema)
         return copy
+
+    def release(self) -> None:
+        """Let go of moments and average: another state takes over."""
+        self.ema = None
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
 
 
 @torch.no_grad()
