@@ -14,8 +14,6 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,9 @@ from pecker_fast.memory import alive, measured_peak, predict
 from pecker_fast.memory.networks import TIME_IDS, build
 from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import adam
+from pecker_fast.parts import enable_checkpointing, new_score
 from pecker_fast.schedule import Schedule
+from pecker_fast.text_denoiser import TextDenoiser, TextTable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "full_size_meta.json"
@@ -109,7 +109,7 @@ def iteration_flops(flops: Mapping[str, int], batch: int) -> int:
 
 
 def with_keys(recipe: Recipe, score: str = "full", weights: str = "fp32", checkpointing: bool = False) -> Recipe:
-    """Keys that this version's recipes may not take yet."""
+    """The recipe with other keys of memory."""
     engine = recipe.engine.model_copy(update={"weights": weights, "checkpointing": checkpointing})
     return recipe.model_copy(update={"score": score, "engine": engine})
 
@@ -149,45 +149,15 @@ def meta(archs: list[str], output: Path) -> dict[str, Any]:
 # -- iterations ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text embeddings of P prompts. embeds [P, L, D]; pooled [P, D2] and time_ids [6] of SDXL."""
-
-    embeds: Tensor
-    pooled: Tensor | None
-    time_ids: Tensor | None
-
-
-def random_table(config: Config, device: torch.device, dtype: torch.dtype) -> Table:
-    new = partial(torch.randn, device=device, dtype=dtype)
-    embeds = new(PROMPTS, TOKENS, config["cross_attention_dim"])
+def random_table(config: Config, device: torch.device) -> TextTable:
+    """Embeddings of `PROMPTS` prompts that nobody wrote."""
+    embeds = torch.randn(PROMPTS, TOKENS, config["cross_attention_dim"], device=device)
+    names = tuple(map(str, range(PROMPTS)))
     if config.get("addition_embed_type") != "text_time":
-        return Table(embeds, None, None)
+        return TextTable(names, embeds)
     pixels = float(8 * config["sample_size"])
     ids = torch.tensor([pixels, pixels, 0.0, 0.0, pixels, pixels], device=device)
-    return Table(embeds, new(PROMPTS, pooled_width(config)), ids)
-
-
-class TableDenoiser(Denoiser):
-    """A text-conditional network over a table; conditions are rows of it."""
-
-    def __init__(self, unet: nn.Module, schedule: Schedule, table: Table) -> None:
-        super().__init__(unet, schedule, 0)
-        self.table = table
-
-    def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        table, n = self.table, x_t.shape[0]
-        added = None
-        if table.pooled is not None and table.time_ids is not None:
-            added = {"text_embeds": table.pooled[c], "time_ids": table.time_ids.expand(n, -1)}
-        x_t = x_t.to(memory_format=torch.channels_last, dtype=next(self.unet.parameters()).dtype)
-        return self.unet(
-            x_t, t, encoder_hidden_states=table.embeds[c], added_cond_kwargs=added, return_dict=False
-        )[0]  # fmt: skip
-
-
-def text_denoiser(unet: nn.Module, schedule: Schedule, table: Table) -> Denoiser:
-    return TableDenoiser(unet, schedule, table)
+    return TextTable(names, embeds, torch.randn(PROMPTS, pooled_width(config), device=device), ids)
 
 
 def released_schedule(prediction_type: str, device: torch.device) -> Schedule:
@@ -201,19 +171,21 @@ def set_up(
     config: Config, prediction_type: str, recipe: Recipe, device: torch.device
 ) -> tuple[LocalEngine, TrainState]:
     """φ, ψ, θ of random weights, each its own, and an engine; a random mask where the recipe uses one."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[getattr(recipe.engine, "weights", "fp32")]
-    schedule, table = released_schedule(prediction_type, device), random_table(config, device, dtype)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.engine.weights]
+    schedule, table = released_schedule(prediction_type, device), random_table(config, device)
 
     def network() -> Denoiser:
         with device:
             unet = build(config, dtype)
         for p in unet.parameters():
             nn.init.normal_(p, std=0.02)
-        if getattr(recipe.engine, "checkpointing", False):
-            unet.enable_gradient_checkpointing()
-        return text_denoiser(unet, schedule, table)
+        return TextDenoiser(unet, schedule, table, null_class=0)
 
-    teacher, score, generator = network().freeze(), network(), network()
+    teacher, generator = network().freeze(), network()
+    score = network() if recipe.score == "full" else new_score(recipe, teacher)
+    if recipe.engine.checkpointing:
+        for one in (teacher, generator, score):
+            enable_checkpointing(one.unet)
     named = generator.named_parameters()
     mask = None
     if recipe.uses_mask:
@@ -234,7 +206,7 @@ def measure(
     engine, state = set_up(config, prediction_type, recipe, device)
     for _ in range(2):
         iteration(engine, state)
-    with measured_peak(device, alive(state)) as peak:
+    with measured_peak(device, [*alive(state), *table_of(state)]) as peak:
         iteration(engine, state)
     meter, times, before = stopwatch(device), [], state.images
     for _ in range(iterations):
@@ -262,6 +234,13 @@ def measure(
             key: {"share": one["share"], "ms": one["ms"]} for key, one in account["parts"].items() if "ms" in one
         },
     }
+
+
+def table_of(state: TrainState) -> list[Tensor]:
+    """The text embeddings, which are no part of the networks."""
+    assert isinstance(state.teacher, TextDenoiser)
+    table = state.teacher.table
+    return [t for t in (table.embeds, table.pooled, table.time_ids) if t is not None]
 
 
 def predicted_steps(config: Config, recipe: Recipe, device: torch.device) -> int:

@@ -198,7 +198,8 @@ def test_micro_batches_and_checkpointing_change_memory_not_the_update(models, tm
     plain, plain_losses = stepped(recipe(models["sdxl"], tmp_path, **LINEAR))
     other, losses = stepped(recipe(models["sdxl"], tmp_path, **LINEAR, engine=change))
     for name, moved in plain.items():
-        torch.testing.assert_close(other[name], moved, rtol=1e-3, atol=1e-3 * float(moved.abs().max()) + 1e-12)
+        ulps = 2.4e-7  # of weights around 1, between which the update is read off
+        torch.testing.assert_close(other[name], moved, rtol=1e-3, atol=1e-3 * float(moved.abs().max()) + ulps)
     for name, loss in plain_losses.items():
         assert float(losses[name]) == pytest.approx(float(loss), rel=1e-4)
     unbatched, _ = stepped(recipe(models["sdxl"], tmp_path, **LINEAR, batch_size=1))
