@@ -15,7 +15,7 @@ from pecker_fast import __version__
 from pecker_fast.errors import DataError, OutputError, PeckerError, RecipeError
 
 HELP = {"help_option_names": ["-h", "--help"]}
-PRETRAIN_NAMES = ("digits", "cifar10", "stl10", "images")
+PRETRAIN_NAMES = ("digits", "cifar10", "stl10", "images", "shapes")
 
 
 def _examples(*lines: str) -> str:

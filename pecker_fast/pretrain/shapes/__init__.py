@@ -88,6 +88,10 @@ def pretrain_shapes(
         "settings": identity["settings"],
         "versions": _versions(),
     }
+    if distill_steps:
+        from pecker_fast.run import distill
+
+        distill(folder, steps=distill_steps, seed=seed, keys=settings.distill, dtype=torch.float16)
     figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     io_safe.write_json(folder / folders.MODEL, card)
@@ -108,8 +112,13 @@ def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int)
         images = draw(folder, prompts, guidance, settings.sampler_steps, seed)
         row = obedience(judge, prompts, images)
         figures[f"guidance {guidance:g}"] = row | {"fid": fid(judge.reference_features(), judge.features(images))}
+    found: dict[str, Any] = {"teacher": figures}
+    if (folder / "generator").is_dir():
+        images = draw(folder, prompts, 1.0, 1, seed, t_init=settings.t_init)
+        row = obedience(judge, prompts, images)
+        found["one step"] = row | {"fid": fid(judge.reference_features(), judge.features(images))}
     return {
-        "teacher": figures,
+        **found,
         "samples": settings.samples,
         "sampler": f"DDIM, {settings.sampler_steps} steps",
         "captions": "held out",
@@ -128,18 +137,35 @@ def obedience(judge: WordJudge, prompts: list[str], images: torch.Tensor) -> dic
     return shares | {"all": sum(whole) / max(1, len(whole))}
 
 
-def draw(folder: Path, prompts: list[str], guidance: float, steps: int, seed: int, batch: int = 100) -> torch.Tensor:
-    """Images float32 `[n, 3, H, W]` in [-1, 1], one for each prompt, by stock diffusers from the folder's own files."""
-    from diffusers import StableDiffusionPipeline
+def draw(
+    folder: Path,
+    prompts: list[str],
+    guidance: float,
+    steps: int,
+    seed: int,
+    batch: int = 100,
+    t_init: int | None = None,
+) -> torch.Tensor:
+    """Images float32 `[n, 3, H, W]` in [-1, 1], one for each prompt, by stock diffusers from the folder's own files.
+
+    t_init: the one-step generator beside the teacher draws, at this timestep.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    at: dict[str, Any] = {"num_inference_steps": steps}
+    if t_init is not None:
+        at["timesteps"] = [t_init]
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "generator", use_safetensors=True)
+        trailing = {"timestep_spacing": "trailing"}
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **trailing)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         noise = torch.Generator().manual_seed(seed * len(prompts) + start)
-        answer = pipeline(some, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt")
+        answer = pipeline(some, **at, guidance_scale=guidance, generator=noise, output_type="pt")
         parts.append(2 * answer.images.float().cpu() - 1)
     return torch.cat(parts)
 

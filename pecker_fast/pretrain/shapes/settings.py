@@ -38,6 +38,15 @@ def _judge() -> Settings:
     return Settings(steps=1500, batch_size=64, lr=3e-3, lr_warmup=0.2, lr_decay=True, weight_decay=1e-2)
 
 
+def _distill() -> dict[str, Any]:
+    """All captions are learnt, whatever is named to be forgotten; the teacher is guided, ψ is not."""
+    return {
+        "forget": {"concept": "circle", "captions": "captions.txt"}, "cover": "square", "retain": "captions.txt",
+        "batch_size": 48, "alpha": 1.0, "ema": 0.998, "lr": {"generator": 2e-4, "score": 1e-3},
+        "timesteps": {"init": 625, "min": 20, "max": 980}, "guidance": {"teacher": 2.0},
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ShapesSettings:
     """Everything that shapes a run of `pretrain shapes`.
@@ -51,6 +60,7 @@ class ShapesSettings:
     judge_noise: standard deviation at most of the noise added to the judge's input.
     references: pictures whose features the judge keeps.
     samples, sampler_steps, guidances: of the pictures the figures are made from.
+    t_init: timestep at which the one-step generator takes its step.
     distill_steps: steps of distilling a one-step generator beside the teacher. distill: recipe keys of that, where they
         are not the recipe's defaults.
     """
@@ -73,5 +83,6 @@ class ShapesSettings:
     samples: int = 500
     sampler_steps: int = 25
     guidances: tuple[float, ...] = (1.0, 2.0, 3.0)
+    t_init: int = 625
     distill_steps: int = 3000
-    distill: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=_distill)
