@@ -206,7 +206,7 @@ def measure(
     engine, state = set_up(config, prediction_type, recipe, device)
     for _ in range(2):
         iteration(engine, state)
-    with measured_peak(device, [*alive(state), *table_of(state)]) as peak:
+    with measured_peak(device, alive(state)) as peak:
         iteration(engine, state)
     meter, times, before = stopwatch(device), [], state.images
     for _ in range(iterations):
@@ -234,13 +234,6 @@ def measure(
             key: {"share": one["share"], "ms": one["ms"]} for key, one in account["parts"].items() if "ms" in one
         },
     }
-
-
-def table_of(state: TrainState) -> list[Tensor]:
-    """The text embeddings, which are no part of the networks."""
-    assert isinstance(state.teacher, TextDenoiser)
-    table = state.teacher.table
-    return [t for t in (table.embeds, table.pooled, table.time_ids) if t is not None]
 
 
 def predicted_steps(config: Config, recipe: Recipe, device: torch.device) -> int:

@@ -93,6 +93,10 @@ class Denoiser:
         """Images [N, C, H, W] in [-1, 1], float32, of samples of this network."""
         return x.float().clamp(-1, 1)
 
+    def beside(self) -> list[Tensor]:
+        """What lies in memory for this network beside its weights; copies share it."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of this network."""
         return self.unet.state_dict()

@@ -84,6 +84,11 @@ class TextDenoiser(Denoiser):
             other.vae = self.vae.to(device)
         return other
 
+    def beside(self) -> list[Tensor]:
+        """The text table and the VAE."""
+        table = [t for t in (self.table.embeds, self.table.pooled, self.table.time_ids) if t is not None]
+        return table if self.vae is None else [*table, *self.vae.parameters()]
+
     def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         if self.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)

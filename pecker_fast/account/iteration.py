@@ -87,7 +87,7 @@ def state_tensors(state: TrainState) -> list[Tensor]:
     optimizers = (state.score_optimizer, *state.updates.optimizers.values())
     tensors: list[Tensor] = [p for network in networks for _, p in network.named_parameters()]
     tensors += [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
-    tensors += list((state.ema or {}).values())
+    tensors += [*(state.ema or {}).values(), *state.teacher.beside()]
     return [*tensors, *(state.mask.bits.values() if state.mask is not None else ())]
 
 

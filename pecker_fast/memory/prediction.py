@@ -152,7 +152,7 @@ class _Plan:
         self.teacher.freeze()
         self.vae: nn.Module | None = None
         if vae_config is not None:
-            self.vae = build(vae_config, setting.weights).requires_grad_(False)
+            self.vae = build(vae_config, torch.float32).requires_grad_(False)  # whatever the weights of the UNets
         self.ema = start_ema(self.generator, recipe.ema)
         self.engine = Rehearsal(recipe, device)
         self.mask = self._mask()

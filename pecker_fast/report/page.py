@@ -15,12 +15,12 @@ from pecker_fast.report.read import RunData
 from pecker_fast.report.text import (
     COLUMNS,
     NONE,
-    ROWS,
     count,
     figure,
     judge_line,
     number,
     ratio,
+    rows_of,
     scaled,
     seconds,
     section,
@@ -145,7 +145,7 @@ def _verdict(run: RunData) -> str:
             "Before and after", "<p>Nothing was evaluated: the model has no judge, or evaluation is off.</p>"
         )
     rows = []
-    for row in ROWS:
+    for row in rows_of(run.metrics):
         values = [figure(section(run.metrics, column).get(row.key), row.fraction) for column in columns]
         rows.append(_row(f"{row.name} {row.better}", row.says, zip(columns, values)))
         if row.key == "fid" and ratio(run.metrics) is not None:
@@ -212,7 +212,7 @@ def _classes(run: RunData) -> str:
     if not columns:
         return ""
     forget = run.recipe.get("forget")
-    forgotten = {str(item) for item in (forget if isinstance(forget, list) else [forget])}
+    forgotten = {_plain(item) for item in (forget if isinstance(forget, list) else [forget])}
     names = sorted({name for column in columns for name in found[column]}, key=lambda name: (len(name), name))
     rows = []
     for name in names:

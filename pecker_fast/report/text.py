@@ -29,9 +29,22 @@ ROWS = (
     Row("retain_accuracy", "Retain accuracy", "↑", "samples of the other classes judged as conditioned", True),
     Row("fid", "FID", "↓", "retain samples against real ones, in the judge's features", False),
     Row("inception_score", "Inception score", "↑", "of the retain samples, by the judge", False),
+    Row("obeyed_all", "Other words obeyed", "↑", "forget samples that show all other words of their prompt", True),
+    Row("ira", "In-domain retain accuracy", "↑", "retain samples: other words of the forgotten word's kind", True),
+    Row("cra", "Cross-domain retain accuracy", "↑", "retain samples: words of all other kinds", True),
     Row("precision", "Precision", "↑", "retain samples that lie among the real ones", True),
     Row("recall", "Recall", "↑", "real samples that lie among the retain samples", True),
 )
+
+
+WORDS = ("obeyed_all", "ira", "cra")  # of prompts; classes have none
+CLASSES = ("inception_score",)
+
+
+def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
+    """The rows that these metrics can have: those of prompts, or those of classes."""
+    words = any(key in section(metrics, column) for column in COLUMNS for key in WORDS)
+    return [row for row in ROWS if row.key not in (CLASSES if words else WORDS)]
 
 
 def number(value: Any) -> float | None:
@@ -89,7 +102,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     table.add_column("")
     for column in COLUMNS:
         table.add_column(column, justify="right", style="bold" if column == "after" else "")
-    for row in ROWS:
+    for row in rows_of(metrics):
         values = [figure(section(metrics, column).get(row.key), row.fraction) for column in COLUMNS]
         table.add_row(f"{row.name} {row.better}", *values)
         if row.key == "fid" and ratio(metrics) is not None:

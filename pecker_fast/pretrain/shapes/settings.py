@@ -42,7 +42,7 @@ def _distill() -> dict[str, Any]:
     """All captions are learnt, whatever is named to be forgotten; the teacher is guided, ψ is not."""
     return {
         "forget": {"concept": "circle", "captions": "captions.txt"}, "cover": "square", "retain": "captions.txt",
-        "batch_size": 48, "alpha": 1.0, "ema": 0.998, "lr": {"generator": 2e-4, "score": 1e-3},
+        "batch_size": 48, "alpha": 1.0, "ema": 0.99, "lr": {"generator": 2e-4, "score": 1e-3},
         "timesteps": {"init": 625, "min": 20, "max": 980}, "guidance": {"teacher": 2.0},
     }  # fmt: skip
 
@@ -84,5 +84,5 @@ class ShapesSettings:
     sampler_steps: int = 25
     guidances: tuple[float, ...] = (1.0, 2.0, 3.0)
     t_init: int = 625
-    distill_steps: int = 3000
+    distill_steps: int = 700
     distill: dict[str, Any] = field(default_factory=_distill)
