@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pecker_fast.pretrain.shapes.judge import COUNTS, augment, quantise, word_lo
 from pecker_fast.pretrain.shapes.settings import LENGTH
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words, token_ids
 from pecker_fast.pretrain.shapes.vae import as_floats
+from pecker_fast.schedule import Schedule
 from pecker_fast.shapes import ATTRIBUTES, captions, combinations, random_words
 
 DEFAULT = ShapesSettings()
@@ -46,6 +48,13 @@ def run(folder: Path, seed: int = 0) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): io_safe.sha256_file(f) for f in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_fresh_pictures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pecker_fast.pretrain.shapes.judge.FRESH", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +184,26 @@ def test_the_judges_loss_is_one_cross_entropy_for_each_attribute() -> None:
         wrong = words.clone()
         wrong[:, i] = (wrong[:, i] + 1) % COUNTS[i]
         assert abs(word_loss(right, wrong).item() - 10) < 1e-3
+
+
+def test_timesteps_are_as_late_as_asked() -> None:
+    for lateness in (1.0, 3.0):
+        t = teacher.timesteps(100_000, 1000, lateness, torch.Generator().manual_seed(0))
+        assert t.dtype == torch.int64
+        assert 0 <= t.min() < t.max() == 999
+        share = (t < 500).double().mean().item()
+        assert abs(share - 0.5**lateness) < 0.01
+
+
+def test_the_teachers_error_is_weighted_by_the_clipped_snr() -> None:
+    a = torch.tensor([0.9, 0.6, 0.1], dtype=torch.float64)
+    schedule = Schedule(a, (1 - a * a).sqrt(), "epsilon", {})
+    output, e = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    snr = [v * v / (1 - v * v) for v in (0.9, 0.6, 0.1)]
+    errors = (output - e).square().mean((1, 2, 3)).tolist()
+    for clip in (0.3, 2.0, 1e9):
+        expected = sum(min(s, clip) / s * error for s, error in zip(snr, errors)) / 3
+        assert abs(teacher.weighted_error(output, e, torch.arange(3), schedule, clip).item() - expected) < 1e-12
 
 
 def test_augmenting_keeps_the_picture() -> None:

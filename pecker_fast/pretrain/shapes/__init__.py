@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from pecker_fast import io_safe
+from pecker_fast import draws, io_safe
 from pecker_fast.errors import RecipeError
-from pecker_fast.evaluate.metrics import fid
+from pecker_fast.evaluate.metrics import fid, fid_floor
 from pecker_fast.evaluate.words import WordJudge
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.shapes.folder import write_pipeline
@@ -103,25 +103,27 @@ def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int)
     """How well the stored pipeline obeys held-out captions, drawn by stock diffusers and seen by the stored judge.
 
     For each guidance: the share of samples with the word of the caption, for each attribute and for `all` of them, and
-    `fid` against the judge's reference.
+    `fid` against the judge's reference. `fid_floor`: halves of the reference against each other.
     """
+    real = judge.reference_features()
     texts = captions("held_out")
     prompts = [texts[i * len(texts) // settings.samples % len(texts)] for i in range(settings.samples)]
     figures = {}
     for guidance in settings.guidances:
         images = draw(folder, prompts, guidance, settings.sampler_steps, seed)
         row = obedience(judge, prompts, images)
-        figures[f"guidance {guidance:g}"] = row | {"fid": fid(judge.reference_features(), judge.features(images))}
+        figures[f"guidance {guidance:g}"] = row | {"fid": fid(real, judge.features(images))}
     found: dict[str, Any] = {"teacher": figures}
     if (folder / "generator").is_dir():
         images = draw(folder, prompts, 1.0, 1, seed, t_init=settings.t_init)
-        row = obedience(judge, prompts, images)
-        found["one step"] = row | {"fid": fid(judge.reference_features(), judge.features(images))}
+        found["one step"] = obedience(judge, prompts, images) | {"fid": fid(real, judge.features(images))}
     return {
         **found,
         "samples": settings.samples,
         "sampler": f"DDIM, {settings.sampler_steps} steps",
         "captions": "held out",
+        "fid_floor": fid_floor(real, torch.zeros(len(real), dtype=torch.long), seed),
+        "reference_samples": len(real),
     }
 
 
@@ -152,7 +154,9 @@ def draw(
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+    )
     at: dict[str, Any] = {"num_inference_steps": steps}
     if t_init is not None:
         at["timesteps"] = [t_init]
@@ -164,7 +168,7 @@ def draw(
     parts = []
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
-        noise = torch.Generator().manual_seed(seed * len(prompts) + start)
+        noise = draws.generator(seed, "shapes-draw", start)
         answer = pipeline(some, **at, guidance_scale=guidance, generator=noise, output_type="pt")
         parts.append(2 * answer.images.float().cpu() - 1)
     return torch.cat(parts)

@@ -55,6 +55,8 @@ class ShapesSettings:
     pool: pictures drawn once; their latents are all that the UNet is trained on.
     vae_channels: of each VAE level, three levels for a factor of 4. kl: weight of the KL divergence, in nats per pixel
         value, beside the squared and absolute error.
+    snr_clip: the squared error of a timestep weighs min(SNR, snr_clip) / SNR (min-SNR, arXiv 2303.09556).
+    lateness: timesteps are drawn with a density ∝ t^(lateness − 1): the place of the shape is settled by the noisiest.
     unet_channels, unet_head_dim: of each UNet level; every level attends to the text.
     text_width, text_layers, text_heads: of the CLIP text encoder.
     judge_noise: standard deviation at most of the noise added to the judge's input.
@@ -71,6 +73,8 @@ class ShapesSettings:
     pool: int = 24_000
     vae_channels: tuple[int, int, int] = (16, 32, 32)
     kl: float = 1e-3
+    snr_clip: float = 5.0
+    lateness: float = 2.0
     unet_channels: tuple[int, int] = (32, 64)
     unet_head_dim: int = 16
     text_width: int = 64

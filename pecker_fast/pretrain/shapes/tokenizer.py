@@ -46,7 +46,7 @@ def build_tokenizer(words: list[str], length: int) -> Any:
     from transformers import CLIPTokenizer
 
     alphabet = sorted(ByteLevel.alphabet())
-    merges = merges_for(words)
+    merges: Any = merges_for(words)
     tokens = [*alphabet, *(f"{byte}{END_OF_WORD}" for byte in alphabet), *("".join(pair) for pair in merges)]
     vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), START, END])}
     pairs: Any = merges  # as tuples, whatever the signature says

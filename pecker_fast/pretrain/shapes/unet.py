@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pecker_fast import draws
 from pecker_fast.pretrain.output import load_partial, save_partial
@@ -85,6 +84,21 @@ class Captioned:
         return self.latents[index], torch.where(dropped, self.nothing, ids)
 
 
+def timesteps(n: int, total: int, lateness: float, g: torch.Generator) -> Tensor:
+    """int64 `[n]` in [0, total), with a density ∝ t^(lateness − 1); 1 = uniform."""
+    return (total * torch.rand(n, generator=g) ** (1 / lateness)).long().clamp(max=total - 1)
+
+
+def weighted_error(output: Tensor, e: Tensor, t: Tensor, schedule: Schedule, snr_clip: float) -> Tensor:
+    """E w(t) ‖e − ε(x_t, t, c)‖² per element over one batch, w = min(SNR, snr_clip) / SNR with SNR = a_t² / b_t².
+
+    DDPM's objective (arXiv 2006.11239, Eq. 14) under min-SNR weighting (arXiv 2303.09556, Eq. 4).
+    """
+    a, b = schedule.coefficients(t)
+    weight = (snr_clip * b.square() / a.square()).clamp(max=1)
+    return (weight * (output - e).square()).mean()
+
+
 def train_teacher(
     folder: Path, data: Captioned, tokenizer: Any, schedule: Schedule, settings: ShapesSettings, seed: int,
     device: torch.device,
@@ -93,7 +107,7 @@ def train_teacher(
 
     Returns the step an interrupted run was taken up from.
     """
-    parts = nn.ModuleDict(
+    parts: Any = nn.ModuleDict(
         {"unet": build_unet(settings, seed), "text_encoder": build_text_encoder(settings, tokenizer, seed)}
     )
     unet, text_encoder = parts["unet"], parts["text_encoder"]
@@ -108,14 +122,14 @@ def train_teacher(
     schedule = schedule.to(device)
 
     def loss_at(step: int) -> Tensor:
-        """E ‖e − ε(x_t, t, c)‖² per element over one batch (DDPM, arXiv 2006.11239, Eq. 14)."""
         g = draws.generator(seed, "shapes-teacher", step)
         x_0, ids = data.batch(plan, g)
-        t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=g)
+        t = timesteps(len(x_0), schedule.num_timesteps, settings.lateness, g)
         e = torch.randn(x_0.shape, generator=g)
         x_0, ids, t, e = (value.to(device, non_blocking=True) for value in (x_0, ids, t, e))
         x_t = schedule.add_noise(x_0, e, t).contiguous(memory_format=torch.channels_last)
-        return F.mse_loss(unet(x_t, t, encoder_hidden_states=text_encoder(ids)[0]).sample, e)
+        output = unet(x_t, t, encoder_hidden_states=text_encoder(ids)[0]).sample
+        return weighted_error(output, e, t, schedule, settings.snr_clip)
 
     fit("teacher", state, loss_at, plan, save=lambda tensors, step: save_partial(folder, tensors, step))
     write_network(text_encoder, folder / "text_encoder", TEXT_WEIGHTS)
