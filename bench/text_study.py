@@ -37,10 +37,10 @@ ARMS = {
     "no mask": ["mask.source=none"],
     LORA: ["mask.density=0.03", *FORGET_LOSS, *LIVE, "score=lora"],
 }
-RATES = {"no mask": (5e-5, 1e-4, 2e-4)}  # of θ; ψ's is the recipe's
-MASKED_RATES = (4e-4, 8e-4, 1.6e-3)
+RATES = {"no mask": (3e-5, 1e-4), LORA: ()}  # of θ; ψ's is the recipe's. The adapter takes its twin's
+MASKED_RATES = (2e-4, 6e-4)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-TUNING_STEPS, STEPS, JUDGE_EVERY = 60, 120, 10
+TUNING_STEPS, STEPS, JUDGE_EVERY = 30, 50, 10
 BAR = 0.99
 Task = tuple[str, str, list[str]]  # arm, name, overrides
 
@@ -50,7 +50,7 @@ def execute(task: Task, runs: Path) -> None:
     folder = runs / re.sub(r"\W+", "-", name)
     if (folder / "metrics.json").is_file() and "cost" in json.loads((folder / "metrics.json").read_text()):
         return
-    given = [f"evaluate.every={JUDGE_EVERY}", "evaluate.samples=400", "evaluate.final=0", "checkpoint.every=0"]
+    given = [f"evaluate.every={JUDGE_EVERY}", "evaluate.samples=300", "evaluate.final=0", "checkpoint.every=0"]
     command = [sys.executable, "-m", "pecker_fast", "train", "shapes", *given, *keys, f"output={folder}", "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     print(name, short(history(runs, name)[-1]), flush=True)
@@ -86,7 +86,8 @@ def best_rates(runs: Path) -> dict[str, float]:
     for (arm, name, _), rate in tuning():
         value = objective(history(runs, name)[-1])
         found[arm] = min(found.get(arm, (math.inf, 0.0)), (value, rate))
-    return {arm: rate for arm, (_, rate) in found.items()}
+    rates = {arm: rate for arm, (_, rate) in found.items()}
+    return rates | {LORA: rates[LORA.removesuffix(", score lora")]}
 
 
 def finals(rates: dict[str, float]) -> list[Task]:

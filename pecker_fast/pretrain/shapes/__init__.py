@@ -89,14 +89,29 @@ def pretrain_shapes(
         "versions": _versions(),
     }
     if distill_steps:
-        from pecker_fast.run import distill
-
-        distill(folder, steps=distill_steps, seed=seed, keys=settings.distill, dtype=torch.float16)
+        distil(folder, settings, distill_steps, seed)
     figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     io_safe.write_json(folder / folders.MODEL, card)
     folders.finish(folder)
     return folder
+
+
+def distil(folder: Path, settings: ShapesSettings, steps: int, seed: int) -> None:
+    """Put `generator/` and `score/` beside the teacher. A round that an interrupted run has finished is not done again."""
+    from pecker_fast.run import distill
+
+    done = folder / "distilled.json"
+    first = io_safe.read_json(done)["rounds"] if done.is_file() else 0
+    for number, given in enumerate(settings.distill):
+        keys = {key: value for key, value in given.items() if key != "share"}
+        keys |= {"generator": str(folder)} if number else {}
+        if number >= first:
+            distill(
+                folder, steps=max(1, round(given["share"] * steps)), seed=seed + number, keys=keys, dtype=torch.float16
+            )
+            io_safe.write_json(done, {"rounds": number + 1})
+    done.unlink()
 
 
 def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int) -> dict[str, Any]:

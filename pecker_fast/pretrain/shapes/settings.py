@@ -38,13 +38,17 @@ def _judge() -> Settings:
     return Settings(steps=1500, batch_size=64, lr=3e-3, lr_warmup=0.2, lr_decay=True, weight_decay=1e-2)
 
 
-def _distill() -> dict[str, Any]:
-    """All captions are learnt, whatever is named to be forgotten; the teacher is guided, ψ is not."""
-    return {
+def _distill() -> tuple[dict[str, Any], ...]:
+    """All captions are learnt, whatever is named to be forgotten; the teacher is guided, ψ is not. A second round has a slower θ
+    and a faster ψ: colours settle last."""
+    both = {
         "forget": {"concept": "circle", "captions": "captions.txt"}, "cover": "square", "retain": "captions.txt",
-        "batch_size": 48, "alpha": 1.0, "ema": 0.99, "lr": {"generator": 2e-4, "score": 1e-3},
-        "timesteps": {"init": 625, "min": 20, "max": 980}, "guidance": {"teacher": 2.0},
+        "batch_size": 48, "alpha": 1.0, "timesteps": {"init": 625, "min": 20, "max": 980}, "guidance": {"teacher": 2.0},
     }  # fmt: skip
+    return (
+        {"share": 7 / 18, **both, "ema": 0.99, "lr": {"generator": 2e-4, "score": 1e-3}},
+        {"share": 11 / 18, **both, "ema": 0.995, "lr": {"generator": 1.5e-4, "score": 2e-3}},
+    )
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class ShapesSettings:
     references: pictures whose features the judge keeps.
     samples, sampler_steps, guidances: of the pictures the figures are made from.
     t_init: timestep at which the one-step generator takes its step.
-    distill_steps: steps of distilling a one-step generator beside the teacher. distill: recipe keys of that, where they
-        are not the recipe's defaults.
+    distill_steps: steps of distilling a one-step generator beside the teacher, in rounds that go on from one another.
+    distill: for each round its `share` of the steps and the recipe keys that are not the recipe's defaults.
     """
 
     teacher: Settings = field(default_factory=_teacher)
@@ -88,5 +92,5 @@ class ShapesSettings:
     sampler_steps: int = 25
     guidances: tuple[float, ...] = (1.0, 2.0, 3.0)
     t_init: int = 625
-    distill_steps: int = 700
-    distill: dict[str, Any] = field(default_factory=_distill)
+    distill_steps: int = 1800
+    distill: tuple[dict[str, Any], ...] = field(default_factory=_distill)
