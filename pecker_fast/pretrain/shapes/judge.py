@@ -53,7 +53,7 @@ def train_judge(
     trips = (127.5 * (decode(vae, encode(vae, pool[: len(pool) // 2])) + 1)).round().to(torch.uint8)
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(seed, "shapes-judge-init").initial_seed())
-        network = SmallClassifier(3, SIZE, sum(COUNTS), settings.judge_width, settings.judge_features)
+        network: Any = SmallClassifier(3, SIZE, sum(COUNTS), settings.judge_width, settings.judge_features)
     network.to(device=device, memory_format=torch.channels_last)
 
     def loss_at(step: int) -> Tensor:
