@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from evidence.outcome import bootstrap
+from evidence.pictures import COLOURS
 from evidence.report import markdown
+from matplotlib.figure import Figure
 
 from pecker_fast.hardware import environment
 from pecker_fast.track import read_events
@@ -26,6 +28,7 @@ from pecker_fast.track import read_events
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "text_study.json"
 DOC = ROOT / "docs" / "evidence.md"
+PICTURE = ROOT / "docs" / "figures" / "text_study.png"
 LIVE = ["update_rule=salient_only"]
 FORGET_LOSS = ["mask.score=forget_loss", "mask.contrast=true"]
 LORA = "forget_loss+ · element 0.03, score lora"
@@ -65,6 +68,13 @@ def history(runs: Path, name: str) -> list[dict[str, Any]]:
     keys = ("step", "ua", "cover_rate", "retain_accuracy", "obeyed_all", "fid")
     events = read_events(runs / re.sub(r"\W+", "-", name) / "run.jsonl")
     return [{key: event[key] for key in keys} for event in events if event["event"] == "evaluate"]
+
+
+def losses(runs: Path, name: str) -> list[dict[str, Any]]:
+    """Losses on the way."""
+    keys = ("step", "score_loss", "retain_loss", "forget_loss")
+    events = read_events(runs / re.sub(r"\W+", "-", name) / "run.jsonl")
+    return [{key: event[key] for key in keys} for event in events if event["event"] == "step"]
 
 
 def tuning() -> list[tuple[Task, float]]:
@@ -110,7 +120,8 @@ def collect(runs: Path) -> dict[str, Any]:
     for arm, name, _ in finals(rates):
         cost = json.loads((runs / re.sub(r"\W+", "-", name) / "metrics.json").read_text())["cost"]
         entry = arms.setdefault(arm, {"lr": rates[arm], "runs": []})
-        entry["runs"].append({"history": history(runs, name), "training_s": cost["training_s"]})
+        run = {"history": history(runs, name), "losses": losses(runs, name)}
+        entry["runs"].append({**run, "training_s": cost["training_s"], "memory": cost["memory"]})
     tuned = {name: history(runs, name)[-1] for (_, name, _), _ in tuning()}
     return {
         "command": "python bench/text_study.py run; python bench/text_study.py table",
@@ -144,6 +155,34 @@ def table(study: dict[str, Any]) -> str:
     return markdown(heads, rows)
 
 
+def picture(study: dict[str, Any]) -> None:
+    """UA and FID of every arm, and the losses of a full score network beside those of an adapter; means over the seeds."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for (arm, entry), colour in zip(study["arms"].items(), COLOURS):
+        steps = [h["step"] for h in entry["runs"][0]["history"]]
+        for place, key in ((axes[0], "ua"), (axes[1], "fid")):
+            rows = [[h[key] for h in run["history"]] for run in entry["runs"]]
+            place.plot(steps, [sum(column) / len(column) for column in zip(*rows)], color=colour, label=arm, lw=1.6)
+    for arm, style in ((LORA.removesuffix(", score lora"), "-"), (LORA, "--")):
+        found = study["arms"][arm]["runs"]
+        steps = [row["step"] for row in found[0]["losses"]]
+        for key, colour in (("score_loss", COLOURS[0]), ("retain_loss", COLOURS[3]), ("forget_loss", COLOURS[1])):
+            means = [
+                sum(column) / len(column) for column in zip(*([row[key] for row in run["losses"]] for run in found))
+            ]
+            label = f"{key.replace('_', ' ')}, {'adapter' if arm == LORA else 'full ψ'}"
+            axes[2].plot(steps, means, style, color=colour, label=label, lw=1.4)
+    for place, title in zip(axes, ("UA", "retain FID", "losses: full ψ and adapter")):
+        place.set_title(title, fontsize=10)
+        place.set_xlabel("iterations")
+        place.grid(alpha=0.25)
+        place.legend(fontsize=6)
+    axes[1].set_yscale("log")
+    axes[2].set_yscale("symlog", linthresh=10)
+    figure.savefig(PICTURE, dpi=110)
+
+
 def _mean(values: list[float], digits: int) -> str:
     low, mean, high = bootstrap(values)
     return f"{mean:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
@@ -161,6 +200,7 @@ def main() -> int:
     study = collect(options.runs)
     RESULTS.write_text(json.dumps(study) + "\n")
     block = f"<!-- text:final -->\n{table(study)}\n<!-- /text:final -->"
+    picture(study)
     text = DOC.read_text()
     DOC.write_text(re.sub(r"<!-- text:final -->.*?<!-- /text:final -->", lambda _: block, text, flags=re.DOTALL))
     return 0

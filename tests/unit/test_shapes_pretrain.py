@@ -115,19 +115,18 @@ def test_the_same_command_gives_the_same_weights_another_seed_others(model: Path
 def test_an_interrupted_teacher_ends_where_a_whole_one_does(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    calls = []
+    drawn: list[int] = []
     plain = teacher.Captioned.batch
 
     def batch(self: Any, settings: Any, g: torch.Generator) -> Any:
-        calls.append(1)
-        if len(calls) == at:
+        drawn.append(g.initial_seed())
+        if len(drawn) == at:
             signal.raise_signal(signal.SIGTERM)
         return plain(self, settings, g)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher.Captioned, "batch", batch)
-        with pytest.raises(Interrupted, match=f"step {at} of 4"):
-            run(tmp_path / "run")
+    monkeypatch.setattr(teacher.Captioned, "batch", batch)
+    with pytest.raises(Interrupted, match=f"step {at} of 4"):
+        run(tmp_path / "run")
     kept = hashes(tmp_path / "run")
     assert {"vae/diffusion_pytorch_model.safetensors", "judge/model.safetensors"} <= set(kept)
     assert not (tmp_path / "run" / "model.json").exists()
@@ -140,6 +139,7 @@ def test_an_interrupted_teacher_ends_where_a_whole_one_does(
     monkeypatch.setattr("pecker_fast.pretrain.shapes.vae.fit", never)
     monkeypatch.setattr("pecker_fast.pretrain.shapes.judge.fit", never)
     run(tmp_path / "run")
+    assert len(drawn) == len(set(drawn)) == 4  # no step twice, no batch twice
     assert hashes(tmp_path / "run") == hashes(model)
     assert io_safe.read_json(tmp_path / "run" / "model.json")["resumed_from"] == at
 

@@ -11,7 +11,7 @@ from pecker_fast.errors import DataError, ModelError
 from pecker_fast.evaluate.judge import Judge, SmallClassifier, load_judge, save_judge
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
 
-ATTRIBUTES = {"animal": ("cat", "polar bear", "bear"), "tone": ("green", "dark green")}
+ATTRIBUTES = {"animal": ("cat", "polar bear", "bear"), "tone": ("green", "green glass")}
 
 
 def mean_levels(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,10 +27,12 @@ def judge() -> WordJudge:
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("A Cat, dark green.", {"animal": "cat", "tone": "dark green"}),
+        ("A Cat, green glass.", {"animal": "cat", "tone": "green glass"}),
         ("polar bear", {"animal": "polar bear"}),
         ("a green BEAR", {"animal": "bear", "tone": "green"}),
         ("concatenate bears in greenish", {}),
+        ("a bobcat in an evergreen", {}),
+        ("a polar bear and a bear", {}),
         ("a cat beside a bear, green", {"tone": "green"}),
         ("cat, cat and cat", {"animal": "cat"}),
         ("", {}),
@@ -45,7 +47,7 @@ def test_seen_answers_each_attribute_by_its_own_logits() -> None:
     images[0, 0, 0] = torch.tensor([9.0, 1, 2, 0, 1])
     images[1, 0, 0] = torch.tensor([0.0, 1, 2, 9, 1])
     images[2, 0, 0] = torch.tensor([0.0, 3, 2, 0, 9])
-    expected = {"animal": ["cat", "bear", "polar bear"], "tone": ["dark green", "green", "dark green"]}
+    expected = {"animal": ["cat", "bear", "polar bear"], "tone": ["green glass", "green", "green glass"]}
     assert judge().seen(images) == expected
     assert judge().seen(images, batch_size=2) == expected
     assert judge().features(images).shape == (3, 2)
@@ -55,7 +57,7 @@ def test_reference_leaves_out_what_shows_a_word() -> None:
     assert judge().reference_features()[:, 0].tolist() == [0, 2, 4, 6]
     assert judge().reference_features({"animal": "Bear"})[:, 0].tolist() == [0, 2]
     assert judge().reference_features({"animal": "bear", "tone": "green"})[:, 0].tolist() == [2]
-    for without, message in (({"size": "big"}, "animal, tone"), ({"tone": "blue"}, "dark green")):
+    for without, message in (({"size": "big"}, "animal, tone"), ({"tone": "blue"}, "green glass")):
         with pytest.raises(DataError, match=message):
             judge().reference_features(without)
     with pytest.raises(DataError, match="no reference image is left"):
