@@ -24,7 +24,7 @@ DOC = ROOT / "docs" / "shapes.md"
 WORDS = (
     ("circle", "square"), ("square", "circle"), ("triangle", "star"), ("star", "cross"), ("cross", "triangle"), ("red", "blue"),
 )  # fmt: skip
-SEEDS = (1, 2)  # of the first pair, beside 0
+SEEDS = (1,)  # of the first pair, beside 0
 FIRST, OTHERS = 0.98, 0.95  # least UA of the recipe as it stands, and with other words
 COVER = OBEYED = 0.95
 POINTS = 0.02  # at most below the teacher's multi-step sampler, each kept shape and each kept colour

@@ -41,7 +41,7 @@ ARMS = {
     LORA: ["mask.density=0.03", *FORGET_LOSS, *LIVE, "score=lora"],
 }
 RATES = {"no mask": (3e-5, 1e-4), LORA: ()}  # of θ; ψ's is the recipe's. The adapter takes its twin's
-MASKED_RATES = (2e-4, 6e-4)
+MASKED_RATES = (7e-4, 1.5e-3)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 TUNING_STEPS, STEPS, JUDGE_EVERY = 30, 50, 10
 BAR = 0.99
