@@ -147,13 +147,18 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
         return teacher.clone(), new_score(recipe, teacher)
     folder = io_safe.resolve_model(recipe.generator)
     source = folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
-    generator = teacher.with_network(load_unet(source).to(teacher.dtype))
+    generator = teacher.with_network(in_dtype(load_unet(source), teacher.dtype))
     _match_teacher(generator, teacher, source)
     if recipe.score == "lora" or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)
-    score = teacher.with_network(load_unet(folder / "score").to(teacher.dtype))
+    score = teacher.with_network(in_dtype(load_unet(folder / "score"), teacher.dtype))
     _match_teacher(score, teacher, folder / "score")
     return generator, score
+
+
+def in_dtype(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network with its weights kept in `dtype`."""
+    return unet if dtype == torch.float32 else unet.to(dtype)
 
 
 def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:

@@ -5,8 +5,9 @@ MODEL/  model_index.json  unet/  vae/  scheduler/  tokenizer/  text_encoder/  [t
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,33 @@ def encode_prompts(
     size: (height, width) in pixels, for SDXL's size conditions. encoders: of a single file, by part; None = the folder's own.
     Raises ModelError.
     """
+    with quiet_libraries():
+        return _encode(folder, prompts, null, size, encoders)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, transformers says nothing of what it loads, and of what it could load if more were installed."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _encode(
+    folder: Path,
+    prompts: Sequence[str],
+    null: str,
+    size: tuple[int, int],
+    encoders: Mapping[str, nn.Module] | None,
+) -> TextTable:
     import diffusers
     import transformers
 
