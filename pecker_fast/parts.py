@@ -143,17 +143,27 @@ def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | 
 def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
     """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
     `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
-    if recipe.generator is None:
-        return teacher.clone(), new_score(recipe, teacher)
-    folder = io_safe.resolve_model(recipe.generator)
-    source = folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
-    generator = teacher.with_network(in_dtype(load_unet(source), teacher.dtype))
-    _match_teacher(generator, teacher, source)
-    if recipe.score == "lora" or not (folder / "score").is_dir():
+    generator = start_generator(recipe, teacher)
+    folder = io_safe.resolve_model(recipe.generator) if recipe.generator is not None else None
+    if recipe.score == "lora" or folder is None or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)
-    score = teacher.with_network(in_dtype(load_unet(folder / "score"), teacher.dtype))
-    _match_teacher(score, teacher, folder / "score")
-    return generator, score
+    return generator, _load_like(teacher, folder / "score")
+
+
+def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """θ as it starts."""
+    if recipe.generator is None:
+        return teacher.clone()
+    folder = io_safe.resolve_model(recipe.generator)
+    return _load_like(
+        teacher, folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
+    )
+
+
+def _load_like(teacher: Denoiser, folder: Path) -> Denoiser:
+    network = teacher.with_network(in_dtype(load_unet(folder), teacher.dtype))
+    _match_teacher(network, teacher, folder)
+    return network
 
 
 def in_dtype(unet: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -18,7 +18,7 @@ from pecker_fast.evaluate.drawing import Prompt
 from pecker_fast.evaluate.prompts_file import read_prompts
 from pecker_fast.exports import FORMATS, export_file, export_folder
 from pecker_fast.judging import EVALUATION_SEED
-from pecker_fast.parts import Model, load_model, load_start
+from pecker_fast.parts import Model, load_model, start_generator
 from pecker_fast.prompt_judging import grid_rows, judging_of
 from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE, warn
 from pecker_fast.sample import grid_labels, one_step_sample, save_grid
@@ -74,7 +74,7 @@ def sample_run(
         raise RecipeError(f"{other}: this run's model draws from {given}; give {given}")
     model = load_model(run.recipe, prompts or ())
     wanted = _wanted(model, classes, prompts)
-    generator = load_start(run.recipe, model.teacher)[0].freeze() if before else trained_generator(run, model)
+    generator = start_generator(run.recipe, model.teacher).freeze() if before else trained_generator(run, model)
     images = one_step_sample(generator, grid_labels(wanted, count), seed, run.recipe.timesteps.init)
     name = f"{'before' if before else 'sample'}-seed{seed}.png"
     return save_grid(images, count, Path(output) if output else run.folder / "samples" / name)
@@ -191,7 +191,7 @@ def evaluate_protocol(
     assert model.text is not None
     assert isinstance(model.teacher, TextDenoiser)
     judging = judging_of(run.recipe, model)
-    start = load_start(run.recipe, model.teacher)[0].freeze() if before else trained_generator(run, model)
+    start = start_generator(run.recipe, model.teacher).freeze() if before else trained_generator(run, model)
     sampler = judging.one_step(start)
     number = EVALUATION_SEED if seed is None else seed
     if protocol == "classes":

@@ -21,7 +21,7 @@ from pecker_fast.loop import Losses, run_stage
 from pecker_fast.memory import ITERATION, Prediction, size
 from pecker_fast.methods import get_method
 from pecker_fast.methods.updates import Dense, adam
-from pecker_fast.parts import Parts, load_start, pick_device
+from pecker_fast.parts import Parts, pick_device, start_generator
 from pecker_fast.prompt_judging import judging_of
 from pecker_fast.report import write_report
 from pecker_fast.run_folder import MASK, METRICS, PIPELINE
@@ -325,7 +325,7 @@ class Training:
         if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
             return None
         weights = mask.total - mask.count
-        start, _ = load_start(recipe, self.parts.teacher)  # φ is as it was loaded
+        start = start_generator(recipe, self.parts.teacher)  # φ is as it was loaded
         before, after = outside_sha256(start, mask), outside_sha256(generator, mask)
         if before != after:
             raise CheckpointError(
