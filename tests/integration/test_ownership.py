@@ -146,6 +146,7 @@ def test_idle_keys_are_said():
     assert found == [
         "mask.score has no effect with mask.source=random",
         "mask.contrast has no effect with mask.source=random",
+        "mask.samples has no effect with mask.source=random",
         "mask.tile has no effect with mask.structure=element",
     ]
 
