@@ -56,7 +56,12 @@ class Denoiser:
     def dtype(self) -> torch.dtype:
         """What the network's weights are kept in; images go in and out as float32."""
         network: Any = getattr(self.unet, "base", self.unet)  # adapters are float32 beside whatever they adapt
-        return next(network.parameters()).dtype
+        weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        return torch.float32 if weight is None else weight.dtype
+
+    def in_weights_dtype(self, x: Tensor) -> Tensor:
+        """What the network is fed: bfloat16 weights take no float32."""
+        return x if self.dtype == torch.float32 else x.to(self.dtype)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.unet.named_parameters())
@@ -110,7 +115,7 @@ class Denoiser:
         # they are: such a network runs in the plain order (on the CPU that is the faster one, see docs/performance.md).
         if self.channels_last:
             x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        return self.unet(x_t.to(self.dtype), t, class_labels=c, return_dict=False)[0]
+        return self.unet(self.in_weights_dtype(x_t), t, class_labels=c, return_dict=False)[0]
 
     def output(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's own output (noise, velocity or sample), [N, C, H, W], for x_t [N, C, H, W], t [N], c [N]."""

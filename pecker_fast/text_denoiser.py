@@ -92,7 +92,7 @@ class TextDenoiser(Denoiser):
     def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         if self.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        return self.unet(x_t.to(self.dtype), t, **self.table.rows(c, self.dtype), return_dict=False)[0]
+        return self.unet(self.in_weights_dtype(x_t), t, **self.table.rows(c, self.dtype), return_dict=False)[0]
 
     @torch.no_grad()
     def to_images(self, x: Tensor) -> Tensor:

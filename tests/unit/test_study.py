@@ -50,14 +50,13 @@ def test_recipe_says_what_the_arm_is(arm):
         assert recipe.mask.contrast == arm.score.endswith("+")
 
 
-def test_mask_is_the_one_a_run_would_make(monkeypatch):
+def test_mask_is_the_one_a_run_would_make():
     """Shared scores must not change the mask."""
     from pecker_fast.parts import load_parts
     from pecker_fast.saliency import make_mask
 
-    monkeypatch.setattr(trial, "MASK_SAMPLES", 96)
     trial._scores.cache_clear()
-    arm = Arm("forget_loss+", "row", 0.1, "salient_only")
+    arm = Arm("forget_loss+", "row", 0.1, "salient_only", samples=96)
     recipe = trial.recipe_of(arm, QUICK, (0, 1), 0)
     parts = load_parts(recipe)
     mask = make_mask(recipe, parts.teacher, parts.score, parts.generator, parts.conditions)
