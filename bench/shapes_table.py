@@ -27,7 +27,7 @@ WORDS = (
 SEEDS = (1,)  # of the first pair, beside 0
 FIRST, OTHERS = 0.98, 0.95  # least UA of the recipe as it stands, and with other words
 COVER = OBEYED = 0.95
-POINTS = 0.02  # at most below the teacher's multi-step sampler, each kept shape and each kept colour
+POINTS = 0.02  # at most below the teacher's multi-step sampler, each kept shape and each kept colour, when "circle" is forgotten
 
 Row = tuple[str, list[str]]
 
@@ -78,8 +78,8 @@ def missed(row: dict[str, Any]) -> list[str]:
     obeyed = {"shape", "colour", "background"} & after["obeyed"].keys()
     bars += [(f"{attribute} in forget prompts", after["obeyed"][attribute], OBEYED) for attribute in sorted(obeyed)]
     lines = [f"{name} {value:.3f} < {bar}" for name, value, bar in bars if value < bar]
-    words = vocabulary()
-    for attribute in ("shape", "colour"):
+    words = vocabulary() if row["overrides"][0].endswith("=circle") else {}
+    for attribute in ("shape", "colour") if words else ():
         lost, word = worst(row, attribute, words)
         if lost > POINTS:
             lines.append(f"{word} {100 * lost:.1f} points below the teacher")
@@ -115,13 +115,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (1: all threads)")
     parser.add_argument("--runs", type=Path, default=Path("runs/shapes_table"), help="where the run folders go")
+    parser.add_argument(
+        "--table", action="store_true", help="write the table again from bench/results/shapes_table.json"
+    )
     options = parser.parse_args()
+    if options.table:
+        return write_table(json.loads(RESULTS.read_text())["rows"])
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda row: execute(row, options.runs, threads), rows()))
     command = f"python bench/shapes_table.py --jobs {options.jobs}"
     head = {"command": command, "threads_per_run": threads, **environment()}
     RESULTS.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
+    return write_table(found)
+
+
+def write_table(found: list[dict[str, Any]]) -> int:
+    """docs/shapes.md; 1 if a row misses a bar."""
     text = DOC.read_text()
     block = f"<!-- shapes:table -->\n{table(found)}\n<!-- /shapes:table -->"
     DOC.write_text(re.sub(r"<!-- shapes:table -->.*?<!-- /shapes:table -->", lambda _: block, text, flags=re.DOTALL))
