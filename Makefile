@@ -1,6 +1,6 @@
 # make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
 # make test       set up, then linter, type checker and all fast tests
-# make test-all   everything, the slow training tests and the table of all digits too (about an hour)
+# make test-all   everything, the slow training tests and the tables of digits and shapes too (about an hour and a half)
 # make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON
 # make clean      remove the environment and build output (runs/ is kept)
@@ -45,6 +45,7 @@ test: lint
 test-all: lint
 	@$(BIN)/python -m pytest
 	@$(BIN)/python bench/digits_table.py
+	@$(BIN)/python bench/shapes_table.py
 
 bench: setup
 	@for suite in $(SUITES); do echo "== bench $$suite"; \
@@ -66,6 +67,9 @@ gpu-check:
 		else echo "gpu-check: the loop's own tests are left out, they need diffusers, pydantic and pyyaml"; fi
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec 'for suite in bench/test_gpu_*.py; do test -f $$suite || continue; \
 		$(PYTHON) -m pytest -o addopts=-q $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'
+	@if $(PYTHON) -c 'import diffusers, pydantic, yaml' 2>/dev/null; then PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec ' \
+		for arch in sd15 sdxl; do $(PYTHON) bench/full_size.py --arch $$arch --batch 1 --output bench/results/full_size_$$arch.json; done; \
+		$(PYTHON) bench/full_size.py --arch sd15 --batch 8 --output bench/results/full_size_sd15_batch8.json'; fi
 
 clean:
 	rm -rf $(VENV) build
