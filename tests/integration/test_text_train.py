@@ -186,6 +186,7 @@ def stepped(recipe_):
     return {name: p.detach() - start[name] for name, p in named}, losses
 
 
+ULPS = 2.4e-7  # of weights around 1, between which an update is read off
 LINEAR = {
     "optimizer": {"eps": 1.0, "clip_value": None},
     "lr": 1e-3,
