@@ -51,12 +51,17 @@ Task = tuple[str, str, list[str]]  # arm, name, overrides
 def execute(task: Task, runs: Path) -> None:
     _, name, keys = task
     folder = runs / re.sub(r"\W+", "-", name)
-    if (folder / "metrics.json").is_file() and "cost" in json.loads((folder / "metrics.json").read_text()):
+    if finished(runs, name):
         return
     given = [f"evaluate.every={JUDGE_EVERY}", "evaluate.samples=300", "evaluate.final=0", "checkpoint.every=0"]
     command = [sys.executable, "-m", "pecker_fast", "train", "shapes", *given, *keys, f"output={folder}", "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     print(name, short(history(runs, name)[-1]), flush=True)
+
+
+def finished(runs: Path, name: str) -> bool:
+    path = runs / re.sub(r"\W+", "-", name) / "metrics.json"
+    return path.is_file() and "cost" in json.loads(path.read_text())
 
 
 def short(event: dict[str, Any]) -> str:
@@ -118,6 +123,9 @@ def collect(runs: Path) -> dict[str, Any]:
     rates = best_rates(runs)
     arms: dict[str, Any] = {}
     for arm, name, _ in finals(rates):
+        if not finished(runs, name):
+            print(f"left out, not finished: {name}")
+            continue
         cost = json.loads((runs / re.sub(r"\W+", "-", name) / "metrics.json").read_text())["cost"]
         entry = arms.setdefault(arm, {"lr": rates[arm], "runs": []})
         run = {"history": history(runs, name), "losses": losses(runs, name)}
@@ -134,6 +142,7 @@ def collect(runs: Path) -> dict[str, Any]:
 def table(study: dict[str, Any]) -> str:
     heads = [
         "arm",
+        "runs",
         "rate of θ",
         "iterations to UA ≥ 99 %",
         "at the end: UA %",
@@ -151,7 +160,17 @@ def table(study: dict[str, Any]) -> str:
         steps = f"{sum(hit) / len(hit):.0f} ({min(hit):.0f} … {max(hit):.0f}){missing}" if hit else "–"
         worst = [max(h["fid"] for h in run["history"]) for run in entry["runs"]]
         cells = [_mean([100 * e[key] for e in ends], 1) for key in ("ua", "cover_rate", "retain_accuracy")]
-        rows.append([arm, f"{entry['lr']:g}", steps, *cells, _mean([e["fid"] for e in ends], 2), _mean(worst, 1)])
+        rows.append(
+            [
+                arm,
+                str(len(ends)),
+                f"{entry['lr']:g}",
+                steps,
+                *cells,
+                _mean([e["fid"] for e in ends], 2),
+                _mean(worst, 1),
+            ]
+        )
     return markdown(heads, rows)
 
 
