@@ -6,8 +6,6 @@ pipeline/  model_index.json  README.md  model.json
 """
 
 import json
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +60,26 @@ def export_pipeline(
 
     generator: θ with the weights to export; base_sha256: hash of the model it came from, for the card.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
-    with io_safe.output_errors(folder):
-        try:
-            write_unet(generator, temporary / "unet")
-            io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
-            parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-            io_safe.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
-            weights_sha256 = io_safe.sha256_tensors(generator.named_parameters())
-            io_safe.write_json(
-                temporary / "model.json",
-                {
-                    "kind": "one-step generator",
-                    "t_init": recipe.timesteps.init,
-                    "null_class": generator.null_class,
-                    "forgotten": list(conditions.forget),
-                    "cover": list(conditions.cover),
-                    "base_sha256": base_sha256,
-                    "weights_sha256": weights_sha256,
-                },
-            )
-            card = model_card(generator, recipe, conditions, base_sha256, weights_sha256, metrics)
-            io_safe.write_text(temporary / "README.md", card)
-            io_safe.replace_folder(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with io_safe.whole_folder(folder) as temporary:
+        write_unet(generator, temporary / "unet")
+        io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
+        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+        io_safe.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+        weights_sha256 = io_safe.sha256_tensors(generator.named_parameters())
+        io_safe.write_json(
+            temporary / "model.json",
+            {
+                "kind": "one-step generator",
+                "t_init": recipe.timesteps.init,
+                "null_class": generator.null_class,
+                "forgotten": list(conditions.forget),
+                "cover": list(conditions.cover),
+                "base_sha256": base_sha256,
+                "weights_sha256": weights_sha256,
+            },
+        )
+        card = model_card(generator, recipe, conditions, base_sha256, weights_sha256, metrics)
+        io_safe.write_text(temporary / "README.md", card)
     return folder
 
 

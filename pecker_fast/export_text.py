@@ -8,8 +8,6 @@ pipeline/  model_index.json  README.md  model.json  samples/
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,34 +62,28 @@ def export_text_pipeline(
 
     pictures: image grids for the card, by name ("before", "after", "teacher").
     """
-    temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
-    with io_safe.output_errors(folder):
-        try:
-            weights = as_stored(generator.unet.state_dict(), text.base_unet())
-            io_safe.write_json(temporary / "unet" / io_safe.CONFIG_NAME, unet_config(generator))
-            io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
-            io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
-            text.write_other_parts(temporary)
-            index = io_safe.read_json(text.configs / "model_index.json")
-            index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
-            for part in ("safety_checker", "feature_extractor", "image_encoder"):
-                if part in index:
-                    index[part] = [None, None]
-            if "requires_safety_checker" in index:
-                index["requires_safety_checker"] = False
-            io_safe.write_json(temporary / "model_index.json", {k: v for k, v in index.items() if k != "_name_or_path"})
-            weights_sha256 = io_safe.sha256_tensors(sorted(weights.items()))
-            io_safe.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
-            for name, path in (pictures or {}).items():
-                if path.is_file():
-                    io_safe.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
-            shown = [name for name, path in (pictures or {}).items() if path.is_file()]
-            card = model_card(generator, recipe, text, base_sha256, weights_sha256, metrics, shown)
-            io_safe.write_text(temporary / "README.md", card)
-            io_safe.replace_folder(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with io_safe.whole_folder(folder) as temporary:
+        weights = as_stored(generator.unet.state_dict(), text.base_unet())
+        io_safe.write_json(temporary / "unet" / io_safe.CONFIG_NAME, unet_config(generator))
+        io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
+        io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
+        text.write_other_parts(temporary)
+        index = io_safe.read_json(text.configs / "model_index.json")
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        for part in ("safety_checker", "feature_extractor", "image_encoder"):
+            if part in index:
+                index[part] = [None, None]
+        if "requires_safety_checker" in index:
+            index["requires_safety_checker"] = False
+        io_safe.write_json(temporary / "model_index.json", {k: v for k, v in index.items() if k != "_name_or_path"})
+        weights_sha256 = io_safe.sha256_tensors(sorted(weights.items()))
+        io_safe.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
+        for name, path in (pictures or {}).items():
+            if path.is_file():
+                io_safe.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
+        shown = [name for name, path in (pictures or {}).items() if path.is_file()]
+        card = model_card(generator, recipe, text, base_sha256, weights_sha256, metrics, shown)
+        io_safe.write_text(temporary / "README.md", card)
     return folder
 
 

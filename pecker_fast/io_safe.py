@@ -168,6 +168,23 @@ def replace_folder(source: str | Path, target: str | Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill, which takes the place of `target` at the end of the block, or is gone if that fails.
+
+    Raises OutputError, with what was at `target` before intact.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    with output_errors(target):
+        try:
+            yield temporary
+            replace_folder(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
 def remove(path: str | Path) -> None:
     """Delete one file; raises OSError."""
     fault_point(f"unlink:{Path(path).name}")

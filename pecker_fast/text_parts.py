@@ -63,14 +63,14 @@ class TextParts:
                 shutil.copytree(self.configs / part, folder / part, ignore=shutil.ignore_patterns(*UNWANTED))
 
 
-def prompt_folders(recipe: Recipe, model: Path | None) -> list[Path]:
+def prompt_folders(model: Path | None) -> list[Path]:
     """Where prompt files are looked for beside the working directory: the shipped recipes' folder, and the model's."""
     return [RECIPES, *([model] if model is not None and model.is_dir() else [])]
 
 
 def plan_of(recipe: Recipe, model: Path | None) -> tuple[PromptPlan, PromptPlan]:
     """The prompts of a recipe: to train with, and to judge by. Raises RecipeError."""
-    folders = prompt_folders(recipe, model)
+    folders = prompt_folders(model)
     plan = plan_prompts(
         recipe.forget, recipe.cover, recipe.retain, folders=folders, unconditional=recipe.guidance.unconditional
     )
