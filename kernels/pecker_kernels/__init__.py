@@ -8,6 +8,7 @@ from .mask import SaliencyMask
 from .ops import masked_adam_
 from .optimizer import MaskedAdam
 from .saliency import SaliencyScores
+from .shards import Piece, Shards
 from .threshold import kth_largest
 from .wgrad import SparseBackward, skip_weight_gradients
 
@@ -16,9 +17,11 @@ __all__ = [
     "MaskedAdam",
     "NativeLibraryError",
     "PeckerKernelsError",
+    "Piece",
     "SaliencyMask",
     "SaliencyScores",
     "ScoreError",
+    "Shards",
     "SparseBackward",
     "adopt",
     "all_finite",

@@ -24,17 +24,28 @@ def contrast_(
     names: Sequence[str] | None = None,
 ) -> Census:
     """SaliencyScores.contrast_ on plain tensors, by a given implementation: contiguous float32 of equal shapes."""
+    check_floor(floor)
+    sums = ops.rms_sums(square_sums, count).tolist()
+    mean = retain_mean(sums, sum(s.numel() for s in scores), names)
+    return ops.contrast_(scores, square_sums, count, floor * mean, magnitude)
+
+
+def check_floor(floor: float) -> None:
+    """Raise PeckerKernelsError unless the floor of a contrast is a positive number."""
     if not (math.isfinite(floor) and floor > 0):
         raise PeckerKernelsError(f"floor must be a positive number, got {floor}")
-    sums = ops.rms_sums(square_sums, count).tolist()
-    mean = math.fsum(sums) / max(1, sum(s.numel() for s in scores))
+
+
+def retain_mean(sums: Sequence[float], total: int, names: Sequence[str] | None = None) -> float:
+    """mean(r) of a contrast over all `total` weights, of the sums of r in each tensor. Raises ScoreError."""
+    mean = math.fsum(sums) / max(1, total)
     if not math.isfinite(mean):
         bad = next(i for i, value in enumerate(sums) if not math.isfinite(value))
         label = f"{names[bad]!r}" if names is not None else f"tensor {bad}"
         raise ScoreError(f"retain scores of {label} hold NaN or inf: the gradients they come from are not finite")
     if mean == 0:
         raise ScoreError("every retain gradient is zero: there is nothing to contrast with")
-    return ops.contrast_(scores, square_sums, count, floor * mean, magnitude)
+    return mean
 
 
 class SaliencyScores:
@@ -84,9 +95,17 @@ class SaliencyScores:
         are written, so a global element mask saves a pass; it does not change the scores. Raises PeckerKernelsError for sparse
         gradients and after `contrast_`. Gradients that are not finite are found when the mask is built.
         """
+        self.add([p.grad for p in self._params.values()], last)
+
+    @torch.no_grad()
+    def add(self, grads: Sequence[Tensor | None], last: bool = False) -> None:
+        """`accumulate` of gradients that lie elsewhere, one for each of `names`, None for zero."""
         if self._contrasted:
             raise PeckerKernelsError("scores were already contrasted: accumulate first, then contrast")
-        grads = [p.grad for p in self._params.values()]
+        if [None if g is None else g.shape for g in grads] != [
+            None if g is None else s.shape for g, s in zip(grads, self._scores.values(), strict=False)
+        ] or len(grads) != len(self._scores):
+            raise PeckerKernelsError("gradients must be of the scores' shapes, one for each")
         if any(g is not None and g.is_sparse for g in grads):
             raise PeckerKernelsError("sparse gradients cannot be scored")
         self.accumulations += 1
@@ -115,13 +134,16 @@ class SaliencyScores:
             yield name, score.abs() if self.reduction == "sum" else score
 
     @torch.no_grad()
-    def contrast_(self, retain_scores: SaliencyScores, floor: float = 1e-3) -> SaliencyScores:
+    def contrast_(
+        self, retain_scores: SaliencyScores, floor: float = 1e-3, mean: float | None = None
+    ) -> SaliencyScores:
         """s ← s / (r + floor · mean(r)), in place, so that weights that matter for everything are not taken for the
         concept's.
 
         r is the root mean square of the retain gradient of each weight, sqrt(Σ g² / n) over the n accumulations of
         `retain_scores`, which must have been built with reduction="square" on the same parameters; mean(r) is taken
-        over all weights of the model. s is the final score (|Σ g| for "sum"). Returns self.
+        over all weights of the model; `mean` gives it where these scores are a part of them alone. s is the final score
+        (|Σ g| for "sum"). Returns self.
         """
         if retain_scores.reduction != "square" or retain_scores._contrasted:
             raise PeckerKernelsError(
@@ -134,6 +156,10 @@ class SaliencyScores:
             raise PeckerKernelsError("contrast_ takes scores of the same parameters in the same order")
         scores, squares, count = [s for _, s in ours], [s for _, s in theirs], retain_scores.accumulations
         magnitude = self.reduction == "sum"
-        self._remember(contrast_(self._ops, scores, squares, count, floor, magnitude, self.names))
+        if mean is None:
+            self._remember(contrast_(self._ops, scores, squares, count, floor, magnitude, self.names))
+        else:
+            check_floor(floor)
+            self._remember(self._ops.contrast_(scores, squares, count, floor * mean, magnitude))
         self._contrasted = True
         return self

@@ -82,6 +82,14 @@ class Scored:
     def total(self) -> int:
         return sum(t.numel() for t in self.tensors)
 
+    @property
+    def shapes(self) -> Sequence[torch.Size]:
+        return [t.shape for t in self.tensors]
+
+    def whole(self, i: int) -> Tensor:
+        """Scores of tensor i, all of them: what block sums are taken of."""
+        return self.tensors[i]
+
     def each(self) -> Iterator[Scored]:
         """One tensor at a time."""
         for t, name in zip(self.tensors, self.names):
@@ -93,19 +101,27 @@ def _nothing(tensors: Sequence[Tensor]) -> Choice:
     return Choice(bits, [0] * len(bits), None)
 
 
+def _no_blocks(shapes: Sequence[torch.Size]) -> Choice:
+    return Choice(
+        [torch.zeros((shape.numel() + 7) // 8, dtype=torch.uint8) for shape in shapes], [0] * len(shapes), None
+    )
+
+
 def _best_blocks(s: Scored, k: int | None, cut: float | None, structure: str, tile: Sequence[int]) -> Choice:
     """Blocks by mean score: the best until k weights are covered, or all at or above `cut`."""
-    out = _nothing(s.tensors)
-    live = [(i, t, _grid(t.shape, structure, tile)) for i, t in enumerate(s.tensors) if t.numel()]
+    out = _no_blocks(s.shapes)
+    live = [(i, shape, _grid(shape, structure, tile)) for i, shape in enumerate(s.shapes) if shape.numel()]
     if not live:
         return out
     sizes = [_block_sizes(*at) for _, _, at in live]
-    means = []
-    for (i, t, (_, _, height, width)), size in zip(live, sizes):
-        mean = s.ops.block_sums(t, height, width, s.magnitude).cpu() / size
+    means, homes = [], []
+    for (i, _, (_, _, height, width)), size in zip(live, sizes):
+        scores = s.whole(i)
+        mean = s.ops.block_sums(scores, height, width, s.magnitude).cpu() / size
         if not bool(mean.isfinite().all()):
             raise ScoreError(f"scores of {s.names[i]!r} hold NaN or inf: the gradients they come from are not finite")
         means.append(mean)
+        homes.append(scores.device)
     mean = torch.cat(means)
     reached: float | None
     if cut is not None:
@@ -118,8 +134,9 @@ def _best_blocks(s: Scored, k: int | None, cut: float | None, structure: str, ti
         kept = torch.zeros(len(mean), dtype=torch.bool)
         kept[order[:needed]] = True
         reached = float(mean[order[needed - 1]]) if needed else None
-    for (i, t, (_, _, height, width)), size, part in zip(live, sizes, kept.split([len(m) for m in means])):
-        out.bits[i] = s.ops.block_bits(part.to(t.device), t.shape, height, width)
+    parts = kept.split([len(m) for m in means])
+    for (i, shape, (_, _, height, width)), size, part, home in zip(live, sizes, parts, homes):
+        out.bits[i] = s.ops.block_bits(part.to(home), shape, height, width)
         out.counts[i] = int(size[part].sum())
     return Choice(out.bits, out.counts, reached)
 
@@ -130,7 +147,8 @@ def _at_or_above(s: Scored, cut: float) -> Choice:
     return Choice(bits, counts.tolist(), cut)
 
 
-def _check_amount(density: float | None, threshold: float | None, scope: str) -> None:
+def check_amount(density: float | None, threshold: float | None, scope: str) -> None:
+    """Raise MaskError unless exactly one of density and threshold is given, in its range."""
     if (density is None) == (threshold is None):
         raise MaskError("give exactly one of density and threshold")
     if density is not None and not 0.0 < density <= 1.0:
@@ -156,7 +174,7 @@ def choose(
 ) -> Choice:
     """Rules and errors as in SaliencyMask.from_scores."""
     check_choice(structure, scope, tile)
-    _check_amount(density, threshold, scope)
+    check_amount(density, threshold, scope)
     if group is not None and structure != "element":
         raise MaskError(f"structure={structure!r} needs whole tensors: over a group only element masks can be chosen")
     total = s.total

@@ -34,13 +34,26 @@ def _label(names: Sequence[str] | None, i: int) -> str:
     return f"scores of {names[i]!r}" if names is not None else f"tensor {i}"
 
 
-def refuse_faults(faults: Tensor, names: Sequence[str] | None, negative_too: bool = True) -> None:
-    """Raise ScoreError naming the first tensor that holds NaN or inf, or (negative_too) a negative value."""
+def refuse_faults(faults: Tensor, names: Sequence[str] | None, negative_too: bool = True, group: Any = None) -> None:
+    """Raise ScoreError naming the first tensor that holds NaN or inf, or (negative_too) a negative value.
+
+    With a group every rank raises where one of them must: a rank left alone would wait for the others for ever.
+    """
+    elsewhere = 0
+    if group is not None:
+        found = faults if negative_too else faults & NOT_FINITE
+        worst = torch.zeros(1, dtype=torch.int32, device=faults.device)
+        if found.numel():
+            worst[0] = found.max().int()
+        torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX, group=group)
+        elsewhere = int(worst)
     for i, fault in enumerate(faults.tolist()):
         if fault & NOT_FINITE:
             raise ScoreError(f"{_label(names, i)} hold NaN or inf: the gradients they come from are not finite")
         if fault and negative_too:
             raise ScoreError(f"{_label(names, i)} hold negative values: a threshold is taken over non-negative scores")
+    if elsewhere:
+        raise ScoreError("scores of another rank hold NaN or inf, or negative values; its own error names the tensor")
 
 
 def _summed(counts: Tensor, group: Any) -> list[int]:
@@ -75,7 +88,7 @@ def run(
             raise PeckerKernelsError(f"{_label(names, i)}: dtype {t.dtype} is not ranked exactly in float32")
     if census is None:
         census = ops.census(tensors, magnitude)
-    refuse_faults(census.faults, names)
+    refuse_faults(census.faults, names, group=group)
     counts = _summed(census.counts, group)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= sum(counts):
         raise PeckerKernelsError(f"k must be an integer from 1 to the number of values, {sum(counts)}; got {k}")

@@ -1,0 +1,6 @@
+"""Lets the spawned ranks import the tests' own modules."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
