@@ -3,6 +3,7 @@
 checkpoints/step-000100/
     generator.safetensors  score.safetensors  ema.safetensors  optimizers.safetensors  mask.safetensors
     state.json      counters, optimizer groups
+    shard-*.safetensors     in place of the networks, average and optimizers where a run has ranks; see shard_files
     manifest.json   format, version, step, recipe and base-model hashes, sha256 and size of every file
 """
 
@@ -21,7 +22,10 @@ from torch.optim import Optimizer
 from pecker_fast import io_safe
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import TrainState
+from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError, PeckerError
+from pecker_fast.ranks import ALONE, Ranks
+from pecker_fast.shard_files import read_shards, steps_of, write_shard
 
 FORMAT = "pecker-fast checkpoint"
 VERSION = 1
@@ -32,19 +36,29 @@ def checkpoint_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def save_checkpoint(state: TrainState, run_dir: Path, total_step: int, identity: dict[str, str], keep: int) -> Path:
-    """Write `checkpoints/step-NNNNNN` atomically, verify it, then purge all but the newest `keep`.
+def save_checkpoint(
+    state: TrainState, run_dir: Path, total_step: int, identity: dict[str, str], keep: int, ranks: Ranks = ALONE
+) -> Path:
+    """Write `checkpoints/step-NNNNNN` atomically, verify it, then purge all but the newest `keep`. Takes all ranks.
 
     identity: `recipe_sha256` and `base_sha256`, refused on a mismatch when loaded. Raises OutputError, with every
     checkpoint that was there before intact.
     """
     parent = checkpoint_folder(run_dir)
     target = parent / f"step-{total_step:06d}"
-    temporary = parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
-    with io_safe.output_errors(target):
-        try:
+
+    def begin() -> Path:
+        temporary = parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
+        with io_safe.output_errors(target):
             temporary.mkdir(parents=True)
-            _write_files(state, temporary)
+        return temporary
+
+    def write() -> None:
+        with io_safe.output_errors(target):
+            _write_files(state, temporary, ranks)
+
+    def finish() -> None:
+        with io_safe.output_errors(target):
             files = {
                 p.name: {"sha256": io_safe.sha256_file(p), "bytes": p.stat().st_size}
                 for p in sorted(temporary.iterdir())
@@ -52,15 +66,20 @@ def save_checkpoint(state: TrainState, run_dir: Path, total_step: int, identity:
             manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": files}
             io_safe.write_json(temporary / "manifest.json", manifest)
             io_safe.replace_folder(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    verify_checkpoint(target)
-    others = [folder for folder in list_checkpoints(run_dir) if folder != target]
-    for old in others[: max(0, len(others) - keep + 1)]:  # never the one just written, whatever steps lie beside it
-        shutil.rmtree(old, ignore_errors=True)
-    for torn in parent.glob(".tmp-*"):
-        shutil.rmtree(torn, ignore_errors=True)
+        verify_checkpoint(target)
+        others = [folder for folder in list_checkpoints(run_dir) if folder != target]
+        for old in others[: max(0, len(others) - keep + 1)]:  # never the one just written, whatever steps lie beside it
+            shutil.rmtree(old, ignore_errors=True)
+        for torn in parent.glob(".tmp-*"):
+            shutil.rmtree(torn, ignore_errors=True)
+
+    temporary = ranks.told(begin)
+    try:
+        ranks.agree(write)
+        ranks.first(finish)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return target
 
 
@@ -130,16 +149,19 @@ def check_identity(folder: Path, identity: dict[str, str]) -> None:
 def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
     """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
     check_identity(folder, identity)
-    load_network(state.generator, folder / "generator.safetensors")
-    load_network(state.score, folder / "score.safetensors")
-    if state.ema is not None:
-        tensors, _ = io_safe.read_tensors(folder / "ema.safetensors", error=CheckpointError)
-        for name, average in state.ema.items():
-            average.copy_(tensors[name])
     stored = io_safe.read_json(folder / "state.json", error=CheckpointError)
-    tensors, _ = io_safe.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
-    for name, optimizer in state.optimizers.items():
-        unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
+    if isinstance(state, ZeroState):
+        read_shards(state, folder, stored["optimizer_steps"])
+    else:
+        load_network(state.generator, folder / "generator.safetensors")
+        load_network(state.score, folder / "score.safetensors")
+        if state.ema is not None:
+            tensors, _ = io_safe.read_tensors(folder / "ema.safetensors", error=CheckpointError)
+            for name, average in state.ema.items():
+                average.copy_(tensors[name])
+        tensors, _ = io_safe.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
+        for name, optimizer in state.optimizers.items():
+            unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
     for name in COUNTERS:
         setattr(state, name, stored["counters"][name])
 
@@ -149,19 +171,24 @@ def load_network(network: Denoiser, path: Path) -> None:
     network.load_state(tensors, path)
 
 
-def _write_files(state: TrainState, folder: Path) -> None:
+def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    if ranks.is_first and state.mask is not None:
+        state.mask.save(folder / "mask.safetensors")
+    if isinstance(state, ZeroState):
+        write_shard(state, folder, ranks.rank, ranks.world)
+        if ranks.is_first:
+            io_safe.write_json(folder / "state.json", {"counters": counters, "optimizer_steps": steps_of(state)})
+        return
     io_safe.write_tensors(folder / "generator.safetensors", state.generator.state_dict())
     io_safe.write_tensors(folder / "score.safetensors", state.score.state_dict())
     if state.ema is not None:
         io_safe.write_tensors(folder / "ema.safetensors", state.ema)
-    if state.mask is not None:
-        state.mask.save(folder / "mask.safetensors")
     groups: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, optimizer in state.optimizers.items():
         groups[name] = pack_optimizer(optimizer, name, tensors)
     io_safe.write_tensors(folder / "optimizers.safetensors", tensors)
-    counters = {name: getattr(state, name) for name in COUNTERS}
     io_safe.write_json(folder / "state.json", {"counters": counters, "optimizers": groups})
 
 

@@ -79,10 +79,16 @@ def train(
     """Run a recipe: saliency, mask, forgetting, evaluation, export, report. Continues where it stopped."""
     from pecker_fast.config import load_recipe, recipe_to_yaml
 
-    resolved = load_recipe(recipe, overrides or ())
+    if "RANK" not in os.environ:
+        load_recipe(recipe, overrides or ())  # a mistake in it shows before anything heavy is imported
+    from pecker_fast.ranks import launched
     from pecker_fast.run import train as run_train
 
-    result = run_train(resolved, tensorboard=tensorboard, quiet=quiet, dry_run=dry_run)
+    with launched() as ranks:
+        resolved = ranks.agree(lambda: load_recipe(recipe, overrides or ()))
+        result = run_train(resolved, tensorboard=tensorboard, quiet=quiet, dry_run=dry_run, ranks=ranks)
+    if not ranks.is_first:
+        return
     if dry_run:
         typer.echo(recipe_to_yaml(resolved), nl=False)
     elif not quiet:
@@ -469,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PeckerError as error:
         if debug:
             traceback.print_exc()
-        return _fail(str(error), error.exit_code)
+        return error.exit_code if error.silent else _fail(str(error), error.exit_code)
     except typer.Abort:
         return _fail("aborted", 1)
     except MemoryError:
@@ -478,6 +484,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message") and hasattr(
             error, "exit_code"
         ):  # the parser's own: an option misspelt, say
+            if os.environ.get("RANK", "0") != "0":
+                return error.exit_code  # all ranks of a run were given the same options
             return _fail(" ".join(f"{error.format_message()}".split()), error.exit_code)
         if debug:
             traceback.print_exc()

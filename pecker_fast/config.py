@@ -177,6 +177,10 @@ class Engine(Section):
 
     zero: int = _key(0, "DeepSpeed ZeRO stage; 0 = one process without DeepSpeed", ge=0, le=3)
     offload: Literal["none", "cpu"] = _key("none", "keep optimizer state in host memory")
+    shard_teacher: bool = _key(False, "spread the teacher's weights over the ranks too; needs zero=3")
+    deepspeed: Name | None = _key(
+        None, "DeepSpeed JSON with bucket sizes and logging of your own; the rest is the recipe's"
+    )
     stall_s: float = _key(600.0, "seconds without progress after which a run is ended", gt=0, allow_inf_nan=False)
     compile: Literal["none", "blocks"] = _key(
         "none", "torch.compile on the repeated blocks of the networks, or not at all"
@@ -304,12 +308,6 @@ class Recipe(Section):
             raise ValueError("weights.retain: both generator weights are 0, so θ would learn nothing; raise one")
         if self.distill_steps and not (w.retain and w.score_retain):
             raise ValueError("weights.retain: distillation needs weights.retain and weights.score_retain above 0")
-        for key, value, instead in (
-            ("engine.zero", self.engine.zero > 0, 0),
-            ("engine.offload", self.engine.offload != "none", "none"),
-        ):
-            if value:
-                raise ValueError(f"{key}: this value is not supported yet; use {instead}")
         return self
 
 
@@ -416,7 +414,11 @@ def idle_keys(recipe: Recipe) -> list[str]:
         (recipe.mask.source != "random" and recipe.mask.threshold is not None, "mask.threshold", ("mask.density",)),
         (recipe.mask.score == "forget_loss", "mask.score=forget_loss", ("mask.data", "mask.timesteps")),
         (recipe.mask.structure != "tile", f"mask.structure={recipe.mask.structure}", ("mask.tile",)),
-        (recipe.engine.zero == 0, "engine.zero=0", ("engine.stall_s",)),
+        (
+            recipe.engine.zero == 0,
+            "engine.zero=0",
+            tuple(f"engine.{k}" for k in ("stall_s", "offload", "deepspeed", "shard_teacher")),
+        ),
         (recipe.score == "full", "score=full", ("lora.rank", "lora.targets")),
         (not recipe.uses_prompts, "classes to forget", ("resolution", "guidance.unconditional", "evaluate.prompts")),
     ]

@@ -13,6 +13,8 @@ class PeckerError(Exception):
     """
 
     exit_code = 2
+    silent = False  # another rank prints it
+    agreed = False  # every rank of the run raises it
 
     def __init__(self, message: str) -> None:
         line = " ".join(str(message).split())
@@ -52,3 +54,11 @@ class Interrupted(PeckerError):
         self.signum = int(signum)
         super().__init__(message or f"stopped by {signal.Signals(self.signum).name}")
         self.exit_code = 128 + self.signum
+
+
+class RankError(PeckerError):
+    """What another rank of the run met, or that the ranks do not fit together."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

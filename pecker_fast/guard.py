@@ -5,15 +5,17 @@ import threading
 from types import FrameType, TracebackType
 
 from pecker_fast.errors import Interrupted
+from pecker_fast.ranks import ALONE, Ranks
 
 
 class StopFlag:
     """Context manager: SIGINT and SIGTERM set `signum` and nothing else; a second signal ends the process at once.
 
-    Outside the main thread (where Python allows no handlers) it stays a plain flag.
+    Outside the main thread (where Python allows no handlers) it stays a plain flag. A signal to one rank stops all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -35,6 +37,15 @@ class StopFlag:
         self.signum = signum
 
     def check(self, where: str) -> None:
-        """Raise Interrupted if a signal has come; `where` says what is on disk by now."""
+        """Raise Interrupted if a signal has come to any rank; `where` says what is on disk by now. Takes all ranks."""
+        self.ranks.beat()
+        if signum := self.ranks.largest(self.signum or 0):
+            error = Interrupted(signum, f"stopped by {signal.Signals(signum).name}; {where}")
+            error.silent, error.agreed = not self.ranks.is_first, True
+            raise error
+
+    def check_here(self, where: str) -> None:
+        """As `check`, on this rank alone: for what rank 0 does while the others wait."""
+        self.ranks.beat()
         if self.signum is not None:
             raise Interrupted(self.signum, f"stopped by {signal.Signals(self.signum).name}; {where}")

@@ -49,22 +49,29 @@ def run_stage(
     """
     again = "" if recipe.resume != "never" else " with resume=auto"
     accountant = Accountant(engine, state)
-    while state.step < steps:
-        start = time.perf_counter()
-        try:
-            if state.mask is not None and recipe.mask.refresh and state.step and state.step % recipe.mask.refresh == 0:
-                engine.settle(state)
-                refresh(state)
-            losses = accountant.run(lambda: iteration(engine, state))
-            engine.look(state)
-            state.flops += state.flops_per_iteration[state.stage]
-            state.training_s += time.perf_counter() - start - accountant.spent_s()
-            for callback in callbacks:
-                callback(state, losses)
-            stop.check(f"the checkpoint is written; the same command{again} resumes")
-        except Interrupted:  # only ever raised between iterations, so the state is whole
-            save(state)
-            raise
+    with engine.ranks.running():
+        while state.step < steps:
+            engine.ranks.beat(state.step)
+            start = time.perf_counter()
+            try:
+                if (
+                    state.mask is not None
+                    and recipe.mask.refresh
+                    and state.step
+                    and state.step % recipe.mask.refresh == 0
+                ):
+                    engine.settle(state)
+                    refresh(state)
+                losses = accountant.run(lambda: iteration(engine, state))
+                engine.look(state)
+                state.flops += state.flops_per_iteration[state.stage]
+                state.training_s += time.perf_counter() - start - accountant.spent_s()
+                for callback in callbacks:
+                    callback(state, losses)
+                stop.check(f"the checkpoint is written; the same command{again} resumes")
+            except Interrupted:  # only ever raised between iterations, so the state is whole
+                save(state)
+                raise
     start = time.perf_counter()
     engine.settle(state)
     state.training_s += time.perf_counter() - start

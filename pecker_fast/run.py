@@ -1,56 +1,110 @@
 """The verbs of the library: train a recipe, unlearn from Python, distil a one-step generator."""
 
+import hashlib
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pecker_fast.config import Recipe, load_recipe, recipe_from
+from pecker_fast.config import Recipe, load_recipe, recipe_from, recipe_to_yaml
 from pecker_fast.denoiser import load_unet
-from pecker_fast.errors import ModelError, OutputError
+from pecker_fast.engine.zero.settings import check_recipe, require_deepspeed
+from pecker_fast.errors import ModelError, OutputError, RecipeError
 from pecker_fast.export import write_unet
 from pecker_fast.forecast import check_memory
 from pecker_fast.guard import StopFlag
 from pecker_fast.io_safe import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
 from pecker_fast.parts import Parts, load_parts
+from pecker_fast.ranks import ALONE, Ranks, joined
 from pecker_fast.run_folder import BASE, is_run_folder, locked, open_run_folder, plan_run_folder, trajectory_sha256
 from pecker_fast.saliency import ForgetImages
 from pecker_fast.text_denoiser import TextDenoiser
 from pecker_fast.text_parts import plan_of
-from pecker_fast.track import Tracker, require_tensorboard
+from pecker_fast.track import NoTracker, Tracker, require_tensorboard
 from pecker_fast.training import RunResult, Training
 
 __all__ = ["RunResult", "distill", "train", "unlearn"]
 
 
-def train(recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry_run: bool = False) -> RunResult:
+def train(
+    recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry_run: bool = False, ranks: Ranks = ALONE
+) -> RunResult:
     """Run a recipe in its output folder, from where it stopped (`resume`). Raises PeckerError with nothing lost.
 
-    dry_run loads and checks everything, and writes nothing.
+    dry_run loads and checks everything, and writes nothing. ranks: the processes a launcher has started, all of which call
+    this with the same recipe (`ranks.launched`).
     """
     started = time.perf_counter()
-    prediction = check_memory(recipe) if recipe.uses_prompts else None
-    if dry_run and dry_run_text(recipe):
-        return RunResult(Path(recipe.output), None, None)
-    parts = load_parts(recipe)
-    if (commit := revision_of(parts.folder)) is not None:
-        recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
-    forget_images = _forget_images(recipe, parts)
-    identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
-    plan = plan_run_folder(recipe, identity)
-    if tensorboard:
-        require_tensorboard()
-    if dry_run:
-        return RunResult(plan.run_dir, None, None)
-    console = "none" if quiet else "auto"
-    with locked(plan.run_dir), StopFlag() as stop:
-        open_run_folder(recipe, plan)
-        with Tracker(plan.run_dir, tensorboard, console) as tracker:
-            training = Training(recipe, parts, identity, tracker, stop, forget_images, started)
+    with ranks_of(recipe, ranks) as ranks:
+        check_ranks(recipe, ranks)
+        prediction = check_memory(recipe) if recipe.uses_prompts and not recipe.engine.zero else None
+        if dry_run and dry_run_text(recipe):
+            return RunResult(Path(recipe.output), None, None)
+        parts = ranks.agree(lambda: load_parts(recipe))
+        if (commit := revision_of(parts.folder)) is not None:
+            recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
+        forget_images = ranks.agree(lambda: _forget_images(recipe, parts))
+        identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+        alike(ranks, identity["base_sha256"], "model: the ranks have loaded different models")
+        plan = ranks.told(lambda: plan_run_folder(recipe, identity))
+        if tensorboard:
+            ranks.agree(require_tensorboard)
+        if dry_run:
+            return RunResult(plan.run_dir, None, None)
+        console = "none" if quiet else "auto"
+        with ExitStack() as stack:
+            ranks.first(lambda: stack.enter_context(locked(plan.run_dir)))
+            stop = stack.enter_context(StopFlag(ranks))
+            ranks.first(lambda: open_run_folder(recipe, plan))
+            tracker = ranks.first(lambda: Tracker(plan.run_dir, tensorboard, console)) or NoTracker()
+            stack.enter_context(tracker)
+            training = Training(recipe, parts, identity, tracker, stop, forget_images, started, ranks)
             training.prediction = prediction
             return training.run(plan.checkpoint)
+
+
+@contextmanager
+def ranks_of(recipe: Recipe, ranks: Ranks) -> Iterator[Ranks]:
+    """The processes of this run: those that were launched, or with engine.zero a world of this one alone.
+
+    Raises RecipeError where more were launched than the recipe has use for.
+    """
+    if ranks.world > 1 and not recipe.engine.zero:
+        error = RecipeError(f"engine.zero: 0 is one process, but {ranks.world} were started; use engine.zero=1, 2 or 3")
+        error.silent, error.agreed = not ranks.is_first, True
+        raise error
+    if ranks.world == 1 and recipe.engine.zero:
+        with joined(recipe.engine.stall_s) as group:
+            yield group
+        return
+    ranks.patience(recipe.engine.stall_s)
+    yield ranks
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Raise RecipeError where the sharded engine cannot run this recipe, or the ranks were given different ones."""
+    alike(ranks, recipe_to_yaml(recipe), "the ranks were started with different recipes")
+
+    def check() -> None:
+        if recipe.engine.zero:
+            require_deepspeed()
+            check_recipe(recipe, ranks.world)
+
+    ranks.agree(check)
+
+
+def alike(ranks: Ranks, value: str, what: str) -> None:
+    """Raise RecipeError on every rank unless all have the same value. Takes all ranks."""
+    values = ranks.everyones(hashlib.sha256(value.encode()).hexdigest())
+    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+    if other is not None:
+        error = RecipeError(f"{what} (rank {other} and rank 0); start all of them with the same command")
+        error.silent, error.agreed = not ranks.is_first, True
+        raise error
 
 
 def unlearn(

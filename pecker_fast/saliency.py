@@ -86,35 +86,50 @@ def saliency_scores(
 
     ℓ is the noise-prediction error ε_θ on x_t (score: mse, Eq. 8) or the generator's own loss (score: forget_loss).
     """
-    options, named = recipe.mask, generator.named_parameters()
+    named = generator.named_parameters()
     scores = SaliencyScores(named, reduction=reduction)
     batches = batches_of(recipe)
     for index in range(batches):
         poll()
-        rng = draws.generator(recipe.seed, f"saliency-{branch}-{step}", index, generator.device)
-        n = recipe.batch_size
-        c_g, c_p = conditions.draw(branch, n, rng)
-        z = torch.randn(n, *generator.sample_shape, generator=rng, device=rng.device)
-        e = torch.randn(z.shape, generator=rng, device=rng.device)
-        t = _timesteps(recipe, teacher, n, rng)
         for _, p in named:
             p.grad = None
-        if options.score == "forget_loss":
-            x_g = generate(generator, z, c_g, recipe.timesteps.init)
-            with score.frozen():  # as in the generator step: through ψ, not to its weights
-                per_sample = generator_loss(
-                    teacher, score, x_g, e, t, c_g, c_p, alpha=recipe.alpha, detach_score=recipe.detach_score,
-                    guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
-                )  # fmt: skip
-        else:
-            x_0 = _forget_set(recipe, teacher, generator, z, c_g, index, branch, step, forget_images)
-            x_t = generator.schedule.add_noise(x_0, e, t)
-            per_sample = noise_loss(generator.eps, x_t, e, t, c_g)
-        per_sample.mean().backward()
+        batch_loss(recipe, teacher, score, generator, conditions, branch, index, step, forget_images).backward()
         scores.accumulate(last=index == batches - 1)
     for _, p in named:
         p.grad = None
     return scores
+
+
+def batch_loss(
+    recipe: Recipe,
+    teacher: Denoiser,
+    score: Denoiser,
+    generator: Denoiser,
+    conditions: Conditions,
+    branch: str,
+    index: int,
+    step: int = 0,
+    forget_images: ForgetImages | None = None,
+) -> Tensor:
+    """ℓ over batch number `index` of the saliency pass; see `saliency_scores`."""
+    rng = draws.generator(recipe.seed, f"saliency-{branch}-{step}", index, generator.device)
+    n = recipe.batch_size
+    c_g, c_p = conditions.draw(branch, n, rng)
+    z = torch.randn(n, *generator.sample_shape, generator=rng, device=rng.device)
+    e = torch.randn(z.shape, generator=rng, device=rng.device)
+    t = _timesteps(recipe, teacher, n, rng)
+    if recipe.mask.score == "forget_loss":
+        x_g = generate(generator, z, c_g, recipe.timesteps.init)
+        with score.frozen():  # as in the generator step: through ψ, not to its weights
+            per_sample = generator_loss(
+                teacher, score, x_g, e, t, c_g, c_p, alpha=recipe.alpha, detach_score=recipe.detach_score,
+                guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
+            )  # fmt: skip
+    else:
+        x_0 = _forget_set(recipe, teacher, generator, z, c_g, index, branch, step, forget_images)
+        x_t = generator.schedule.add_noise(x_0, e, t)
+        per_sample = noise_loss(generator.eps, x_t, e, t, c_g)
+    return per_sample.mean()
 
 
 def _timesteps(recipe: Recipe, teacher: Denoiser, n: int, rng: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ from pecker_fast.parts import Model, load_model, start_generator
 from pecker_fast.prompt_judging import grid_rows, judging_of
 from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE, warn
 from pecker_fast.sample import grid_labels, one_step_sample, save_grid
+from pecker_fast.shard_files import is_sharded, read_generator
 from pecker_fast.text_denoiser import TextDenoiser
 
 
@@ -148,9 +149,17 @@ def export_run(
 def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
     """θ of a checkpoint, its average or its raw weights."""
     generator = model.teacher.clone()
-    load_network(generator, checkpoint / "generator.safetensors")
+    if is_sharded(checkpoint):
+        shapes = {name: p.shape for name, p in generator.named_parameters()}
+        weights = read_generator(checkpoint, shapes, "weights")
+        generator.load_state({**generator.state_dict(), **weights}, checkpoint)
+    else:
+        load_network(generator, checkpoint / "generator.safetensors")
     if averaged:
-        average, _ = io_safe.read_tensors(checkpoint / "ema.safetensors", error=CheckpointError)
+        if is_sharded(checkpoint):
+            average = read_generator(checkpoint, shapes, "ema")
+        else:
+            average, _ = io_safe.read_tensors(checkpoint / "ema.safetensors", error=CheckpointError)
         blend_average(generator, average)
     return generator.freeze()
 

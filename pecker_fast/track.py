@@ -178,6 +178,28 @@ class Tracker:
             self._progress = None
 
 
+class NoTracker(Tracker):
+    """What a rank that is not the first tracks: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        pass
+
+    def progress(self, stage: str, total: int, start: int = 0) -> None:
+        pass
+
+    def tick(self, step: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def require_tensorboard() -> Any:
     """torch's SummaryWriter class; raises PeckerError, naming the extra, where TensorBoard is not installed."""
     try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pecker_kernels import SaliencyMask
 
 from pecker_fast import hardware, io_safe
@@ -12,21 +13,27 @@ from pecker_fast.checkpoint import load_checkpoint, read_checkpoint_stage, save_
 from pecker_fast.config import Recipe, idle_keys
 from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
-from pecker_fast.engine.state import start_ema
+from pecker_fast.engine.zero import ZeroEngine
 from pecker_fast.errors import CheckpointError
 from pecker_fast.exports import export_folder
 from pecker_fast.guard import StopFlag
 from pecker_fast.judging import outside_sha256
 from pecker_fast.loop import Losses, run_stage
 from pecker_fast.memory import ITERATION, Prediction, size
-from pecker_fast.methods import get_method
-from pecker_fast.methods.updates import Dense, adam
 from pecker_fast.parts import Parts, pick_device, start_generator
 from pecker_fast.prompt_judging import judging_of
+from pecker_fast.ranks import ALONE, Ranks
 from pecker_fast.report import write_report
 from pecker_fast.run_folder import MASK, METRICS, PIPELINE
-from pecker_fast.saliency import ForgetImages, make_mask, mask_flops
+from pecker_fast.saliency import ForgetImages, mask_flops
 from pecker_fast.track import Tracker
+
+
+def engine_of(recipe: Recipe, parts: Parts, device: torch.device, ranks: Ranks) -> LocalEngine:
+    """Where this recipe's tensors live."""
+    if recipe.engine.zero:
+        return ZeroEngine(recipe, parts.conditions, device, ranks)
+    return LocalEngine(recipe, parts.conditions, device)
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,14 @@ class Training:
         stop: StopFlag,
         forget_images: ForgetImages | None,
         started: float,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.recipe, self.parts, self.identity, self.tracker, self.stop = recipe, parts, identity, tracker, stop
         self.forget_images, self.started = forget_images, started
         self.device = pick_device()
-        self.engine = LocalEngine(recipe, parts.conditions, self.device)
-        self.judging = judging_of(recipe, parts, lambda: stop.check("the same command takes the figures up again"))
+        self.engine = engine_of(recipe, parts, self.device, ranks)
+        self.judging = judging_of(recipe, parts, lambda: stop.check_here("the same command takes the figures up again"))
         self.run_dir = Path(recipe.output)
         self.saved_step: int | None = None
         self.mask_cost: dict[str, float] = {}  # of one mask
@@ -80,7 +89,8 @@ class Training:
                 )
             if self.is_finished(total):
                 self.tracker.say(f"{self.run_dir}: this run is finished; resume=never runs it again")
-                return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+                report = self.ranks.first(lambda: write_report(self.run_dir))
+                return RunResult(self.run_dir, self.metrics, report)
             self.metrics |= {"after": None, "step": None}
         self.log_start(checkpoint, state)
         if state.stage == "distill":
@@ -103,13 +113,16 @@ class Training:
             self.metrics |= io_safe.read_json(source / METRICS)
         if source != self.run_dir.resolve():
             self.metrics |= {"after": None, "teacher": None, "step": None}
-            grid = Path("samples") / "before.png"
-            if (source / grid).is_file():
-                io_safe.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
-            io_safe.write_json(self.run_dir / METRICS, self.metrics)
+            self.ranks.first(lambda: self.copy_before(source))
         else:
             self.saved_step = self.total_step(state)
         self.save_mask(state)
+
+    def copy_before(self, source: Path) -> None:
+        grid = Path("samples") / "before.png"
+        if (source / grid).is_file():
+            io_safe.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
+        io_safe.write_json(self.run_dir / METRICS, self.metrics)
 
     def distilled(self, checkpoint: Path | None) -> TrainState:
         """The plain distillation stage alone."""
@@ -121,41 +134,27 @@ class Training:
     def start(self) -> TrainState:
         """φ, ψ, θ on the device, in the first stage the recipe has."""
         parts = self.parts
-        parts.teacher, parts.score, parts.generator = (
-            d.to(self.device) for d in (parts.teacher, parts.score, parts.generator)
-        )
-        teacher, score, generator = parts.teacher, parts.score, parts.generator
         stage = "distill" if self.recipe.distill_steps else "forget"
-        return TrainState(
-            teacher, score, generator, adam(self.recipe, score.named_parameters(), self.recipe.lr.score),
-            Dense(self.recipe, generator.named_parameters(), None), start_ema(generator, self.recipe.ema), stage=stage,
-        )  # fmt: skip
+        state = self.engine.start(parts.teacher, parts.score, parts.generator, stage)
+        if not self.recipe.engine.shard_teacher:
+            parts.teacher = state.teacher
+        parts.score, parts.generator = state.score, state.generator
+        return state
 
     def resume(self, checkpoint: Path) -> TrainState:
         """The state of a checkpoint."""
         state = self.start()
         state.stage, mask = read_checkpoint_stage(checkpoint)
         if state.stage == "forget":
-            state.updates = get_method(self.recipe.method).updates(
-                self.recipe, state.generator.named_parameters(), mask
-            )
+            self.engine.follow(state, mask)
         load_checkpoint(state, checkpoint, self.identity)
         return state
 
     def enter_forget(self, state: TrainState) -> TrainState:
         """From the distilled (or given) θ to the forget stage: average becomes θ, ψ stays, mask, fresh optimizers."""
-        recipe = self.recipe
-        generator = state.averaged_generator() if state.stage == "distill" else state.generator
-        generator.unet.requires_grad_(True)
-        state.release()
-        fresh = TrainState(
-            state.teacher, state.score, generator, adam(recipe, state.score.named_parameters(), recipe.lr.score),
-            state.updates, start_ema(generator, recipe.ema),
-            images=state.images, training_s=state.training_s, flops=state.flops, flops_per_iteration=state.flops_per_iteration,
-        )  # fmt: skip
+        fresh = self.engine.forget_stage(state)
         self.judge_start(fresh)
-        mask = self.timed_mask(fresh) if recipe.uses_mask else None
-        fresh.updates = get_method(recipe.method).updates(recipe, generator.named_parameters(), mask)
+        self.engine.follow(fresh, self.timed_mask(fresh) if self.recipe.uses_mask else None)
         self.log_mask(fresh)
         return fresh
 
@@ -173,19 +172,14 @@ class Training:
         def poll() -> None:
             self.stop.check("stopped in the saliency pass; the same command goes on")
 
-        parts = (
-            state.teacher,
-            state.score,
-            state.generator,
-            self.parts.conditions,
-            state.step,
-            self.forget_images,
-            poll,
-        )
-        with self.engine.autocast():
-            mask = make_mask(self.recipe, *parts)
-            seconds = time.perf_counter() - start
-            flops = mask_flops(self.recipe, *parts)
+        with self.ranks.running():
+            mask = self.engine.make_mask(state, self.parts.conditions, self.forget_images, poll)
+        seconds = time.perf_counter() - start
+        flops = 0.0
+        if not self.engine.sharded:
+            networks = (state.teacher, state.score, state.generator)
+            with self.engine.autocast():
+                flops = mask_flops(self.recipe, *networks, self.parts.conditions, state.step, self.forget_images, poll)
         state.training_s += seconds
         state.flops += flops
         self.mask_cost = {"ms": 1e3 * seconds, "flops": flops}
@@ -194,7 +188,7 @@ class Training:
     def refresh(self, state: TrainState) -> None:
         mask = self.timed_mask(state)
         assert mask is not None  # the loop refreshes a mask that is there
-        state.updates.set_mask(mask)
+        self.engine.set_mask(state, mask)
         self.log_mask(state)
 
     def log_mask(self, state: TrainState) -> None:
@@ -208,9 +202,14 @@ class Training:
         )  # fmt: skip
 
     def save_mask(self, state: TrainState) -> None:
-        if state.mask is not None:
-            with io_safe.output_errors(self.run_dir / MASK):
-                state.mask.save(self.run_dir / MASK)
+        mask = state.mask
+
+        def write() -> None:
+            if mask is not None:
+                with io_safe.output_errors(self.run_dir / MASK):
+                    mask.save(self.run_dir / MASK)
+
+        self.ranks.first(write)
 
     # -- callbacks ----------------------------------------------------------------------------------------------
 
@@ -228,7 +227,7 @@ class Training:
             self.tracker.tick(self.total_step(state))
             return
         self.engine.settle(state)
-        values = {name: float(loss) for name, loss in losses.items()}
+        values = self.engine.means(losses)
         rate = state.images / max(state.training_s, 1e-9)
         self.tracker.event(
             "step", self.total_step(state), stage=state.stage, **values, images=state.images, images_per_s=rate
@@ -238,11 +237,15 @@ class Training:
         every = self.recipe.evaluate.every
         if state.stage == "forget" and every and state.step % every == 0 and self.judging.possible:
             self.engine.settle(state)
-            result = self.judging.figures(
-                self.judging.one_step(state.averaged_generator()), self.recipe.evaluate.samples
-            )
-            del result["per_class"]
-            self.tracker.event("evaluate", self.total_step(state), **result)
+            generator = self.engine.averaged(state)
+
+            def judge() -> None:
+                assert generator is not None
+                result = self.judging.figures(self.judging.one_step(generator), self.recipe.evaluate.samples)
+                del result["per_class"]
+                self.tracker.event("evaluate", self.total_step(state), **result)
+
+            self.ranks.first(judge)
 
     def checkpoint(self, state: TrainState, losses: Losses) -> None:
         every = self.recipe.checkpoint.every
@@ -254,7 +257,7 @@ class Training:
         if self.saved_step == step:
             return
         self.engine.settle(state)
-        folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep)
+        folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep, self.ranks)
         self.saved_step = step
         self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))
 
@@ -262,16 +265,29 @@ class Training:
 
     def judge_start(self, state: TrainState) -> None:
         """`before`: θ as forgetting finds it. Kept in metrics.json at once, since a resumed run cannot make it again."""
-        sampler = self.judging.one_step(state.generator)
-        self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
-        if self.judging.possible and self.recipe.evaluate.final:
-            self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
-        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+        generator = self.engine.averaged(state)  # a fresh average is θ itself
+
+        def judge() -> None:
+            assert generator is not None
+            sampler = self.judging.one_step(generator)
+            self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
+            if self.judging.possible and self.recipe.evaluate.final:
+                self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
+            io_safe.write_json(self.run_dir / METRICS, self.metrics)
+
+        self.ranks.first(judge)
 
     def finish(self, state: TrainState) -> RunResult:
         """Final checkpoint, figures, pipeline, report."""
         self.save(state)
-        generator = state.averaged_generator()
+        generator = self.engine.averaged(state)
+        done = self.ranks.first(lambda: self.conclude(state, generator))
+        return done or RunResult(self.run_dir, None, None)
+
+    def conclude(self, state: TrainState, generator: Denoiser | None) -> RunResult:
+        """Figures, pipeline and report of the averaged generator, on rank 0."""
+        assert generator is not None
+        self.parts.teacher = self.parts.teacher.to(self.device)
         samplers = {"after": self.judging.one_step(generator), "teacher": self.judging.multi_step()}
         for name, sampler in samplers.items():
             self.judging.grid(sampler, self.run_dir / "samples" / f"{name}.png")
@@ -282,7 +298,7 @@ class Training:
         self.metrics["cost"] = {
             "training_s": state.training_s,
             "images": state.images,
-            "flops": state.flops,
+            "flops": None if self.engine.sharded else state.flops,
             "peak_memory_bytes": hardware.peak_memory_bytes(),
             "parts": self.parts_account(state),
             "memory": self.memory(state),

@@ -198,7 +198,8 @@ def add_times(account: Account, clock: Clock) -> None:
 
 class Accountant:
     """Keeps the books of one stage in `state.accounts`: after the first iteration that this process does one is rehearsed
-    and counted, the next few are timed, all others are left alone. None of it changes what they compute."""
+    and counted, the next few are timed, all others are left alone. None of it changes what they compute. Of a sharded
+    engine no books are kept."""
 
     def __init__(self, engine: LocalEngine, state: TrainState) -> None:
         self.engine, self.state = engine, state
@@ -212,6 +213,9 @@ class Accountant:
         return spent
 
     def run(self, iterate: Callable[[], Any]) -> Any:
+        if self.engine.sharded:  # a rehearsal that takes no step would leave DeepSpeed in the middle of one
+            self.state.flops_per_iteration.setdefault(self.state.stage, 0.0)
+            return iterate()
         if self._account is None:
             result = iterate()
             meter = stopwatch(self.engine.device)

@@ -5,20 +5,25 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+from pecker_kernels import SaliencyMask, SparseBackward
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pecker_fast.conditions import Conditions
 from pecker_fast.config import Recipe
+from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine.blocks import compile_blocks
 from pecker_fast.engine.finite import FiniteGuard, non_finite
 from pecker_fast.engine.graph import IterationGraph, require_gpu
 from pecker_fast.engine.inputs import Batch, Inputs, concatenate, draw
 from pecker_fast.engine.live import LiveBackward, gradients_of
-from pecker_fast.engine.state import TrainState
+from pecker_fast.engine.state import TrainState, start_ema
 from pecker_fast.losses import generate, generator_loss, noise_loss
-from pecker_fast.methods.updates import Gradients
+from pecker_fast.methods import get_method
+from pecker_fast.methods.updates import Dense, Gradients, adam
 from pecker_fast.profile import part
+from pecker_fast.ranks import ALONE, Ranks
+from pecker_fast.saliency import ForgetImages, make_mask
 
 
 class LocalEngine:
@@ -28,7 +33,17 @@ class LocalEngine:
     late on a GPU, at once on the CPU. Raises RecipeError where the recipe asks for what the device does not have.
     """
 
-    def __init__(self, recipe: Recipe, conditions: Conditions, device: torch.device, late: bool | None = None) -> None:
+    sharded = False  # whether weights are spread over ranks
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        conditions: Conditions,
+        device: torch.device,
+        late: bool | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
         require_gpu(recipe, device)
         if recipe.engine.threads:
             torch.set_num_threads(recipe.engine.threads)
@@ -52,6 +67,56 @@ class LocalEngine:
             ):  # torch's fused attention in bfloat16 is six times slower there than in float32
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
+
+    # -- the stages of a run ----------------------------------------------------------------------------------------
+
+    def start(self, teacher: Denoiser, score: Denoiser, generator: Denoiser, stage: str = "forget") -> TrainState:
+        """φ, ψ, θ on the device with fresh optimizers, no mask yet."""
+        teacher, score, generator = (network.to(self.device) for network in (teacher, score, generator))
+        return TrainState(
+            teacher, score, generator, adam(self.recipe, score.named_parameters(), self.recipe.lr.score),
+            Dense(self.recipe, generator.named_parameters(), None), start_ema(generator, self.recipe.ema), stage=stage,
+        )  # fmt: skip
+
+    def forget_stage(self, state: TrainState) -> TrainState:
+        """From the distilled (or given) θ to the forget stage: the average becomes θ, ψ stays, fresh optimizers."""
+        generator = state.averaged_generator() if state.stage == "distill" else state.generator
+        generator.unet.requires_grad_(True)
+        state.release()
+        fresh = self.start(state.teacher, state.score, generator)
+        for name in ("images", "training_s", "flops", "flops_per_iteration"):
+            setattr(fresh, name, getattr(state, name))
+        return fresh
+
+    def follow(self, state: TrainState, mask: SaliencyMask | None) -> None:
+        """Give θ the fresh optimizers of the recipe's rule under a mask."""
+        named = state.generator.named_parameters()
+        state.updates = get_method(self.recipe.method).updates(self.recipe, named, mask)
+
+    def set_mask(self, state: TrainState, mask: SaliencyMask) -> None:
+        """Go on with another mask; moments follow the weights that stay."""
+        state.updates.set_mask(mask)
+
+    def make_mask(
+        self,
+        state: TrainState,
+        conditions: Conditions,
+        forget_images: ForgetImages | None = None,
+        poll: Callable[[], object] = lambda: None,
+    ) -> SaliencyMask | None:
+        """The recipe's mask at the present weights; see saliency.make_mask."""
+        with self.autocast():
+            return make_mask(
+                self.recipe, state.teacher, state.score, state.generator, conditions, state.step, forget_images, poll
+            )
+
+    def averaged(self, state: TrainState) -> Denoiser | None:
+        """A frozen θ with the averaged weights, where figures are made: on rank 0. Takes all ranks."""
+        return state.averaged_generator()
+
+    def means(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """The losses over all ranks, as numbers."""
+        return {name: float(loss) for name, loss in losses.items()}
 
     # -- around the iteration ---------------------------------------------------------------------------------------
 
@@ -145,33 +210,39 @@ class LocalEngine:
         weights = self.branch_weights(state.stage, "score")
         whole = list(self.batches(state, "score", weights, inputs).values())
         pieces = split(whole, self.recipe.engine.micro_batch)
-        state.score_optimizer.zero_grad()
         losses = []
         guidance = self.recipe.guidance.score_train
 
         def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
             return state.score.eps(x, t, c, guidance)
 
-        for share, piece in pieces:
-            batch = concatenate(piece)
-            with self.autocast():
-                with torch.no_grad(), part("score_samples"):
-                    x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
-                x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
-                with part("score_forward"):
-                    per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
-            loss = share * weighted_mean(per_sample, weights)
-            with part("score_backward"):
-                loss.backward()
-            losses.append(loss.detach())
-            state.images += per_sample.shape[0]
+        with self.score_update(state, len(pieces)) as backward:
+            for share, piece in pieces:
+                batch = concatenate(piece)
+                with self.autocast():
+                    with torch.no_grad(), part("score_samples"):
+                        x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
+                    x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
+                    with part("score_forward"):
+                        per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
+                loss = share * weighted_mean(per_sample, weights)
+                with part("score_backward"):
+                    backward(loss)
+                losses.append(loss.detach())
+                state.images += per_sample.shape[0] * self.ranks.world
+        return {"score_loss": total(losses)}
+
+    @contextmanager
+    def score_update(self, state: TrainState, passes: int) -> Iterator[Callable[[Tensor], object]]:
+        """Yields what takes the loss of each of the passes back; ends with ψ's step on the sum of their gradients."""
+        state.score_optimizer.zero_grad()
+        yield Tensor.backward
         named = state.score.named_parameters()
         self.guard.check(f"{state.stage} step {state.step}", "score network", [p.grad for _, p in named], named)
         with part("score_optimizer"):
             state.score_optimizer.step()
         self.guard.note(state.score_optimizer, 1)
         state.score_optimizer.zero_grad()
-        return {"score_loss": total(losses)}
 
     def generator_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """θ: the phases of the update rule in order, each at the weights the one before left behind."""
@@ -182,14 +253,20 @@ class LocalEngine:
             for update, phase in enumerate(phases, start=2):
                 branches = {branch: weights[branch] for branch in phase if branch in weights}
                 if branches:
-                    gradients, values = self.branch_gradients(state, branches, state.updates.separate, inputs)
-                    with part("generator_optimizer"):
-                        optimizer = state.updates.apply(phase, gradients)
-                    self.guard.note(optimizer, update)
-                    losses |= values
+                    losses |= self.generator_update(state, phase, branches, update, inputs)
+        return losses
+
+    def generator_update(
+        self, state: TrainState, phase: tuple[str, ...], weights: dict[str, float], update: int, inputs: Inputs | None
+    ) -> dict[str, Tensor]:
+        """Gradients of the branches of one phase, and the step they end in; its number counts from 2."""
+        gradients, values = self.branch_gradients(state, weights, state.updates.separate, inputs)
+        with part("generator_optimizer"):
+            optimizer = state.updates.apply(phase, gradients)
+        self.guard.note(optimizer, update)
         for p in state.updates.parameters:
             p.grad = None
-        return losses
+        return values
 
     def branch_gradients(
         self, state: TrainState, weights: dict[str, float], separate: bool, inputs: Inputs | None = None
@@ -220,9 +297,33 @@ class LocalEngine:
         self, state: TrainState, batches: dict[str, Batch], weights: dict[str, float], separate: bool
     ) -> tuple[dict[str, Gradients], dict[str, Tensor]]:
         """(gradients, mean losses) of what passes the networks at once."""
-        recipe, named = self.recipe, state.generator.named_parameters()
         groups = [[branch] for branch in batches] if separate else [list(batches)]
         live = [self.live.of(state, group) for group in groups]
+        ways, means = self.guide(state, batches, weights, groups, live)
+        parameters = [p for _, p in state.generator.named_parameters()]
+        gradients: dict[str, Gradients] = {}
+        for group, sparse, (x, dx) in zip(groups, live, ways):
+            with (
+                part("generator_backward_" + "_".join(group)),
+                sparse or nullcontext(),
+            ):  # checkpointing passes forward again
+                grads = gradients_of(x, parameters, dx, sparse)
+            gradients[group[0] if separate else "sum"] = grads
+        return gradients, means
+
+    def guide(
+        self,
+        state: TrainState,
+        batches: dict[str, Batch],
+        weights: dict[str, float],
+        groups: list[list[str]],
+        live: list[SparseBackward | None],
+    ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """((x_g, dL/dx_g) of each group of branches, ready to go back through θ; mean losses by branch).
+
+        live: for each group what θ's forward pass runs in.
+        """
+        recipe = self.recipe
         with self.autocast():
             x_groups = []
             for group, sparse in zip(groups, live):
@@ -240,18 +341,10 @@ class LocalEngine:
         loss = weighted_mean(per_sample, weights)
         with part("guide_backward"):
             (dx_g,) = torch.autograd.grad(loss, x_g)
-        parameters = [p for _, p in named]
-        gradients: dict[str, Gradients] = {}
-        for group, sparse, x, dx in zip(groups, live, x_groups, dx_g.split([x.shape[0] for x in x_groups])):
-            with (
-                part("generator_backward_" + "_".join(group)),
-                sparse or nullcontext(),
-            ):  # checkpointing passes forward again
-                grads = gradients_of(x, parameters, dx.to(x.dtype), sparse)
-            gradients[group[0] if separate else "sum"] = grads
-        state.images += x_g.shape[0]
+        state.images += x_g.shape[0] * self.ranks.world
         means = per_sample.detach().view(len(weights), -1).mean(1)
-        return gradients, dict(zip(weights, means.unbind()))
+        ways = [(x, dx.to(x.dtype)) for x, dx in zip(x_groups, dx_g.split([x.shape[0] for x in x_groups]))]
+        return ways, dict(zip(weights, means.unbind()))
 
 
 def split(batches: list[Batch], micro_batch: int) -> list[tuple[float, list[Batch]]]:

@@ -7,6 +7,7 @@ no improved precision and recall, so that one is here.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ class _Given(nn.Module):
         return x
 
 
+HERE: dict[str, Any] = {
+    "sync_on_compute": False
+}  # among ranks one of them judges; torchmetrics would wait for the others
+
+
 def fid(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to features `real` [M, F] and `fake` [N, F] (Heusel et al. 2017).
 
@@ -37,7 +43,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
     _check(real, fake, at_least=2)
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), **HERE).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return max(0.0, metric.compute().item())
@@ -74,7 +80,7 @@ def inception_score(logits: Tensor, splits: int = 1) -> float:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits).set_dtype(torch.float64)
+        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits, **HERE).set_dtype(torch.float64)
         metric.update(logits.double())
         return metric.compute()[0].item()
 

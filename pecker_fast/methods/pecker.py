@@ -4,7 +4,7 @@ from pecker_kernels import SaliencyMask
 from torch import nn
 
 from pecker_fast.config import Recipe
-from pecker_fast.methods.updates import RULES, Dense, UpdateRule
+from pecker_fast.methods.updates import RULES, Dense, DifferentiatedSum, UpdateRule
 
 
 class Pecker:
@@ -14,3 +14,10 @@ class Pecker:
     def updates(recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
         rule = Dense if mask is None else RULES[recipe.update_rule]
         return rule(recipe, named, mask)
+
+    @staticmethod
+    def updates_of_sums(recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
+        """As `updates`, for an engine that masks and adds up the branches' gradients before an optimizer sees them."""
+        if mask is not None and recipe.update_rule == "differentiated":
+            return DifferentiatedSum(recipe, named, mask)
+        return Pecker.updates(recipe, named, mask)

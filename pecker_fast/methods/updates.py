@@ -51,6 +51,10 @@ class UpdateRule:
         """Whether the gradients of these branches move weights of the mask alone; they may then be compact."""
         return False
 
+    def optimizer_of(self, phase: tuple[str, ...]) -> MaskedAdam:
+        """Whose step a phase ends in."""
+        return self.optimizers["generator"]
+
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         """One update; returns the optimizer that made it. gradients: per branch when `separate`, else the weighted sum
         under the key "sum"."""
@@ -67,8 +71,10 @@ class UpdateRule:
         for p, g in zip(self.parameters, gradients):
             p.grad = g
 
-    def _step(self, name: str, masked: Gradients | None = None, compact: Gradients | None = None) -> MaskedAdam:
-        optimizer = self.optimizers[name]
+    def _step(
+        self, phase: tuple[str, ...], masked: Gradients | None = None, compact: Gradients | None = None
+    ) -> MaskedAdam:
+        optimizer = self.optimizer_of(phase)
         optimizer.step(masked_grads=masked, compact_grads=compact)
         return optimizer
 
@@ -83,7 +89,7 @@ class Dense(UpdateRule):
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["sum"])
-        return self._step("generator")
+        return self._step(phase)
 
 
 class Differentiated(UpdateRule):
@@ -101,7 +107,7 @@ class Differentiated(UpdateRule):
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         self._give(gradients["retain"])
-        return self._step("generator", gradients["forget"])
+        return self._step(phase, gradients["forget"])
 
 
 class SalientOnly(UpdateRule):
@@ -116,7 +122,7 @@ class SalientOnly(UpdateRule):
         return True
 
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
-        return self._step("generator", compact=gradients["sum"])
+        return self._step(phase, compact=gradients["sum"])
 
 
 class Alternating(UpdateRule):
@@ -133,11 +139,23 @@ class Alternating(UpdateRule):
     def limits(self, group: Sequence[str]) -> bool:
         return list(group) == ["forget"]
 
+    def optimizer_of(self, phase: tuple[str, ...]) -> MaskedAdam:
+        return self.optimizers["generator_" + phase[0]]
+
     def apply(self, phase: tuple[str, ...], gradients: dict[str, Gradients]) -> MaskedAdam:
         if phase == ("forget",):
-            return self._step("generator_forget", compact=gradients["sum"])
+            return self._step(phase, compact=gradients["sum"])
         self._give(gradients["sum"])
-        return self._step("generator_retain")
+        return self._step(phase)
+
+
+class DifferentiatedSum(Differentiated):
+    """`differentiated` where the optimizer is handed the sum g_r∇L_sd + m ⊙ g_f∇L_sfd: its step is a dense one."""
+
+    def build(
+        self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None
+    ) -> dict[str, MaskedAdam]:
+        return {"generator": adam(recipe, named, recipe.lr.generator)}
 
 
 RULES: dict[str, type[UpdateRule]] = {

@@ -112,6 +112,7 @@ def test_train_resolves_the_recipe_and_prints_what_came_of_it(capsys, monkeypatc
     assert cli.main(["train", "digits", "steps=3", "--tensorboard", "lr=1e-5"]) == 0
     (recipe,), keys = train.calls[0]
     assert recipe == load_recipe("digits", ["steps=3", "lr=1e-5"])
+    assert keys.pop("ranks").world == 1
     assert keys == {"tensorboard": True, "quiet": False, "dry_run": False}
     out = capsys.readouterr().out
     assert "99 %" in out

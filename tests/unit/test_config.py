@@ -90,8 +90,6 @@ OVERRIDE_ERRORS = [
     ("ema=1", "override ema: expected a number in [0, 1), got 1"),
     ("seed=-1", "override seed: expected a number of at least 0, got -1"),
     ("score=peft", "override score: expected one of full, lora, got 'peft'"),
-    ("engine.zero=1", "override engine.zero: this value is not supported yet; use 0"),
-    ("engine.offload=cpu", "override engine.offload: this value is not supported yet; use none"),
     ("engine.weights=bf16", "override engine.weights: bf16 weights need precision=bf16"),
     ("steps=[", "override steps: line 1 column 2: while parsing a flow node"),
     ("steps=*x", "override steps: line 1 column 1: aliases are not part of a recipe"),

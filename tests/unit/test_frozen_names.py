@@ -16,7 +16,8 @@ guidance.text_dropout guidance.unconditional detach_score weights.score_retain w
 weights.forget mask.source mask.score mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope
 mask.reduction mask.samples mask.data mask.timesteps mask.skip mask.refresh update_rule optimizer.betas optimizer.eps
 optimizer.weight_decay optimizer.clip_value ema precision resolution score lora.rank lora.targets engine.zero
-engine.offload engine.stall_s engine.compile engine.cuda_graph engine.channels_last engine.threads engine.weights
+engine.offload engine.shard_teacher engine.deepspeed engine.stall_s engine.compile engine.cuda_graph
+engine.channels_last engine.threads engine.weights
 engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final evaluate.judge evaluate.prompts
 evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
 """
@@ -49,7 +50,7 @@ DEFAULTS = {
     "mask.timesteps": "uniform", "mask.skip": True, "mask.refresh": 0,
     "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
     "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
-    "engine.stall_s": 600, "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True,
+    "engine.stall_s": 600, "engine.shard_teacher": False, "engine.deepspeed": None, "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True,
     "engine.threads": 0, "engine.weights": "fp32", "engine.checkpointing": False, "engine.micro_batch": 0,
     "revision": None, "resolution": None, "lora.rank": 16, "lora.targets": "all", "guidance.unconditional": None,
     "evaluate.prompts": None, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,

@@ -1,0 +1,7 @@
+"""θ and ψ sharded over many processes by DeepSpeed ZeRO. Importing it imports no DeepSpeed."""
+
+from pecker_fast.engine.zero.engine import ZeroEngine
+from pecker_fast.engine.zero.network import Sharded
+from pecker_fast.engine.zero.state import ZeroState
+
+__all__ = ["Sharded", "ZeroEngine", "ZeroState"]

@@ -1,0 +1,124 @@
+"""The saliency pass over ranks: whole batches on each, summed in the order of the batches where the weights live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pecker_kernels import SaliencyMask, SaliencyScores, Shards
+from torch import Tensor
+
+from pecker_fast import draws
+from pecker_fast.conditions import Conditions
+from pecker_fast.config import Recipe
+from pecker_fast.engine.zero.state import ZeroState
+from pecker_fast.ranks import Ranks
+from pecker_fast.saliency import ForgetImages, batch_loss, batches_of
+
+BUCKET = 1 << 24  # elements that travel at once
+
+
+def make_sharded_mask(
+    recipe: Recipe,
+    state: ZeroState,
+    conditions: Conditions,
+    ranks: Ranks,
+    forget_images: ForgetImages | None,
+    poll: Callable[[], object],
+) -> SaliencyMask | None:
+    """saliency.make_mask over ranks: bit for bit the mask of one process, whole on every rank. Takes all ranks."""
+    options, shards = recipe.mask, state.networks["generator"].shards
+    if options.source == "none":
+        return None
+    shape: dict[str, Any] = {"structure": options.structure, "tile": tuple(options.tile), "scope": options.scope}
+    if options.source == "random":
+        seed = draws.generator(recipe.seed, "random-mask", state.step).initial_seed()
+        stand_ins = {name: torch.empty(1).expand(size) for name, size in shards.shapes.items()}
+        return SaliencyMask.random(stand_ins, density=options.density, seed=seed, **shape)
+    passes = Passes(recipe, state, conditions, ranks, poll)
+    scores = passes.scores("forget", options.reduction, forget_images)
+    if options.contrast:
+        shards.contrast_(scores, passes.scores("retain", "square", None), floor=1e-3)
+    if options.threshold is not None:
+        return shards.mask(scores, threshold=options.threshold, **shape)
+    return shards.mask(scores, density=options.density, **shape)
+
+
+class Passes:
+    """Passes of forget and retain samples through θ, outside DeepSpeed's reducer.
+
+    A batch is the recipe's `batch_size` however many ranks there are, and one rank's work; rank r does batches r, r + W, ….
+    Every rank then adds up, for its own weights, the gradients of all batches in their order: sums that do not depend on
+    how many ranks there are. A rank holds one gradient of the whole network while it does.
+    """
+
+    def __init__(
+        self, recipe: Recipe, state: ZeroState, conditions: Conditions, ranks: Ranks, poll: Callable[[], object]
+    ) -> None:
+        self.recipe, self.state, self.conditions, self.ranks, self.poll = recipe, state, conditions, ranks, poll
+        self.network = state.networks["generator"]
+        self.layouts: list[Shards] = [
+            Shards(self.network.shards.shapes, pieces, length)
+            for pieces, length in ranks.everyones((self.network.shards.pieces, self.network.shards.length))
+        ]
+
+    def scores(self, branch: str, reduction: str, forget_images: ForgetImages | None) -> SaliencyScores:
+        """saliency.saliency_scores of this rank's weights."""
+        state, world, batches = self.state, self.ranks.world, batches_of(self.recipe)
+        scores = self.network.shards.scores(state.generator.device, reduction)
+        parameters = list(self.network.parameters.values())
+        for first in range(0, batches, world):
+            self.poll()
+            mine = min(first + self.ranks.rank, batches - 1)  # the last round may have ranks to spare: they go along
+            loss = batch_loss(
+                self.recipe, state.teacher, state.score, state.generator, self.conditions, branch, mine, state.step,
+                forget_images,
+            )  # fmt: skip
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for vector in self._exchanged(grads)[: batches - first]:
+                scores.add([vector])
+        return scores
+
+    def _exchanged(self, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """Of each rank's gradient, in rank order, the part whose weights live here: float32 [length]."""
+        shards = self.network.shards
+        vectors = [torch.zeros(shards.length, device=self.state.generator.device) for _ in range(self.ranks.world)]
+        for bucket in self._buckets(grads):
+            if shards.alone:
+                for name, grad in bucket.items():
+                    shards.scatter_(vectors[0], name, grad)
+                continue
+            none = torch.empty(0, device=vectors[0].device)
+            sent = [
+                torch.cat([none, *(values for name, g in bucket.items() for _, values in to.owned(name, g))])
+                for to in self.layouts
+            ]
+            here = sum(piece.numel for name in bucket for piece in shards.pieces_of(name))
+            received = torch.empty(here * self.ranks.world, device=vectors[0].device)
+            torch.distributed.all_to_all_single(
+                received, torch.cat(sent), [here] * self.ranks.world, [part.numel() for part in sent]
+            )
+            for vector, part in zip(vectors, received.split(here) if here else []):
+                at = 0
+                for name in bucket:
+                    for piece in shards.pieces_of(name):
+                        shards.view(vector, piece).copy_(part[at : at + piece.numel])
+                        at += piece.numel
+        return vectors
+
+    def _buckets(self, grads: tuple[Tensor | None, ...]) -> Iterator[dict[str, Tensor]]:
+        """Gradients as flat float32, some at a time, the same ones on every rank; a missing one is zero."""
+        bucket: dict[str, Tensor] = {}
+        for (name, size), grad in zip(self.network.shards.shapes.items(), grads):
+            flat = (
+                torch.zeros(size.numel(), device=self.state.generator.device)
+                if grad is None
+                else grad.float().reshape(-1)
+            )
+            bucket[name] = flat
+            if sum(t.numel() for t in bucket.values()) >= BUCKET:
+                yield bucket
+                bucket = {}
+        if bucket:
+            yield bucket
