@@ -11,12 +11,12 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pecker_kernels import SaliencyMask
-from torch import Tensor
+from torch import Size, Tensor
 from torch.optim import Optimizer
 
 from pecker_fast import io_safe
@@ -25,7 +25,7 @@ from pecker_fast.engine import TrainState
 from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError, PeckerError
 from pecker_fast.ranks import ALONE, Ranks
-from pecker_fast.shard_files import read_shards, steps_of, write_shard
+from pecker_fast.shard_files import is_sharded, read_generator, read_shards, steps_of, write_shard
 
 FORMAT = "pecker-fast checkpoint"
 VERSION = 1
@@ -164,6 +164,14 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
             unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
     for name in COUNTERS:
         setattr(state, name, stored["counters"][name])
+
+
+def generator_tensors(folder: Path, shapes: Mapping[str, Size], kind: str) -> dict[str, Tensor]:
+    """θ of a verified checkpoint by parameter name, its raw "weights" or their average, "ema". Raises CheckpointError."""
+    if is_sharded(folder):
+        return read_generator(folder, shapes, kind)
+    name = "generator.safetensors" if kind == "weights" else "ema.safetensors"
+    return io_safe.read_tensors(folder / name, error=CheckpointError)[0]
 
 
 def load_network(network: Denoiser, path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import io_safe
-from pecker_fast.checkpoint import latest_checkpoint, load_network, read_checkpoint_stage, verify_checkpoint
+from pecker_fast.checkpoint import generator_tensors, latest_checkpoint, read_checkpoint_stage, verify_checkpoint
 from pecker_fast.config import Recipe, load_recipe
 from pecker_fast.delta import apply_to_folder
 from pecker_fast.denoiser import Denoiser, load_unet
@@ -22,7 +22,6 @@ from pecker_fast.parts import Model, load_model, start_generator
 from pecker_fast.prompt_judging import grid_rows, judging_of
 from pecker_fast.run_folder import METRICS, PIPELINE, RECIPE, warn
 from pecker_fast.sample import grid_labels, one_step_sample, save_grid
-from pecker_fast.shard_files import is_sharded, read_generator
 from pecker_fast.text_denoiser import TextDenoiser
 
 
@@ -136,8 +135,7 @@ def export_run(
     if read_checkpoint_stage(checkpoint)[0] != "forget":
         raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
     model = load_model(run.recipe)
-    averaged = weights == "ema" and (checkpoint / "ema.safetensors").is_file()
-    generator = checkpointed_generator(model, checkpoint, averaged)
+    generator = checkpointed_generator(model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
     if form != "diffusers":
         return export_file(generator, model, target, form, run.recipe.timesteps.init)
     metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
@@ -149,18 +147,10 @@ def export_run(
 def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
     """θ of a checkpoint, its average or its raw weights."""
     generator = model.teacher.clone()
-    if is_sharded(checkpoint):
-        shapes = {name: p.shape for name, p in generator.named_parameters()}
-        weights = read_generator(checkpoint, shapes, "weights")
-        generator.load_state({**generator.state_dict(), **weights}, checkpoint)
-    else:
-        load_network(generator, checkpoint / "generator.safetensors")
+    shapes = {name: p.shape for name, p in generator.named_parameters()}
+    generator.load_state(generator_tensors(checkpoint, shapes, "weights"), checkpoint)
     if averaged:
-        if is_sharded(checkpoint):
-            average = read_generator(checkpoint, shapes, "ema")
-        else:
-            average, _ = io_safe.read_tensors(checkpoint / "ema.safetensors", error=CheckpointError)
-        blend_average(generator, average)
+        blend_average(generator, generator_tensors(checkpoint, shapes, "ema"))
     return generator.freeze()
 
 

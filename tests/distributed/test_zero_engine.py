@@ -1,13 +1,13 @@
 """θ and ψ over ranks against one process: the same masks to the bit, the same weights to rounding."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from ranks import run_ranks
-from zero_cases import train_once
+from zero_cases import held_bytes, non_finite, outside, resume, train_and_save, train_once
 
-from pecker_fast.ranks import ALONE
-
-pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 STEPS = 20
 CLOSE = 1e-7  # for weights below 1; above, one unit in the last place
 
@@ -84,3 +84,58 @@ def test_two_ranks_train_what_one_process_trains(case, tiny_model, alone):
 @pytest.mark.parametrize("case", MATRIX)
 def test_the_whole_matrix(case, world, tiny_model, alone):
     check(world, *MATRIX[case], tiny_model, alone)
+
+
+def check_resume(before, after, zero, other, keys, tiny_model, alone, folder):
+    run_ranks(before, train_and_save, tiny_model, keys, zero, STEPS // 2, folder)
+    results = run_ranks(after, resume, tiny_model, keys, other, STEPS, folder)
+    expected = alone(keys)
+    assert {result["mask"] for result in results} == {expected["mask"]}
+    assert {result["images"] for result in results} == {expected["images"]}
+    worst, _ = differences(results[0]["weights"], expected["weights"])
+    assert worst <= 1, f"{worst:.2f} × what rounding allows"
+
+
+def test_a_checkpoint_of_one_rank_goes_on_with_two_and_another_stage(tiny_model, alone, tmp_path):
+    check_resume(
+        1, 2, 2, 3, {"update_rule": "salient_only", "optimizer": {"betas": [0.5, 0.999]}}, tiny_model, alone, tmp_path
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize(("zero", "rule"), [(1, "salient_only"), (2, "differentiated"), (3, "alternating")])
+def test_a_checkpoint_goes_on_with_any_number_of_ranks(zero, rule, before, after, tiny_model, alone, tmp_path):
+    check_resume(before, after, zero, zero, {"update_rule": rule}, tiny_model, alone, tmp_path)
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_salient_only_leaves_everything_else_alone_on_every_rank(zero, tiny_model):
+    keys = {"update_rule": "salient_only", "optimizer": {"weight_decay": 0.1}, "lr": 1e-2}
+    digests = {digest for pair in run_ranks(2, outside, tiny_model, keys, zero, 5) for digest in pair}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("zero", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_a_nan_on_one_rank_stops_all_and_names_it(zero, tiny_model):
+    first, second = run_ranks(2, non_finite, tiny_model, zero)
+    assert first[0] == second[0]
+    assert "forget step 1, rank" in first[0]
+    assert "score network tensor" in first[0]
+    assert (first[1], second[1]) == (False, True)
+    assert first[2] == second[2] == "True"
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1])
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_a_rank_holds_what_the_formula_says(zero, density, tiny_model):
+    """docs/scaling.md: 4N (stage 3: 4N/W) + 4N/W parameters, 4Nd/W moments with β₁ = 0, 4N/W average, N/8 mask."""
+    keys = {"update_rule": "salient_only", "mask": {"density": density}}
+    ranks = run_ranks(2, held_bytes, tiny_model, keys, zero)
+    n, w, pad = 18_649, 2, 4 * 300  # padding: of the partition's end, in stage 3 of every tensor
+    for held in ranks:
+        assert held["parameters"] == pytest.approx(4 * n / w if zero == 3 else 4 * n + 4 * n / w, abs=pad)
+        assert held["average"] == pytest.approx(4 * n / w, abs=pad)
+        assert held["mask"] == pytest.approx(n / 8, abs=100)
+    assert sum(held["moments"] for held in ranks) == pytest.approx(4 * n * density, abs=2 * pad if density == 1 else 8)

@@ -67,6 +67,98 @@ def train_once(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: i
         return outcome(engine, state, iterate(engine, state, steps))
 
 
+IDENTITY = {"recipe_sha256": "r", "base_sha256": "b"}
+
+
+def train_and_save(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int, folder: Path) -> None:
+    """The first part of a run, left in a checkpoint."""
+    from pecker_fast.checkpoint import save_checkpoint
+    from pecker_fast.ranks import joined
+
+    with joined(60.0) as ranks:
+        engine, state, _ = make(model, keys, zero, ranks)
+        iterate(engine, state, steps)
+        save_checkpoint(state, folder, steps, IDENTITY, 2, ranks)
+
+
+def resume(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int, folder: Path) -> dict[str, Any]:
+    """The rest of it, on this many ranks; and what the checkpoint came to once it was loaded."""
+    from pecker_fast.checkpoint import latest_checkpoint, load_checkpoint, read_checkpoint_stage
+    from pecker_fast.parts import load_parts
+    from pecker_fast.ranks import joined
+    from pecker_fast.training import engine_of
+
+    recipe = recipe_of(model, keys, zero)
+    with joined(60.0) as ranks:
+        parts = load_parts(recipe)
+        engine = engine_of(recipe, parts, torch.device("cpu"), ranks)
+        state = engine.start(parts.teacher, parts.score, parts.generator)
+        checkpoint = latest_checkpoint(folder, print)
+        state.stage, mask = read_checkpoint_stage(checkpoint)
+        engine.follow(state, mask)
+        load_checkpoint(state, checkpoint, IDENTITY)
+        assert state.step == int(checkpoint.name[5:])
+        return outcome(engine, state, iterate(engine, state, steps - state.step))
+
+
+def outside(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int) -> tuple[str, str]:
+    """sha256 of all weights outside the mask, as this rank sees them, before and after."""
+    from pecker_fast.ranks import joined
+
+    with joined(60.0) as ranks:
+        engine, state, _ = make(model, keys, zero, ranks)
+        network = state.networks["generator"]
+
+        def seen() -> str:
+            whole = dict(network.collect(network.partition.detach()))
+            return sha256({name: w[~state.mask.bool(name)] for name, w in whole.items()})
+
+        before = seen()
+        iterate(engine, state, steps)
+        return before, seen()
+
+
+def non_finite(rank: int, model: Path, zero: int) -> tuple[str, bool, str]:
+    """What a NaN that one rank alone meets comes to: (message, silent, sha256 of this rank's weights is unchanged)."""
+    from pecker_fast.errors import NonFiniteError
+    from pecker_fast.ranks import joined
+
+    with joined(60.0) as ranks:
+        engine, state, _ = make(model, {}, zero, ranks)
+        iterate(engine, state, 1)
+        network = state.networks["score"]
+        before = network.partition.detach().clone()
+        if rank == 1:
+            name, parameter = next(iter(network.parameters.items()))
+            parameter.register_hook(lambda g: g * float("nan"))
+        try:
+            iterate(engine, state, 1)
+        except NonFiniteError as error:
+            return str(error), error.silent, str(bool(torch.equal(before, network.partition.detach())))
+        return "nothing was raised", False, ""
+
+
+def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[str, int]:
+    """Bytes this rank holds between iterations, by kind, of θ."""
+    from pecker_fast.account.iteration import unique_bytes
+    from pecker_fast.ranks import joined
+
+    with joined(60.0) as ranks:
+        engine, state, _ = make(model, keys, zero, ranks)
+        iterate(engine, state, 2)
+        network = state.networks["generator"]
+        optimizers = state.updates.optimizers.values()
+        moments = [t for o in optimizers for s in o.state.values() for k, t in s.items() if k != "step"]
+        shards = [p.ds_tensor for p in network.parameters.values()] if zero == 3 else list(network.parameters.values())
+        return {
+            "parameters": unique_bytes([*shards, network.partition]),
+            "moments": unique_bytes(moments),
+            "average": unique_bytes(list(state.ema.values())),
+            "mask": sum(bits.nbytes for bits in state.mask.bits.values()),
+            "partition": network.partition.numel(),
+        }
+
+
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
