@@ -27,6 +27,11 @@ MATRIX = {
         "sfd": {"method": "sfd"},
         "contrast": {"mask": {"score": "forget_loss", "contrast": True, "structure": "row"}},
         "micro": {"update_rule": "differentiated", "engine": {"micro_batch": 1}},
+        "rows": {
+            "update_rule": "salient_only",
+            "mask": {"structure": "row", "density": 0.2},
+            "engine": {"micro_batch": 1},
+        },
     }.items()
 }
 
@@ -117,14 +122,23 @@ def test_salient_only_leaves_everything_else_alone_on_every_rank(zero, tiny_mode
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("zero", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_a_nan_on_one_rank_stops_all_and_names_it(zero, tiny_model):
-    first, second = run_ranks(2, non_finite, tiny_model, zero)
+@pytest.mark.parametrize(
+    ("zero", "which", "rule"),
+    [
+        (2, "score", "differentiated"),
+        pytest.param(1, "generator", "salient_only", marks=pytest.mark.slow),
+        pytest.param(3, "generator", "salient_only", marks=pytest.mark.slow),
+        pytest.param(2, "generator", "alternating", marks=pytest.mark.slow),
+    ],
+)
+def test_a_nan_on_one_rank_stops_all_and_names_it(zero, which, rule, tiny_model):
+    first, second = run_ranks(2, non_finite, tiny_model, {"update_rule": rule}, zero, which)
     assert first[0] == second[0]
     assert "forget step 1, rank" in first[0]
-    assert "score network tensor" in first[0]
+    assert f"{'score network' if which == 'score' else 'generator'} tensor" in first[0]
     assert (first[1], second[1]) == (False, True)
-    assert first[2] == second[2] == "True"
+    assert first[2]
+    assert second[2]
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1])

@@ -118,24 +118,26 @@ def outside(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int)
         return before, seen()
 
 
-def non_finite(rank: int, model: Path, zero: int) -> tuple[str, bool, str]:
-    """What a NaN that one rank alone meets comes to: (message, silent, sha256 of this rank's weights is unchanged)."""
+def non_finite(rank: int, model: Path, keys: dict[str, Any], zero: int, which: str) -> tuple[str, bool, bool]:
+    """What a NaN that rank 1 alone meets comes to: (message, silent, this rank's weights are unchanged)."""
     from pecker_fast.errors import NonFiniteError
     from pecker_fast.ranks import joined
 
     with joined(60.0) as ranks:
-        engine, state, _ = make(model, {}, zero, ranks)
+        engine, state, _ = make(model, keys, zero, ranks)
         iterate(engine, state, 1)
-        network = state.networks["score"]
+        network = state.networks[which]
         before = network.partition.detach().clone()
         if rank == 1:
-            name, parameter = next(iter(network.parameters.items()))
-            parameter.register_hook(lambda g: g * float("nan"))
+            next(iter(network.parameters.values())).register_hook(lambda g: g * float("nan"))
+            if engine.compact_rule and which == "generator":
+                exchange, flat = engine.exchange, engine.exchange.flat
+                exchange.flat = lambda gradients: flat(gradients) * float("nan")
         try:
             iterate(engine, state, 1)
         except NonFiniteError as error:
-            return str(error), error.silent, str(bool(torch.equal(before, network.partition.detach())))
-        return "nothing was raised", False, ""
+            return str(error), error.silent, bool(torch.equal(before, network.partition.detach()))
+        return "nothing was raised", False, False
 
 
 def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[str, int]:

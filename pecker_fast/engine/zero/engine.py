@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from pecker_kernels import SaliencyMask, all_finite
@@ -19,8 +19,9 @@ from pecker_fast.engine.inputs import Batch, Inputs
 from pecker_fast.engine.live import LiveBackward
 from pecker_fast.engine.local import LocalEngine, split, total
 from pecker_fast.engine.state import TrainState
+from pecker_fast.engine.zero.compact import CompactExchange
 from pecker_fast.engine.zero.masks import make_sharded_mask
-from pecker_fast.engine.zero.network import Sharded
+from pecker_fast.engine.zero.network import Gradient, Sharded
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, initialize, require_deepspeed
 from pecker_fast.engine.zero.state import ZeroState, partition_average, take_average
 from pecker_fast.methods import get_method
@@ -44,7 +45,12 @@ class ZeroEngine(LocalEngine):
         require_deepspeed()
         check_recipe(recipe, ranks.world)
         super().__init__(recipe, conditions, device, late=False, ranks=ranks)
-        self.live = LiveBackward(False)
+        # what DeepSpeed reduces are gradients of all weights; only where we reduce them ourselves can some be left out
+        self.compact_rule = (
+            recipe.engine.zero < 3 and recipe.method == "pecker" and recipe.update_rule == "salient_only"
+        )
+        self.live = LiveBackward(recipe.mask.skip and self.compact_rule)
+        self.exchange: CompactExchange | None = None
         self.settings = deepspeed_settings(recipe, ranks.world)
         share = recipe.batch_size // ranks.world
         self.share = slice(ranks.rank * share, (ranks.rank + 1) * share)
@@ -132,7 +138,7 @@ class ZeroEngine(LocalEngine):
         network = cast(ZeroState, state).networks["score"]
         with network.one_reduction(passes > 1):
             yield network.backward
-        self._check(state, "score network", network)
+        self._check(state, "score network", network.gradients())
         with part("score_optimizer"):
             network.step(state.score_optimizer)
 
@@ -140,6 +146,8 @@ class ZeroEngine(LocalEngine):
         self, state: TrainState, phase: tuple[str, ...], weights: dict[str, float], update: int, inputs: Inputs | None
     ) -> dict[str, Tensor]:
         network = cast(ZeroState, state).networks["generator"]
+        if self.compact_rule and state.mask is not None:
+            return self._compact_update(cast(ZeroState, state), phase, weights, inputs)
         whole = self.batches(state, "generator", weights, inputs)
         pieces = split(list(whole.values()), self.recipe.engine.micro_batch)
         separate = state.updates.separate and len(weights) > 1
@@ -155,15 +163,31 @@ class ZeroEngine(LocalEngine):
                         network.backward((x * dx).sum())
                 for branch, mean in means.items():
                     values.setdefault(branch, []).append(share * mean)
-        self._check(state, "generator", network)
+        self._check(state, "generator", network.gradients())
         with part("generator_optimizer"):
             network.step(state.updates.optimizer_of(phase))
         return {("retain" if b == "all" else b) + "_loss": total(found) for b, found in values.items()}
 
-    def _check(self, state: TrainState, what: str, network: Sharded) -> None:
+    def _compact_update(
+        self, state: ZeroState, phase: tuple[str, ...], weights: dict[str, float], inputs: Inputs | None
+    ) -> dict[str, Tensor]:
+        """`salient_only`: gradients of salient weights alone are made, reduced and stepped on."""
+        network, mask = state.networks["generator"], state.mask
+        assert mask is not None
+        if self.exchange is None or self.exchange.mask is not mask or self.exchange.network is not network:
+            self.exchange = CompactExchange(network, mask, self.ranks)
+        with self.guard.ignored():  # what is not finite shows in the mean, where all ranks look
+            gradients, losses = self.branch_gradients(state, weights, separate=False, inputs=inputs)
+        with part("reduction"):
+            mean = self.exchange.mean(self.exchange.flat(gradients["sum"]))
+        self._check(state, "generator", self.exchange.by_tensor(mean))
+        with part("generator_optimizer"):
+            self.exchange.step(state.updates.optimizer_of(phase), mean)
+        return losses
+
+    def _check(self, state: TrainState, what: str, gradients: list[Gradient]) -> None:
         """Raise NonFiniteError on all ranks where one of them holds a gradient that is not finite."""
         with part("finite_check"):
-            gradients: list[Any] = network.gradients()
             bad = not all_finite([g for _, g in gradients])
             if not self.ranks.largest(int(bad)):
                 return

@@ -46,10 +46,12 @@ def _distill() -> tuple[dict[str, Any], ...]:
         "batch_size": 48, "alpha": 1.0, "timesteps": {"init": 625, "min": 20, "max": 980},
     }  # fmt: skip
     guided = {"guidance": {"teacher": 2.0}}
+    plain = {"lr": {"generator": 1e-4, "score": 1e-3}}
     return (
-        {"share": 7 / 21, **both, **guided, "ema": 0.99, "lr": {"generator": 2e-4, "score": 1e-3}},
-        {"share": 11 / 21, **both, **guided, "ema": 0.995, "lr": {"generator": 1.5e-4, "score": 2e-3}},
-        {"share": 3 / 21, **both, "ema": 0.98, "lr": {"generator": 1e-4, "score": 1e-3}},
+        {"share": 7 / 29, **both, **guided, "ema": 0.99, "lr": {"generator": 2e-4, "score": 1e-3}},
+        {"share": 11 / 29, **both, **guided, "ema": 0.995, "lr": {"generator": 1.5e-4, "score": 2e-3}},
+        {"share": 6 / 29, **both, **plain, "ema": 0.98},
+        {"share": 5 / 29, **both, **plain, "ema": 0.99},
     )
 
 
@@ -94,5 +96,5 @@ class ShapesSettings:
     sampler_steps: int = 25
     guidances: tuple[float, ...] = (1.0, 2.0, 3.0)
     t_init: int = 625
-    distill_steps: int = 2100
+    distill_steps: int = 2900
     distill: tuple[dict[str, Any], ...] = field(default_factory=_distill)
