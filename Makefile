@@ -1,6 +1,6 @@
 # make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
 # make test       set up, then linter, type checker and all fast tests
-# make test-all   everything, the slow training tests and the tables of digits and shapes too (about an hour and a half)
+# make test-all   everything, the slow training tests, the matrix over ranks, the tables of digits and shapes (about two hours and a half)
 # make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON
 # make clean      remove the environment and build output (runs/ is kept)
@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SUITES ?= adam threshold saliency bits
+SUITES ?= adam threshold saliency bits zero
 NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
 FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt $(NATIVE) $(FOLDERS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; run make PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable ".[test,track,eval]"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable ".[test,track,eval,deepspeed]"
 	@$(BIN)/python -m compileall -q pecker_fast kernels
 	@touch $@
 

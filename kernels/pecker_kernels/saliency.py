@@ -111,6 +111,21 @@ class SaliencyScores:
         self.accumulations += 1
         self._remember(self._ops.accumulate_(list(self._scores.values()), grads, self.reduction, last))
 
+    @torch.no_grad()
+    def add_part(self, name: str, start: int, values: Tensor) -> None:
+        """Add the gradient of the elements start.. (row-major) of one tensor, 1-D: of a gradient that comes piece by piece.
+        `counted` says when that was a whole one."""
+        if self._contrasted:
+            raise PeckerKernelsError("scores were already contrasted: accumulate first, then contrast")
+        flat = self._scores[name].view(-1)
+        if values.dim() != 1 or not 0 <= start <= start + values.numel() <= flat.numel():
+            raise PeckerKernelsError(f"elements {start}..{start + values.numel()} are not in {name!r}")
+        self._ops.accumulate_([flat[start : start + values.numel()]], [values], self.reduction, False)
+
+    def counted(self, gradients: int = 1) -> None:
+        """So many gradients have been added in parts."""
+        self.accumulations += gradients
+
     def _remember(self, census: Census | None) -> None:
         # Whoever writes into a score later, by whatever way, moves its version.
         self._counted = None if census is None else (census, [s._version for s in self._scores.values()])

@@ -170,3 +170,19 @@ def test_gathering_keeps_every_bit():
 def test_pieces_that_do_not_fit_are_refused(pieces):
     with pytest.raises(MaskError, match="does not fit"):
         Shards(SHAPES, pieces, 100)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "abs", "square"])
+def test_gradients_that_come_in_parts_score_as_whole_ones(reduction):
+    params = {"a": torch.zeros(6, 5, requires_grad=True)}
+    whole, parts = (SaliencyScores(params.items(), reduction=reduction) for _ in range(2))
+    for seed in (0, 1):
+        g = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+        whole.add([g])
+        for start, stop in ((0, 7), (7, 8), (8, 30)):
+            parts.add_part("a", start, g.view(-1)[start:stop])
+        parts.counted()
+    assert parts.accumulations == whole.accumulations == 2
+    assert torch.equal(dict(parts.accumulators())["a"], dict(whole.accumulators())["a"])
+    with pytest.raises(ValueError, match="are not in 'a'"):
+        parts.add_part("a", 29, torch.zeros(2))

@@ -15,10 +15,24 @@ KEYS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def recipe_of(model: Path, keys: dict[str, Any], zero: int):
-    from pecker_fast.config import recipe_from
+CAPTIONS = ["a red circle on the left", "a photo of the blue circle", "small circle"]
+TEXT: dict[str, Any] = {
+    "forget": {"concept": "circle", "captions": CAPTIONS}, "cover": "square", "retain": ["a red square", "green star"],
+    "timesteps": {"init": 625, "min": 20, "max": 980}, "alpha": 1.0, "lr": 5e-5,
+    "guidance": {"score_train": 2.0, "score": 2.0, "teacher": 2.0, "text_dropout": 0.1},
+}  # fmt: skip
+
+
+def recipe_of(model: Path | str, keys: dict[str, Any], zero: int):
+    """A recipe over a model folder, or the shipped recipe of that name with its own settings but for size, rate and eps."""
+    from pecker_fast.config import load_recipe, recipe_from, recipe_to_dict
 
     data = {**KEYS, "model": str(model)}
+    if isinstance(model, str):
+        data = recipe_to_dict(load_recipe(model)) | {"batch_size": 8}
+        data["mask"] |= {"samples": 24}
+        data["optimizer"] |= {"eps": 1.0}
+        data["lr"] = KEYS["lr"]
     for key, value in {**keys, "engine": {**keys.get("engine", {}), "zero": zero}}.items():
         data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
     return recipe_from(data)
@@ -67,38 +81,58 @@ def train_once(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: i
         return outcome(engine, state, iterate(engine, state, steps))
 
 
+def train_each(rank: int, model: Path, cases: dict[str, dict[str, Any]], zero: int, steps: int) -> dict[str, Any]:
+    """train_once for many settings of one stage, one after the other: {case: outcome}."""
+    from pecker_fast.ranks import joined
+
+    found = {}
+    with joined(60.0) as ranks:
+        for name, keys in cases.items():
+            engine, state, _ = make(model, keys, zero, ranks)
+            found[name] = outcome(engine, state, iterate(engine, state, steps))
+    return found
+
+
 IDENTITY = {"recipe_sha256": "r", "base_sha256": "b"}
 
 
-def train_and_save(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int, folder: Path) -> None:
-    """The first part of a run, left in a checkpoint."""
+def train_and_save(
+    rank: int, model: Path, cases: dict[str, dict[str, Any]], zero: int, steps: int, folder: Path
+) -> None:
+    """The first part of runs, left in checkpoints."""
     from pecker_fast.checkpoint import save_checkpoint
     from pecker_fast.ranks import joined
 
     with joined(60.0) as ranks:
-        engine, state, _ = make(model, keys, zero, ranks)
-        iterate(engine, state, steps)
-        save_checkpoint(state, folder, steps, IDENTITY, 2, ranks)
+        for name, keys in cases.items():
+            engine, state, _ = make(model, keys, zero, ranks)
+            iterate(engine, state, steps)
+            save_checkpoint(state, folder / name, steps, IDENTITY, 2, ranks)
 
 
-def resume(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int, folder: Path) -> dict[str, Any]:
-    """The rest of it, on this many ranks; and what the checkpoint came to once it was loaded."""
+def resume(
+    rank: int, model: Path, cases: dict[str, dict[str, Any]], zero: int, steps: int, folder: Path
+) -> dict[str, Any]:
+    """The rest of them, on this many ranks: {case: outcome}."""
     from pecker_fast.checkpoint import latest_checkpoint, load_checkpoint, read_checkpoint_stage
     from pecker_fast.parts import load_parts
     from pecker_fast.ranks import joined
     from pecker_fast.training import engine_of
 
-    recipe = recipe_of(model, keys, zero)
+    found = {}
     with joined(60.0) as ranks:
-        parts = load_parts(recipe)
-        engine = engine_of(recipe, parts, torch.device("cpu"), ranks)
-        state = engine.start(parts.teacher, parts.score, parts.generator)
-        checkpoint = latest_checkpoint(folder, print)
-        state.stage, mask = read_checkpoint_stage(checkpoint)
-        engine.follow(state, mask)
-        load_checkpoint(state, checkpoint, IDENTITY)
-        assert state.step == int(checkpoint.name[5:])
-        return outcome(engine, state, iterate(engine, state, steps - state.step))
+        for name, keys in cases.items():
+            recipe = recipe_of(model, keys, zero)
+            parts = load_parts(recipe)
+            engine = engine_of(recipe, parts, torch.device("cpu"), ranks)
+            state = engine.start(parts.teacher, parts.score, parts.generator)
+            checkpoint = latest_checkpoint(folder / name, print)
+            state.stage, mask = read_checkpoint_stage(checkpoint)
+            engine.follow(state, mask)
+            load_checkpoint(state, checkpoint, IDENTITY)
+            assert state.step == int(checkpoint.name[5:])
+            found[name] = outcome(engine, state, iterate(engine, state, steps - state.step))
+    return found
 
 
 def outside(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int) -> tuple[str, str]:
@@ -159,6 +193,62 @@ def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[
             "mask": sum(bits.nbytes for bits in state.mask.bits.values()),
             "partition": network.partition.numel(),
         }
+
+
+def first_gradient(rank: int, model: Path, keys: dict[str, Any], zero: int) -> tuple[list, torch.Tensor, float]:
+    """θ's gradient of the first generator step, through the frozen ψ: (this rank's pieces, its vector, |ψ's gradient|)."""
+    from pecker_fast.ranks import ALONE, joined
+
+    if not zero:
+        engine, state, _ = make(model, keys, 0, ALONE)
+        engine.score_step(state)
+        named = state.generator.named_parameters()
+        grads, _ = engine.branch_gradients(state, {"retain": 1.0, "forget": 1.0}, separate=False)
+        vector = torch.cat(
+            [torch.zeros(p.numel()) if g is None else g.flatten() for g, (_, p) in zip(grads["sum"], named)]
+        )
+        return (
+            [],
+            vector,
+            sum(0.0 if p.grad is None else float(p.grad.norm()) for _, p in state.score.named_parameters()),
+        )
+    with joined(60.0) as ranks:
+        engine, state, _ = make(model, keys, zero, ranks)
+        engine.score_step(state)
+        found = []
+        network = state.networks["generator"]
+        network.step = lambda optimizer: found.append(network.gradients())
+        engine.generator_step(state)
+        vector = torch.zeros(network.shards.total)
+        for piece, first, (name, g) in zip(network.shards.pieces, network.shards.offsets(), found[0]):
+            assert piece.name == name
+            vector[first : first + piece.numel] = g.flatten()[: piece.numel].float()
+        stray = sum(float(g.norm()) for _, g in state.networks["score"].gradients())
+        return [], vector, stray
+
+
+def broken(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int, how: str) -> dict[str, Any]:
+    """train_once with an implementation that is wrong: the gates have to see it."""
+    import contextlib
+
+    from pecker_fast.engine.zero import Sharded
+
+    def unmasked(self, mask):
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def merged_first(self, mask):
+        yield
+        if mask is not None:
+            for name, p in self.parameters.items():
+                p.grad.mul_(mask.bool(name))
+
+    if how == "summed":
+        backward = Sharded.backward
+        Sharded.backward = lambda self, loss: backward(self, 2 * loss)
+    else:
+        Sharded.masked_gradients = {"unmasked": unmasked, "merged_first": merged_first}[how]
+    return train_once(rank, model, keys, zero, steps)
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:

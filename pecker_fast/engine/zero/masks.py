@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pecker_kernels import SaliencyMask, SaliencyScores, Shards
+from pecker_kernels.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast import draws
@@ -76,47 +77,45 @@ class Passes:
                 forget_images,
             )  # fmt: skip
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for vector in self._exchanged(grads)[: batches - first]:
-                scores.add([vector])
+            done = min(world, batches - first)
+            self._add(scores, grads, done)
+            scores.counted(done)
         return scores
 
-    def _exchanged(self, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
-        """Of each rank's gradient, in rank order, the part whose weights live here: float32 [length]."""
+    def _add(self, scores: SaliencyScores, grads: tuple[Tensor | None, ...], ranks: int) -> None:
+        """Add the gradients of the first `ranks` ranks, in their order, to the scores of the weights that live here."""
         shards = self.network.shards
-        vectors = [torch.zeros(shards.length, device=self.state.generator.device) for _ in range(self.ranks.world)]
         for bucket in self._buckets(grads):
-            if shards.alone:
-                for name, grad in bucket.items():
-                    shards.scatter_(vectors[0], name, grad)
-                continue
-            none = torch.empty(0, device=vectors[0].device)
-            sent = [
-                torch.cat([none, *(values for name, g in bucket.items() for _, values in to.owned(name, g))])
-                for to in self.layouts
-            ]
-            here = sum(piece.numel for name in bucket for piece in shards.pieces_of(name))
-            received = torch.empty(here * self.ranks.world, device=vectors[0].device)
-            torch.distributed.all_to_all_single(
-                received, torch.cat(sent), [here] * self.ranks.world, [part.numel() for part in sent]
-            )
-            for vector, part in zip(vectors, received.split(here) if here else []):
-                at = 0
-                for name in bucket:
-                    for piece in shards.pieces_of(name):
-                        shards.view(vector, piece).copy_(part[at : at + piece.numel])
-                        at += piece.numel
-        return vectors
+            mine = [piece for name in bucket for piece in shards.pieces_of(name)]
+            sizes = [piece.numel for piece in mine]
+            for received in self._exchanged(bucket, sum(sizes))[:ranks]:
+                for piece, values in zip(mine, received.split(sizes)):
+                    scores.add_part(PARTITION, piece.offset, values)
+
+    def _exchanged(self, bucket: dict[str, Tensor], here: int) -> list[Tensor]:
+        """Of each rank's bucket, in rank order, what belongs here: float32 [here], piece by piece."""
+        none = torch.empty(0, device=self.state.generator.device)
+        sent = [
+            torch.cat([none, *(values for name, g in bucket.items() for _, values in to.owned(name, g))])
+            for to in self.layouts
+        ]
+        if self.ranks.world == 1:
+            return sent
+        received = none.new_empty(here * self.ranks.world)
+        torch.distributed.all_to_all_single(
+            received, torch.cat(sent), [here] * self.ranks.world, [part.numel() for part in sent]
+        )
+        return list(received.view(self.ranks.world, here).unbind())
 
     def _buckets(self, grads: tuple[Tensor | None, ...]) -> Iterator[dict[str, Tensor]]:
         """Gradients as flat float32, some at a time, the same ones on every rank; a missing one is zero."""
         bucket: dict[str, Tensor] = {}
         for (name, size), grad in zip(self.network.shards.shapes.items(), grads):
-            flat = (
-                torch.zeros(size.numel(), device=self.state.generator.device)
-                if grad is None
-                else grad.float().reshape(-1)
+            bucket[name] = (
+                grad.float().reshape(-1)
+                if grad is not None
+                else torch.zeros(size.numel(), device=self.state.generator.device)
             )
-            bucket[name] = flat
             if sum(t.numel() for t in bucket.values()) >= BUCKET:
                 yield bucket
                 bucket = {}
