@@ -15,13 +15,10 @@ from pecker_fast import hardware, io_safe
 from pecker_fast.account import Account, Clock, add_times, counted, joules, stopwatch
 from pecker_fast.config import Recipe, recipe_from, recipe_to_dict
 from pecker_fast.engine import LocalEngine, TrainState
-from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.loop import iteration
-from pecker_fast.methods import get_method
-from pecker_fast.methods.updates import adam
 from pecker_fast.parts import Parts, load_parts, pick_device
-from pecker_fast.saliency import make_mask, mask_flops
+from pecker_fast.saliency import mask_flops
 
 WARM_UP = 2
 
@@ -42,22 +39,21 @@ class Setup:
 
 def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
     """Networks on the device (θ and ψ copies of `parts`, φ shared), mask, optimizers, engine. Writes nothing."""
+    if recipe.engine.zero:
+        raise RecipeError("engine.zero: bench measures one process; leave it out")
     parts, device = parts or load_parts(recipe), pick_device()
-    teacher = parts.teacher.to(device)
-    score, generator = (network.clone().to(device) for network in (parts.score, parts.generator))
-    meter = stopwatch(device)
     engine = LocalEngine(recipe, parts.conditions, device)
+    state = engine.start(parts.teacher, parts.score.clone(), parts.generator.clone())
+    meter = stopwatch(device)
     start = meter()
-    given = (teacher, score, generator, parts.conditions)
-    with engine.autocast():
-        mask = make_mask(recipe, *given) if recipe.uses_mask else None
+    mask = engine.make_mask(state, parts.conditions) if recipe.uses_mask else None
+    cost = {}
+    if mask is not None:
         seconds = meter() - start
-        cost = {"s": seconds, "flops": mask_flops(recipe, *given)} if mask is not None else {}
-    updates = get_method(recipe.method).updates(recipe, generator.named_parameters(), mask)
-    state = TrainState(
-        teacher, score, generator, adam(recipe, score.named_parameters(), recipe.lr.score), updates,
-        start_ema(generator, recipe.ema),
-    )  # fmt: skip
+        with engine.autocast():
+            flops = mask_flops(recipe, state.teacher, state.score, state.generator, parts.conditions)
+        cost = {"s": seconds, "flops": flops}
+    engine.follow(state, mask)
     return Setup(recipe, engine, state, mask, cost)
 
 

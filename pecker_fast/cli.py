@@ -315,8 +315,10 @@ def doctor(
     if resolved is not None and not any(check.name == "model" and check.state == "missing" for check in checks):
         from pecker_fast.forecast import check_memory
 
-        prediction = check_memory(resolved)
-        if prediction is None:
+        prediction = None if resolved.engine.zero else check_memory(resolved)
+        if resolved.engine.zero:
+            typer.echo("memory: not predicted for many ranks; docs/scaling.md has the formula")
+        elif prediction is None:
             typer.echo("memory: not known before the model is fetched from the hub")
         else:
             _show(prediction.table(), ("memory (predicted)", "bytes"))
@@ -465,10 +467,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a user's mistake, 1 for ours, 128 + n after a signal."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     debug = os.environ.get("PECKER_DEBUG", "") not in ("", "0")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "RANK" in os.environ:  # the deepspeed launcher says it twice, and the second time as an argument
+        given = [argument for argument in given if not argument.startswith("--local_rank=")]
     try:
-        code = app(
-            args=list(arguments) if arguments is not None else None, prog_name="pecker-fast", standalone_mode=False
-        )
+        code = app(args=given, prog_name="pecker-fast", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _fail("stopped", 130)

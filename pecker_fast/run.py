@@ -163,6 +163,8 @@ def distill(
         "output": str(run_dir),
     }
     recipe = recipe_from({**given, "evaluate": {"every": 0, "final": 0}, **(keys or {})}, "distill")
+    if recipe.engine.zero:
+        raise RecipeError("engine.zero: distilling a generator beside its teacher is one process; leave it out")
     parts = load_parts(recipe)
     identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
     plan = plan_run_folder(recipe, identity)

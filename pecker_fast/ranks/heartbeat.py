@@ -69,14 +69,18 @@ class Heartbeat(threading.Thread):
         self.join(2 * self.period_s + ANSWER.total_seconds())
 
     def run(self) -> None:
+        answered = time.monotonic()
         while not self._over.wait(self.period_s):
             try:
                 self._tell()
                 self._look()
-            except RuntimeError:  # the store is gone, and with it rank 0
+                answered = time.monotonic()
+            except RuntimeError:  # rank 0, which holds the store, is gone, or the wire is slow
                 if self._over.is_set():
                     return
-                self._end(self._lost_first(), told=False)
+                here = 0 in self._seen and self._seen[0][0][5] == socket.gethostname()
+                if time.monotonic() - answered > DEAD_S or (here and not _lives(self._seen[0][0][4])):
+                    self._end(self._lost_first(), told=False)
 
     def _tell(self) -> None:
         self._beats += 1
