@@ -146,6 +146,7 @@ class Group(Ranks):
             dist.barrier(group=self.control)
             self.heart.stop()
         dist.destroy_process_group()
+        _LEFT.append(self.rank)
 
     def abandon(self, error: BaseException) -> None:
         """This rank has failed by itself, or lost the others: let all of them end, and say who it was. Does not return
@@ -184,6 +185,8 @@ def join(stall_s: float, backend: str | None = None) -> Group:
 
     backend: None = nccl beside gloo on a GPU, gloo on the CPU. Raises RankError where the others cannot be reached.
     """
+    if _LEFT:
+        raise RankError("engine.zero: DeepSpeed can be set up once in a process; start another one for another run", 2)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ |= {**alone, "MASTER_PORT": str(_free_port())}
@@ -197,6 +200,9 @@ def join(stall_s: float, backend: str | None = None) -> Group:
             f"the ranks of this run did not find each other ({_line(error)}); check the launcher", 2
         ) from error
     return Group(stall_s)
+
+
+_LEFT: list[int] = []  # not empty once this process has left a group
 
 
 def _failure(error: PeckerError | None) -> Failure | None:

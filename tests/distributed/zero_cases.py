@@ -45,6 +45,14 @@ def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
 
     recipe = recipe_of(model, keys, zero)
     parts = load_parts(recipe)
+    with (
+        torch.no_grad()
+    ):  # off φ, as after a few steps: where all three agree the retain gradient is rounding and nothing else
+        for seed, network in ((1, parts.score), (2, parts.generator)):
+            rng = torch.Generator().manual_seed(seed)
+            for _, p in network.named_parameters():
+                if p.requires_grad:
+                    p.add_(0.02 * torch.randn(p.shape, generator=rng))
     engine = engine_of(recipe, parts, torch.device("cpu"), ranks)
     state = engine.start(parts.teacher, parts.score, parts.generator)
     mask = engine.make_mask(state, parts.conditions) if recipe.uses_mask else None

@@ -88,13 +88,13 @@ class ZeroEngine(LocalEngine):
     def follow(self, state: TrainState, mask: SaliencyMask | None) -> None:
         state = cast(ZeroState, state)
         network = state.networks["generator"]
-        state.whole_mask = mask
+        state.whole_mask = None if mask is None else mask.to(self.device)
         local = None if mask is None else network.shards.cut(mask)
         state.updates = get_method(self.recipe.method).updates_of_sums(self.recipe, network.named_partition, local)
 
     def set_mask(self, state: TrainState, mask: SaliencyMask) -> None:
         state = cast(ZeroState, state)
-        state.whole_mask = mask
+        state.whole_mask = mask.to(self.device)
         state.updates.set_mask(state.networks["generator"].shards.cut(mask))
 
     def make_mask(

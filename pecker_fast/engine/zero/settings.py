@@ -103,6 +103,7 @@ def deepspeed_settings(recipe: Recipe, world: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.zero == 3:
         zero["sub_group_size"] = 10**15
+        zero["memory_efficient_linear"] = False  # it exchanges torch's linear layer for one that rounds otherwise
     return {
         **{key: value for key, value in given.items() if key != "zero_optimization"},
         "train_micro_batch_size_per_gpu": recipe.batch_size // world,
