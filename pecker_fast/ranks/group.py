@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -152,6 +154,8 @@ class Group(Ranks):
         """This rank has failed by itself, or lost the others: let all of them end, and say who it was. Does not return
         where somebody else has failed first."""
         if self.heart is not None:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all who are left; they have to speak first
             self.heart.fail(error)
 
 
