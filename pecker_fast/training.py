@@ -265,7 +265,8 @@ class Training:
 
     def judge_start(self, state: TrainState) -> None:
         """`before`: θ as forgetting finds it. Kept in metrics.json at once, since a resumed run cannot make it again."""
-        generator = self.engine.averaged(state)  # a fresh average is θ itself
+        # a fresh average is θ itself: one process needs no copy
+        generator = self.engine.averaged(state) if self.engine.sharded else state.generator
 
         def judge() -> None:
             assert generator is not None
