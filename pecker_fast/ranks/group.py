@@ -155,7 +155,9 @@ class Group(Ranks):
         where somebody else has failed first."""
         if self.heart is not None:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all who are left; they have to speak first
+                signal.signal(
+                    signal.SIGTERM, signal.SIG_IGN
+                )  # a launcher sends it to all who are left; they have to speak first
             self.heart.fail(error)
 
 
