@@ -1,10 +1,11 @@
-"""What an iteration would take on 8, 64 and 512 A100s: bytes and FLOPs by formula, rates from data sheets.
+"""The tables of docs/scaling.md: what an iteration would take on 8, 64 and 512 A100s, and the updates that were measured.
 
     python bench/scaling.py                            # print
     python bench/scaling.py --write docs/scaling.md    # replace what stands between the markers there
 
-The formulas are those that bench/test_bench_zero.py and tests/distributed/test_traffic.py count; parameters and FLOPs of SD 1.5
-and SDXL are those of bench/results/full_size_meta.json. No A100 was at hand: rates are the maker's, times a share that is assumed.
+Bytes and FLOPs are by formula, the formulas those that bench/test_bench_zero.py and tests/distributed/test_traffic.py count;
+parameters and FLOPs of SD 1.5 and SDXL are those of bench/results/full_size_meta.json. No A100 was at hand: rates are the
+maker's, times a share that is assumed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 META = ROOT / "bench" / "results" / "full_size_meta.json"
+UPDATES = ROOT / "bench" / "results" / "zero.json"
 
 GPU_BYTES = 80e9
 PEAK_FLOPS = 312e12  # bf16, dense
@@ -184,17 +186,36 @@ def table() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
+def update_table() -> str:
+    """bench/results/zero.json: bytes and time of one update, dense and masked."""
+    result = json.loads(UPDATES.read_text())
+    times: dict[tuple[str, str], tuple[float, float]] = {}
+    for entry in result["benchmarks"]:
+        stage, density = re.findall(r"\[(\d)-(.*)\]", entry["name"])[0]
+        times[stage, density] = sum(entry["extra_info"]["sent_bytes"].values()), 1e3 * entry["stats"]["median"]
+    machine = result["machine_info"]
+    lines = [f"{machine['device']}, one thread a rank, torch {machine['versions']['torch']}.", ""]
+    lines += ["| ZeRO | | MB sent by a rank | ms | dense ÷ this |", "|---|---|---|---|---|"]
+    for (stage, density), (sent_bytes, ms) in times.items():
+        name = "dense" if density == "dense" else f"`salient_only`, {density}"
+        lines.append(
+            f"| {stage} | {name} | {sent_bytes / 1e6:.2f} | {ms:.1f} | {times[stage, 'dense'][1] / ms:.1f} × |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    print(table())
+    tables = {"scaling:table": table(), "zero:bench": update_table()}
+    print("\n\n".join(tables.values()))
     if options.write:
         text = options.write.read_text()
-        block = f"<!-- scaling:table -->\n{table()}\n<!-- /scaling:table -->"
-        options.write.write_text(
-            re.sub(r"<!-- scaling:table -->.*<!-- /scaling:table -->", lambda _: block, text, flags=re.DOTALL)
-        )
+        for mark, lines in tables.items():
+            block = f"<!-- {mark} -->\n{lines}\n<!-- /{mark} -->"
+            text = re.sub(f"<!-- {mark} -->.*<!-- /{mark} -->", lambda _, b=block: b, text, flags=re.DOTALL)
+        options.write.write_text(text)
 
 
 if __name__ == "__main__":

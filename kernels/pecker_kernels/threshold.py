@@ -37,23 +37,29 @@ def _label(names: Sequence[str] | None, i: int) -> str:
 def refuse_faults(faults: Tensor, names: Sequence[str] | None, negative_too: bool = True, group: Any = None) -> None:
     """Raise ScoreError naming the first tensor that holds NaN or inf, or (negative_too) a negative value.
 
-    With a group every rank raises where one of them must: a rank left alone would wait for the others for ever.
+    With a group every rank raises where one of them must, with the words of the first: a rank left alone would wait for the
+    others for ever.
     """
-    elsewhere = 0
+    fault = _first_fault(faults, names, negative_too)
     if group is not None:
-        found = faults if negative_too else faults & NOT_FINITE
-        worst = torch.zeros(1, dtype=torch.int32, device=faults.device)
-        if found.numel():
-            worst[0] = found.max().int()
-        torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX, group=group)
-        elsewhere = int(worst)
+        found = torch.tensor(int(fault is not None), device=faults.device)
+        torch.distributed.all_reduce(found, group=group)
+        if int(found):
+            told: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(told, fault, group=group)
+            rank, fault = next((rank, text) for rank, text in enumerate(told) if text is not None)
+            fault = f"rank {rank}: {fault}"
+    if fault is not None:
+        raise ScoreError(fault)
+
+
+def _first_fault(faults: Tensor, names: Sequence[str] | None, negative_too: bool) -> str | None:
     for i, fault in enumerate(faults.tolist()):
         if fault & NOT_FINITE:
-            raise ScoreError(f"{_label(names, i)} hold NaN or inf: the gradients they come from are not finite")
+            return f"{_label(names, i)} hold NaN or inf: the gradients they come from are not finite"
         if fault and negative_too:
-            raise ScoreError(f"{_label(names, i)} hold negative values: a threshold is taken over non-negative scores")
-    if elsewhere:
-        raise ScoreError("scores of another rank hold NaN or inf, or negative values; its own error names the tensor")
+            return f"{_label(names, i)} hold negative values: a threshold is taken over non-negative scores"
+    return None
 
 
 def _summed(counts: Tensor, group: Any) -> list[int]:

@@ -38,3 +38,18 @@ def test_an_iteration_sends_what_the_formula_says(stage, rule):
     # in stage 3 what is gathered last on the way out is still there on the way back
     slack = 0.5 if stage == 3 else 0.01
     assert SENT[stage, rule] - slack <= sum(sent.values()) / unit <= SENT[stage, rule] + 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "density"), [(1, 0.1), (2, 0.5), (1, None)])
+def test_an_update_sends_what_the_benchmark_says(stage, density):
+    from test_bench_zero import formula
+    from zero_ranks import Plan, Ranks
+
+    plan = Plan(stage, density, "tiny")
+    ranks = Ranks(plan)
+    try:
+        sent = ranks.do("count")
+    finally:
+        ranks.close()
+    assert sum(sent.values()) == pytest.approx(formula(plan, ranks.weights), rel=0.01)
