@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from pecker_fast.account.iteration import optimizer_bytes, unique_bytes
-from pecker_fast.config import Engine, Recipe
+from pecker_fast.config import Recipe
 from pecker_fast.engine import TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import RecipeError
@@ -25,7 +25,6 @@ from pecker_fast.methods.updates import Dense, UpdateRule, adam
 
 DECODED_AT_ONCE = 1  # latents that pass through the VAE together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LORA_RANK = 16
 GIB = 1 << 30
 ITERATION = ("score step", "generator step", "average")  # the phases of one
 
@@ -105,15 +104,11 @@ class Settings:
 
     def __init__(self, recipe: Recipe) -> None:
         engine = recipe.engine
-        self.weights = DTYPES[getattr(engine, "weights", "fp32")]
-        self.checkpointing = bool(getattr(engine, "checkpointing", False))
-        self.micro_batch = int(getattr(engine, "micro_batch", 0))
-        self.rank = int(getattr(getattr(recipe, "lora", None), "rank", LORA_RANK))
-        self.recipe, self.pieces = recipe, 1
-        if 0 < self.micro_batch < recipe.batch_size and "micro_batch" not in Engine.model_fields:
-            # an engine that does not split batches itself: one piece of one, and the sums of the others' gradients
-            self.pieces = -(-recipe.batch_size // self.micro_batch)
-            self.recipe = recipe.model_copy(update={"batch_size": self.micro_batch})
+        self.recipe = recipe
+        self.weights = DTYPES[engine.weights]
+        self.checkpointing = engine.checkpointing
+        self.micro_batch = engine.micro_batch
+        self.rank = recipe.lora.rank
 
     def remedies(self, batch_size: int) -> tuple[tuple[str, str], ...]:
         """See Prediction.remedies."""
@@ -179,7 +174,7 @@ class _Plan:
         scored = self.mask is not None and self.recipe.mask.source == "saliency"
         if self.recipe.distill_steps:
             distill = self._rested("distill")
-            steps = self.engine.phases(distill, self._live(distill), self.setting.pieces)
+            steps = self.engine.phases(distill, self._live(distill))
             phases |= {f"distillation's {name}": n for name, n in steps.items()}
             del distill
         if scored and not self.recipe.mask.refresh:
@@ -197,13 +192,13 @@ class _Plan:
             phases["saliency pass"] = self.engine.saliency(state, live)
         with unset_fake_temporarily():  # which rows are live is read off the bits
             self.engine.plan(state)
-        phases |= self.engine.phases(state, live, self.setting.pieces)
+        phases |= self.engine.phases(state, live)
         if self.vae is not None:
             phases["decoding"] = self._decoding(self.vae, state, live)
         phases = {name: n + self.table_bytes for name, n in phases.items()}
         parts = self._parts(state)
         parts["activations"] = max(phases.values()) - sum(parts.values())
-        before = self.setting.recipe.batch_size * self.setting.pieces
+        before = self.setting.recipe.batch_size
         return Prediction(parts, phases, self.setting.remedies(before))
 
     def _rested(self, stage: str) -> TrainState:

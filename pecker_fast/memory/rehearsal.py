@@ -73,34 +73,22 @@ class Rehearsal(LocalEngine):
             for group in [[branch] for branch in phase] if state.updates.separate else [list(phase)]:
                 self.live.of(state, group)
 
-    def phases(self, state: TrainState, live: LiveMode, pieces: int = 1) -> dict[str, int]:
-        """Peak bytes of each phase of an iteration. pieces: > 1 = gradients of that many passes are added up."""
+    def phases(self, state: TrainState, live: LiveMode) -> dict[str, int]:
+        """Peak bytes of each phase of an iteration."""
         peaks: dict[str, int] = {}
         with live:
             live.peak_since()
             inputs = self.inputs(state)
-            if pieces > 1:
-                self._accumulating(state.score_optimizer)
             self.score_step(state, inputs)
             self._forget_gradients(state.score)
             peaks["score step"] = live.peak_since()
-            sums = [torch.empty_like(p) for p in state.updates.parameters] if pieces > 1 else []
             self.generator_step(state, inputs)
-            del sums
             self._forget_gradients(state.score)
             peaks["generator step"] = live.peak_since()
             if state.ema is not None:
                 self.average(state, inputs)
                 peaks["average"] = live.peak_since()
         return peaks
-
-    @staticmethod
-    def _accumulating(optimizer: MaskedAdam) -> None:
-        """The last of several passes: the sum of those before is there."""
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.empty_like(p)
-        optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
 
     @staticmethod
     def _forget_gradients(network: Any) -> None:
