@@ -266,14 +266,14 @@ class Recipe(Section):
     @property
     def uses_prompts(self) -> bool:
         """Whether conditions are prompts (a text-to-image model) and not class numbers."""
-        return _is_text(self.forget)
+        return is_text(self.forget)
 
     def _same_kind(self) -> None:
         kinds = {True: "prompts", False: "classes"}
         for key in ("cover", "retain"):
             value = getattr(self, key)
-            if value is not None and _is_text(value) != self.uses_prompts:
-                raise ValueError(f"{key}: names {kinds[_is_text(value)]} where forget names {kinds[self.uses_prompts]}")
+            if value is not None and is_text(value) != self.uses_prompts:
+                raise ValueError(f"{key}: names {kinds[is_text(value)]} where forget names {kinds[self.uses_prompts]}")
         if self.cover is None and not self.uses_prompts:
             raise ValueError("cover: a class is needed that takes the place of the forgotten one")
 
@@ -311,10 +311,10 @@ class Recipe(Section):
         return self
 
 
-def _is_text(value: Any) -> bool:
-    """Prompts, a prompt file, or mappings that name a concept; not class numbers."""
-    one = value[0] if isinstance(value, list) else value
-    return isinstance(one, str | dict)
+def is_text(value: Any) -> bool:
+    """Whether a `forget` value means prompts (text, a mapping, a list holding one) rather than class numbers."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(item, str | Mapping) for item in items)
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -28,7 +28,7 @@ from pecker_fast.prompts.lines import (
 from pecker_fast.prompts.words import folded, put, whole_words
 from pecker_fast.recipe_errors import closest, show
 
-__all__ = ["PromptPlan", "is_text", "plan_prompts"]
+__all__ = ["PromptPlan", "plan_prompts"]
 
 _FORMS = (("concept", "prompts"), ("concept", "captions"), ("keywords", "prompts", "place"))
 _KEYS = tuple(dict.fromkeys(key for form in _FORMS for key in form))
@@ -56,13 +56,6 @@ class PromptPlan:
 class _Concept(NamedTuple):
     name: str
     cover: str
-
-
-def is_text(value: Any) -> bool:
-    """Whether a `forget` value means prompts (text, a mapping, a list holding one) rather than class numbers."""
-    return isinstance(value, str | Mapping) or (
-        isinstance(value, list | tuple) and any(isinstance(item, str | Mapping) for item in value)
-    )
 
 
 def plan_prompts(

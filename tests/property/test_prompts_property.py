@@ -6,8 +6,9 @@ from collections import Counter
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from pecker_fast.config import is_text
 from pecker_fast.errors import RecipeError
-from pecker_fast.prompts import PromptPlan, is_text, plan_prompts
+from pecker_fast.prompts import PromptPlan, plan_prompts
 
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 WORDS = [

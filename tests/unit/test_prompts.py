@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from pecker_fast.config import RECIPES
+from pecker_fast.config import RECIPES, is_text
 from pecker_fast.errors import RecipeError
-from pecker_fast.prompts import is_text, plan_prompts
+from pecker_fast.prompts import plan_prompts
 from pecker_fast.recipe_yaml import parse_yaml
 
 KEEP = ["a boat on a lake", "a cat"]
