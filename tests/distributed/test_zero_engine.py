@@ -216,12 +216,15 @@ def test_a_nan_on_one_rank_stops_all_and_names_it(zero, which, rule, tiny_model)
 @pytest.mark.parametrize("density", [1.0, 0.1])
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_holds_what_the_formula_says(zero, density, tiny_model):
-    """docs/scaling.md: 4N (stage 3: 4N/W) + 4N/W parameters, 4Nd/W moments with β₁ = 0, 4N/W average, N/8 mask."""
+    """docs/scaling.md: 4N (stage 3: 4N/W) + 4N/W parameters, 4Nd/W moments with β₁ = 0, 4N/W average, N/8 mask; a step is
+    handed 4Nd/W of gradients, on stage 3 4N/W."""
     keys = {"update_rule": "salient_only", "mask": {"density": density}}
     ranks = run_ranks(2, held_bytes, tiny_model, keys, zero)
     n, w, pad = 18_649, 2, 4 * 300  # padding: of the partition's end, in stage 3 of every tensor
     for held in ranks:
-        assert held["parameters"] == pytest.approx(4 * n / w if zero == 3 else 4 * n + 4 * n / w, abs=pad)
+        assert held["parameters"] == pytest.approx((4 * n / w if zero == 3 else 4 * n) + 4 * n / w, abs=2 * pad)
         assert held["average"] == pytest.approx(4 * n / w, abs=pad)
         assert held["mask"] == pytest.approx(n / 8, abs=100)
+    handed = 4 * n * (1 if zero == 3 else density)
+    assert sum(held["gradients"] for held in ranks) == pytest.approx(handed, abs=2 * pad if handed == 4 * n else 8)
     assert sum(held["moments"] for held in ranks) == pytest.approx(4 * n * density, abs=2 * pad if density == 1 else 8)

@@ -189,6 +189,14 @@ def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[
 
     with joined(60.0) as ranks:
         engine, state, _ = make(model, keys, zero, ranks)
+        check, handed = engine._check, []
+
+        def spy(state: Any, what: str, gradients: Any) -> None:
+            if what == "generator":
+                handed.append(sum(g.nbytes for _, g in gradients))
+            check(state, what, gradients)
+
+        engine._check = spy
         iterate(engine, state, 2)
         network = state.networks["generator"]
         optimizers = state.updates.optimizers.values()
@@ -198,6 +206,7 @@ def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[
             "parameters": unique_bytes([*shards, network.partition]),
             "moments": unique_bytes(moments),
             "average": unique_bytes(list(state.ema.values())),
+            "gradients": handed[-1],  # what a step is handed
             "mask": sum(bits.nbytes for bits in state.mask.bits.values()),
             "partition": network.partition.numel(),
         }
