@@ -80,7 +80,8 @@ def check_outcomes(results, expected):
         assert result["mask"] == expected["mask"]
         assert result["images"] == expected["images"]
         for name, loss in expected["losses"].items():
-            assert result["losses"][name] == pytest.approx(loss, rel=1e-4, abs=1e-5)
+            # a difference of guided predictions: cancellation leaves fewer digits than the weights have
+            assert result["losses"][name] == pytest.approx(loss, rel=1e-3, abs=1e-4)
     assert [result["weights"] is None for result in results] == [False, *[True] * (len(results) - 1)]
     worst, _ = differences(results[0]["weights"], expected["weights"])
     assert worst <= 1, f"{worst:.2f} × what rounding allows"
