@@ -40,9 +40,7 @@ class StopFlag:
         """Raise Interrupted if a signal has come to any rank; `where` says what is on disk by now. Takes all ranks."""
         self.ranks.beat()
         if signum := self.ranks.largest(self.signum or 0):
-            error = Interrupted(signum, f"stopped by {signal.Signals(signum).name}; {where}")
-            error.silent, error.agreed = not self.ranks.is_first, True
-            raise error
+            raise self.ranks.shared(Interrupted(signum, f"stopped by {signal.Signals(signum).name}; {where}"))
 
     def check_here(self, where: str) -> None:
         """As `check`, on this rank alone: for what rank 0 does while the others wait."""

@@ -74,9 +74,9 @@ def ranks_of(recipe: Recipe, ranks: Ranks) -> Iterator[Ranks]:
     Raises RecipeError where more were launched than the recipe has use for.
     """
     if ranks.world > 1 and not recipe.engine.zero:
-        error = RecipeError(f"engine.zero: 0 is one process, but {ranks.world} were started; use engine.zero=1, 2 or 3")
-        error.silent, error.agreed = not ranks.is_first, True
-        raise error
+        raise ranks.shared(
+            RecipeError(f"engine.zero: 0 is one process, but {ranks.world} were started; use engine.zero=1, 2 or 3")
+        )
     if ranks.world == 1 and recipe.engine.zero:
         with joined(recipe.engine.stall_s) as group:
             yield group
@@ -102,9 +102,7 @@ def alike(ranks: Ranks, value: str, what: str) -> None:
     values = ranks.everyones(hashlib.sha256(value.encode()).hexdigest())
     other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
     if other is not None:
-        error = RecipeError(f"{what} (rank {other} and rank 0); start all of them with the same command")
-        error.silent, error.agreed = not ranks.is_first, True
-        raise error
+        raise ranks.shared(RecipeError(f"{what} (rank {other} and rank 0); start all of them with the same command"))
 
 
 def unlearn(

@@ -22,12 +22,11 @@ from pecker_kernels.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast import io_safe
-from pecker_fast.engine.zero import Sharded, ZeroState
+from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError
 
 NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
 MOMENTS = ("exp_avg_sq", "exp_avg")
-NETWORKS = ("generator", "score")
 
 
 @dataclass
@@ -70,7 +69,7 @@ def steps_of(state: ZeroState) -> dict[str, float]:
 def read_shards(state: ZeroState, folder: Path, steps: Mapping[str, float]) -> None:
     """Fill the state from a checkpoint of any number of ranks. Raises CheckpointError. Takes all ranks."""
     wanted: list[Wanted] = []
-    moments: list[tuple[MaskedAdam, Sharded, str, dict[str, Tensor]]] = []
+    moments: list[tuple[MaskedAdam, float, dict[str, Tensor]]] = []
     with torch.no_grad():
         for name, network in state.networks.items():
             wanted.append(Wanted(f"{name}/weights", name, network.shards, network.partition.detach()))
@@ -81,15 +80,15 @@ def read_shards(state: ZeroState, folder: Path, steps: Mapping[str, float]) -> N
                 keys = MOMENTS if optimizer.param_groups[0]["betas"][0] else MOMENTS[:1]
                 vectors = {key: torch.zeros(network.shards.length, device=network.partition.device) for key in keys}
                 wanted += [Wanted(f"{optimizer_name}/{k}", name, network.shards, v, mask) for k, v in vectors.items()]
-                moments.append((optimizer, network, optimizer_name, vectors))
+                moments.append((optimizer, steps[optimizer_name], vectors))
         if state.ema is not None:
             wanted.append(
                 Wanted("generator/ema", "generator", state.networks["generator"].shards, state.ema[PARTITION])
             )
         fill(folder, wanted)
-        for optimizer, _, optimizer_name, vectors in moments:
+        for optimizer, taken, vectors in moments:
             packed = optimizer.state_dict()
-            packed["state"] = {0: {"step": torch.tensor(steps[optimizer_name]), **vectors}}
+            packed["state"] = {0: {"step": torch.tensor(taken), **vectors}}
             optimizer.load_state_dict(packed)
         for network in state.networks.values():
             network.publish()

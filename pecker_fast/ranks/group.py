@@ -61,8 +61,7 @@ class Group(Ranks):
             error = own
         else:
             error = Interrupted(signum, message) if signum else RankError(f"rank {at}: {message}", code)
-        error.silent, error.agreed = not self.is_first, True
-        return error
+        return self.shared(error)
 
     def first(self, act: Callable[[], T]) -> T | None:
         result, error = self._on_first(act)
@@ -93,8 +92,7 @@ class Group(Ranks):
             return
         message, code, signum = failure
         error = own or (Interrupted(signum, message) if signum else RankError(message, code))
-        error.silent, error.agreed = not self.is_first, True
-        raise error
+        raise self.shared(error)
 
     def everyones(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.world
@@ -155,9 +153,8 @@ class Group(Ranks):
         where somebody else has failed first."""
         if self.heart is not None:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(
-                    signal.SIGTERM, signal.SIG_IGN
-                )  # a launcher sends it to all who are left; they have to speak first
+                # a launcher sends it to all who are left; they have to speak first
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.heart.fail(error)
 
 

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import PeckerError, RecipeError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=PeckerError)
 
 
 class Ranks:
@@ -33,6 +34,11 @@ class Ranks:
     def told(self, act: Callable[[], T]) -> T:
         """Do it on rank 0; what comes of it, or what it raises, all ranks have."""
         return act()
+
+    def shared(self, error: E) -> E:
+        """An error that every rank raises and the first alone prints."""
+        error.silent, error.agreed = not self.is_first, True
+        return error
 
     def everyones(self, value: T) -> list[T]:
         """The values of all ranks, in rank order."""

@@ -65,13 +65,12 @@ class ZeroEngine(LocalEngine):
         if self.recipe.engine.shard_teacher:
             engine = initialize(model=teacher.clone().freeze().unet, config=self.settings)
             teacher = teacher.with_network(engine.module).freeze()
-        state = ZeroState(
+        return ZeroState(
             teacher.to(self.device), networks["score"].denoiser, networks["generator"].denoiser,
             adam(self.recipe, networks["score"].named_partition, self.recipe.lr.score),
             Dense(self.recipe, networks["generator"].named_partition, None),
             partition_average(networks["generator"], self.recipe), stage=stage, networks=networks,
         )  # fmt: skip
-        return state
 
     def forget_stage(self, state: TrainState) -> ZeroState:
         state = cast(ZeroState, state)
@@ -194,6 +193,5 @@ class ZeroEngine(LocalEngine):
         mine = next((name for name, g in gradients if not bool(torch.isfinite(g).all())), None) if bad else None
         found = [(rank, name) for rank, name in enumerate(self.ranks.everyones(mine)) if name is not None]
         rank, name = found[0]
-        error = non_finite(f"{state.stage} step {state.step}, rank {rank}", f"{what} tensor {name}")
-        error.silent, error.agreed = not self.ranks.is_first, True
-        raise error
+        where = f"{state.stage} step {state.step}, rank {rank}"
+        raise self.ranks.shared(non_finite(where, f"{what} tensor {name}"))

@@ -32,9 +32,8 @@ class Sharded:
         placeholder = MaskedAdam([p for _, p in trainable], lr=0.0, betas=(0.0, 0.999))
         self.engine: Any = initialize(model=denoiser.unet, optimizer=placeholder, config=settings)
         self.optimizer: Any = self.engine.optimizer  # DeepSpeed's, which holds ours
-        self.optimizer._hp_optimizer_states_linked = (
-            True  # it would cut fragments of moments, which compact ones have not
-        )
+        # it would cut fragments of moments, which compact ones have not
+        self.optimizer._hp_optimizer_states_linked = True
         self.denoiser = denoiser.with_network(self.engine.module)
         self.parameters: dict[str, nn.Parameter] = dict(trainable)
         pieces = self._stage3_pieces() if self.stage == 3 else self._stage12_pieces()
@@ -130,11 +129,8 @@ class Sharded:
             return
         self.optimizer._partition_all_parameters()
         self.optimizer._reassign_or_swap_out_partitioned_parameters(0)
-        if self.optimizer.persistent_parameters:
-            self.optimizer.persistent_parameters[0].partition(
-                self.optimizer.persistent_parameters, has_been_updated=False
-            )
-            self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
+        if kept := self.optimizer.persistent_parameters:
+            kept[0].all_gather(kept)
 
     def collect(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) one after the other, of any vector laid out as the partition. Takes all ranks."""
