@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pecker_fast.benchmark import Setup
+from pecker_fast.runs.benchmark import Setup
 
 RULES = ("dense", "differentiated", "salient_only")
 Encode = Callable[[Tensor], Tensor]  # condition -> what the UNet is told; class labels need no encoder

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from pecker_fast.hardware import environment
+from pecker_fast.machine.hardware import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "kernels"))  # the gates of what is timed

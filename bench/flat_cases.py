@@ -11,7 +11,9 @@ import pecker_kernels as pk
 import torch
 from harness import SLOW_ROUNDS, Case, Contender
 from masks import clustered_scores
-from pecker_kernels import bitmask, cpu, reference
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
+from pecker_kernels.mask import bits as bitmask
 from pecker_kernels.spec import SPECS
 from shapes import FLAT, length
 from torch import Tensor

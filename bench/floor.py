@@ -26,9 +26,9 @@ from baselines import PlainLoop
 from torch import Tensor, nn
 
 from pecker_fast.account import counted
-from pecker_fast.benchmark import Setup, set_up
-from pecker_fast.config import load_recipe
-from pecker_fast.hardware import environment
+from pecker_fast.machine.hardware import environment
+from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.runs.benchmark import Setup, set_up
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "floor_digits.json"

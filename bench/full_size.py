@@ -24,21 +24,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast.account import Clock, add_times, counted, stopwatch
-from pecker_fast.architectures import PREDICTION_TYPES, TOKENS, architecture
-from pecker_fast.conditions import Conditions
-from pecker_fast.config import Recipe, load_recipe
-from pecker_fast.denoiser import Denoiser
+from pecker_fast.account.memory import alive, measured_peak, predict
+from pecker_fast.account.memory.networks import TIME_IDS, build
+from pecker_fast.conditions.classes import Conditions
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.state import start_ema
-from pecker_fast.hardware import environment
-from pecker_fast.loop import iteration
-from pecker_fast.memory import alive, measured_peak, predict
-from pecker_fast.memory.networks import TIME_IDS, build
-from pecker_fast.methods import get_method
-from pecker_fast.methods.updates import adam
-from pecker_fast.parts import enable_checkpointing, new_score
-from pecker_fast.schedule import Schedule
-from pecker_fast.text_denoiser import TextDenoiser, TextTable
+from pecker_fast.forgetting.methods import get_method
+from pecker_fast.forgetting.updates import adam
+from pecker_fast.loading.parts import enable_checkpointing, new_score
+from pecker_fast.machine.hardware import environment
+from pecker_fast.networks.architectures import PREDICTION_TYPES, TOKENS, architecture
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks.schedule import Schedule
+from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
+from pecker_fast.recipe.schema import Recipe, load_recipe
+from pecker_fast.runs.loop import iteration
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "full_size_meta.json"

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pecker_fast import io_safe
 from pecker_fast.account.live import LiveBytes
-from pecker_fast.denoiser import Denoiser, load_denoiser
-from pecker_fast.hardware import environment
-from pecker_fast.lora import lora_score, pair_x0
+from pecker_fast.files import io_safe
+from pecker_fast.machine.hardware import environment
+from pecker_fast.networks.denoiser import Denoiser, load_denoiser
+from pecker_fast.networks.lora import lora_score, pair_x0
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "lora.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pecker_kernels as pk
 import torch
-from pecker_kernels import bitmask
+from pecker_kernels.mask import bits as bitmask
 from shapes import Shapes
 from torch import Tensor
 

@@ -12,8 +12,8 @@ import os
 import pytest
 from baselines import BASELINES, RULES, step_difference
 
-from pecker_fast.benchmark import Setup, set_up
-from pecker_fast.config import load_recipe
+from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.runs.benchmark import Setup, set_up
 
 TINY = os.environ.get("BENCH_SCALE", "full") == "tiny"
 KEYS = ["output=runs/bench", "mask.samples=256", *(["batch_size=2", "mask.samples=4"] if TINY else [])]

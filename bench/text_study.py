@@ -22,8 +22,8 @@ from evidence.pictures import COLOURS
 from evidence.report import markdown
 from matplotlib.figure import Figure
 
-from pecker_fast.hardware import environment
-from pecker_fast.track import read_events
+from pecker_fast.machine.hardware import environment
+from pecker_fast.records.events import read_events
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "text_study.json"

@@ -50,13 +50,13 @@ class Update:
         from diffusers import UNet2DModel
         from pecker_kernels import SaliencyMask
 
-        from pecker_fast.config import recipe_from
-        from pecker_fast.denoiser import Denoiser
         from pecker_fast.engine.zero import Sharded
         from pecker_fast.engine.zero.compact import CompactExchange
         from pecker_fast.engine.zero.settings import deepspeed_settings
-        from pecker_fast.methods import get_method
-        from pecker_fast.ranks import Group
+        from pecker_fast.forgetting.methods import get_method
+        from pecker_fast.machine.ranks import Group
+        from pecker_fast.networks.denoiser import Denoiser
+        from pecker_fast.recipe.schema import recipe_from
 
         torch.manual_seed(0)
         network: Any = UNet2DModel(
@@ -103,10 +103,10 @@ class Iteration:
     """A whole iteration of the digits recipe; in stage 3 nothing stays gathered longer than it is used."""
 
     def __init__(self, plan: Plan) -> None:
-        from pecker_fast.config import load_recipe
-        from pecker_fast.parts import load_parts
-        from pecker_fast.ranks import Group
-        from pecker_fast.training import engine_of
+        from pecker_fast.loading.parts import load_parts
+        from pecker_fast.machine.ranks import Group
+        from pecker_fast.recipe.schema import load_recipe
+        from pecker_fast.runs.training import engine_of
 
         settings = Path(tempfile.mkdtemp()) / "deepspeed.json"
         nothing = dict.fromkeys(
@@ -128,7 +128,7 @@ class Iteration:
         self.weights = self.state.networks["generator"].shards.total  # type: ignore[attr-defined]
 
     def __call__(self) -> None:
-        from pecker_fast.loop import iteration
+        from pecker_fast.runs.loop import iteration
 
         iteration(self.engine, self.state)
 

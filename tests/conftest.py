@@ -24,7 +24,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_model, tmp_path):
     """make(**keys) -> a Recipe over the tiny model with a fresh output folder; sections are merged."""
-    from pecker_fast.config import recipe_from
+    from pecker_fast.recipe.schema import recipe_from
 
     def make(**keys):
         data = {**TINY_KEYS, "model": str(tiny_model), "output": str(tmp_path / "run")}
@@ -46,9 +46,9 @@ def setup(tiny_recipe):
 
     from pecker_fast.engine import LocalEngine, TrainState
     from pecker_fast.engine.state import start_ema
-    from pecker_fast.methods import get_method
-    from pecker_fast.methods.updates import adam
-    from pecker_fast.parts import load_parts
+    from pecker_fast.forgetting.methods import get_method
+    from pecker_fast.forgetting.updates import adam
+    from pecker_fast.loading.parts import load_parts
 
     def make(density=0.4, device="cpu", structure="element", **keys):
         recipe = tiny_recipe(**keys)

@@ -25,8 +25,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-VERBS = "train pretrain sample evaluate report mask export doctor bench recipes".split()
-HELP = ["--help", *(f"{verb} --help" for verb in VERBS), *(f"recipes {v} --help" for v in "list show copy keys".split())]
+VERBS = ["train", "pretrain", "sample", "evaluate", "report", "mask", "export", "doctor", "bench", "recipes"]
+HELP = [
+    "--help",
+    *(f"{verb} --help" for verb in VERBS),
+    *(f"recipes {v} --help" for v in ["list", "show", "copy", "keys"]),
+]
 TEXTS = [*HELP, "--version", "recipes list", "recipes keys", "recipes show digits --all", "recipes show sdxl_celebrity"]
 
 # keys whose values are times, sizes of the process, or facts of the machine
@@ -133,7 +137,13 @@ def run_case(name: str, commands: list[str], python: str) -> dict[str, str]:
     import shlex
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_", "PECKER"))}
-    environment |= {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {
+        "COLUMNS": "80",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+        "OMP_NUM_THREADS": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     facts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for command in commands:
@@ -143,7 +153,9 @@ def run_case(name: str, commands: list[str], python: str) -> dict[str, str]:
                 words = shlex.split(command)
                 words = words if command.startswith("-m ") else ["-m", "pecker_fast", *words]
                 label = command
-            done = subprocess.run([python, *words], cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [python, *words], cwd=scratch, env=environment, capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 sys.exit(f"{name}: `{label}` ended with {done.returncode}\n{done.stderr[-2000:]}")
             if text := printed_facts(command, done.stdout):
@@ -157,9 +169,17 @@ def run_case(name: str, commands: list[str], python: str) -> dict[str, str]:
 
 def machine(python: str) -> dict[str, str]:
     """What bits depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    torch = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True)
-    return {"processor": cpu[1] if cpu else platform.processor(), "cores": str(os.cpu_count()), "torch": torch.stdout.strip()}
+    cpu = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
+    torch = subprocess.run(
+        [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
+    )
+    return {
+        "processor": cpu[1] if cpu else platform.processor(),
+        "cores": str(os.cpu_count()),
+        "torch": torch.stdout.strip(),
+    }
 
 
 def main() -> int:
@@ -178,7 +198,9 @@ def main() -> int:
     if given.what == "check":
         before = json.loads(given.file.read_text())
         if before["machine"] != here:
-            sys.exit(f"{given.file}: written on {before['machine']}, this is {here}; record it here, at the commit before")
+            sys.exit(
+                f"{given.file}: written on {before['machine']}, this is {here}; record it here, at the commit before"
+            )
     found: dict[str, str] = {}
     for name in given.cases or CASES:
         facts = run_case(name, CASES[name], given.python)

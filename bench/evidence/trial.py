@@ -12,18 +12,18 @@ from pecker_kernels import SaliencyMask, SaliencyScores
 from torch import Tensor
 
 from evidence.plan import BATCH_SIZE, RELEARN_STEPS, TILE, UA_BAR, Arm, Config
-from pecker_fast.config import Recipe, load_recipe
-from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import PeckerError
 from pecker_fast.evaluate.metrics import fid
-from pecker_fast.loop import iteration
-from pecker_fast.methods import get_method
-from pecker_fast.methods.updates import Dense, adam
-from pecker_fast.parts import Parts, load_parts
-from pecker_fast.saliency import saliency_scores
-from pecker_fast.sample import one_step_sample
+from pecker_fast.forgetting.methods import get_method
+from pecker_fast.forgetting.saliency import saliency_scores
+from pecker_fast.forgetting.samplers import one_step_sample
+from pecker_fast.forgetting.updates import Dense, adam
+from pecker_fast.loading.parts import Parts, load_parts
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.recipe.schema import Recipe, load_recipe
+from pecker_fast.runs.loop import iteration
 
 FORGET_SAMPLES, RETAIN_SAMPLES = 500, 1000
 BACK = 0.5  # accuracy on the forgotten class at which it counts as back

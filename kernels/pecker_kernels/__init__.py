@@ -1,15 +1,15 @@
 """Kernels for masked unlearning: saliency scores, exact thresholds, one-bit masks, a masked Adam. Needs torch alone."""
 
-from . import ops_select as ops_select
-from .adopt import adopt
+from . import torch_library as torch_library
+from .adam.adopt import adopt
+from .adam.foreach import all_finite
+from .adam.optimizer import MaskedAdam
 from .errors import MaskError, NativeLibraryError, PeckerKernelsError, ScoreError
-from .foreach import all_finite
-from .mask import SaliencyMask
-from .ops import masked_adam_
-from .optimizer import MaskedAdam
-from .saliency import SaliencyScores
-from .shards import Piece, Shards
-from .threshold import kth_largest
+from .mask.saliency import SaliencyMask
+from .mask.shards import Piece, Shards
+from .scores.saliency import SaliencyScores
+from .scores.threshold import kth_largest
+from .torch_library.adam import masked_adam_
 from .wgrad import SparseBackward, skip_weight_gradients
 
 __all__ = [

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adam_state import HALF, LaneState
-from .lane_adam import work_dtype
-from .ops import ADAM_FLOPS, EMA_FLOPS, MASKED_GRAD_FLOPS
-from .ops_select import CLIP_NORM_FLOPS
+from .adam.state import HALF, LaneState
+from .adam.torch_ops import work_dtype
+from .torch_library.adam import ADAM_FLOPS, EMA_FLOPS, MASKED_GRAD_FLOPS
+from .torch_library.scores import CLIP_NORM_FLOPS
 
 CLIP_VALUE_FLOPS = 2  # of one weight: two comparisons
 CHECK_FLOPS = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpu, gpu
+from . import gpu, native
 from .errors import PeckerKernelsError
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
@@ -34,7 +34,7 @@ def resolve(impl: str, *tensors: Tensor, built: tuple[str, ...] = IMPLEMENTATION
         raise PeckerKernelsError(f"impl='triton' {gpu.missing(*tensors)}")
     if impl != "auto":
         return impl
-    if "cpu" in built and all(t.device.type == "cpu" for t in tensors) and cpu.available():
+    if "cpu" in built and all(t.device.type == "cpu" for t in tensors) and native.available():
         return "cpu"
     if "triton" in built and all(t.device.type == "cuda" for t in tensors) and gpu.runs_on(*tensors):
         return "triton"

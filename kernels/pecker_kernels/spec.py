@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import bitmask, foreach, ops, ops_select, ops_wgrad, reference, saliency, threshold
+from . import reference
+from .adam import foreach
 from .dispatch import IMPLEMENTATIONS
+from .mask import bits as bitmask
+from .scores import saliency, threshold
+from .torch_library import adam as ops
+from .torch_library import scores as ops_select
+from .torch_library import wgrad as ops_wgrad
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from pecker_kernels import MaskedAdam
 from pecker_kernels.cost import CHECK_FLOPS, Cost, step_cost
-from pecker_kernels.ops import EMA_FLOPS
+from pecker_kernels.torch_library.adam import EMA_FLOPS
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pecker_fast.account.clock import Clock, stopwatch
 from pecker_fast.account.counter import Count, Counter
 from pecker_fast.engine import LocalEngine, TrainState
-from pecker_fast.profile import part, recording
+from pecker_fast.machine.profile import part, recording
 
 BACKWARD = "generator_backward"  # what the parts of θ's backward passes are called, the branches after it
 GROUPS = ("retain", "forget", "retain_forget")

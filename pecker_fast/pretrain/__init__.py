@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecker_fast import data as data_sets
-from pecker_fast import draws, io_safe
-from pecker_fast.data import Dataset
+from pecker_fast import draws
+from pecker_fast.data import datasets as data_sets
+from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import RecipeError
+from pecker_fast.files import io_safe
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.judge import train_judge
 from pecker_fast.pretrain.settings import SETTINGS, Settings, settings_for, unet_config
@@ -37,7 +38,7 @@ def pretrain(
 
     name: "digits", "cifar10", "stl10" or "images"; "shapes" makes a text-to-image pipeline instead, see
         `pecker_fast.pretrain.shapes`.
-    data: path of the data set, see `pecker_fast.data`; the digits need none.
+    data: path of the data set, see `pecker_fast.data.datasets`; the digits need none.
     output: folder to write, new or empty; None = `runs/pretrain-NAME`. A folder in which the same command was
         interrupted is continued from its last saved step.
     steps: training steps of the teacher; None = the name's own.
@@ -86,7 +87,7 @@ def pretrain(
     }
     io_safe.write_json(folder / folders.MODEL, card)
     if distill_steps:
-        from pecker_fast.run import distill
+        from pecker_fast.runs.start import distill
 
         distill(folder, steps=distill_steps, seed=seed, keys=settings.distill, dtype=getattr(torch, settings.storage))
         card = io_safe.read_json(folder / folders.MODEL) | card
@@ -103,9 +104,9 @@ def _teacher(
     """Train the UNet, or go on training it, and write it. Returns the step an interrupted run was taken up from."""
     from diffusers import UNet2DModel
 
-    from pecker_fast.denoiser import Denoiser
-    from pecker_fast.export import write_unet
-    from pecker_fast.schedule import load_schedule
+    from pecker_fast.export.folder import write_unet
+    from pecker_fast.networks.denoiser import Denoiser
+    from pecker_fast.networks.schedule import load_schedule
 
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(seed, "init").initial_seed())
@@ -138,11 +139,11 @@ def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     against real, halves. `one_step_accuracy`, `one_step_fid`: the same of the distilled generator, where there is one.
     A FID is None where there are too few samples.
     """
-    from pecker_fast.config import Recipe
-    from pecker_fast.denoiser import Denoiser, load_denoiser, load_unet
     from pecker_fast.evaluate.judge import load_judge
     from pecker_fast.evaluate.metrics import fid, fid_floor
-    from pecker_fast.sample import ddim_sample, one_step_sample
+    from pecker_fast.forgetting.samplers import ddim_sample, one_step_sample
+    from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_unet
+    from pecker_fast.recipe.schema import Recipe
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_denoiser(folder).to(device)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.data import Dataset
+from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import DataError
-from pecker_fast.guard import StopFlag
+from pecker_fast.machine.signals import StopFlag
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pecker_fast import io_safe
 from pecker_fast.errors import CheckpointError, OutputError
+from pecker_fast.files import io_safe
 
 PARTIAL = "partial.json"
 PARTIAL_TENSORS = "partial.safetensors"

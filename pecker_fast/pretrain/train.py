@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.data import Dataset
-from pecker_fast.denoiser import Denoiser
+from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import CheckpointError
-from pecker_fast.guard import StopFlag
+from pecker_fast.machine.signals import StopFlag
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks.schedule import Schedule
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
-from pecker_fast.schedule import Schedule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Save = Callable[[dict[str, Tensor], int], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.io_safe import write_text
+from pecker_fast.files.io_safe import write_text
 from pecker_fast.report.cost import of_run, parts_tables
 from pecker_fast.report.mask import Mask, MaskRow, mask_table, plot_mask
 from pecker_fast.report.text import metrics_table, section

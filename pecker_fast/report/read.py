@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from pecker_fast.errors import DataError, PeckerError
-from pecker_fast.io_safe import read_json, read_text
+from pecker_fast.files.io_safe import read_json, read_text
+from pecker_fast.records.events import EVENTS, read_events
 from pecker_fast.report.mask import Mask
-from pecker_fast.track import EVENTS, read_events
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_PNG_BYTES = 16 << 20

@@ -45,7 +45,7 @@ def test_a_run_over_ranks_leaves_the_folder_of_any_run(tiny_model, tmp_path):
     assert metrics["cost"]["images"] == 4 * 8 * 4
     assert metrics["cost"]["flops"] is None
 
-    from pecker_fast.tools import export_run
+    from pecker_fast.runs.finished import export_run
 
     again = export_run(out, output=tmp_path / "again")
     for name, tensor in load_file(out / WEIGHTS).items():

@@ -25,7 +25,7 @@ TEXT: dict[str, Any] = {
 
 def recipe_of(model: Path | str, keys: dict[str, Any], zero: int):
     """A recipe over a model folder, or the shipped recipe of that name with its own settings but for size, rate and eps."""
-    from pecker_fast.config import load_recipe, recipe_from, recipe_to_dict
+    from pecker_fast.recipe.schema import load_recipe, recipe_from, recipe_to_dict
 
     data = {**KEYS, "model": str(model)}
     if isinstance(model, str):
@@ -40,8 +40,8 @@ def recipe_of(model: Path | str, keys: dict[str, Any], zero: int):
 
 def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
     """(engine, state with its mask, conditions) at the start of the forget stage."""
-    from pecker_fast.parts import load_parts
-    from pecker_fast.training import engine_of
+    from pecker_fast.loading.parts import load_parts
+    from pecker_fast.runs.training import engine_of
 
     recipe = recipe_of(model, keys, zero)
     parts = load_parts(recipe)
@@ -61,7 +61,7 @@ def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
 
 
 def iterate(engine: Any, state: Any, steps: int) -> dict[str, float]:
-    from pecker_fast.loop import iteration
+    from pecker_fast.runs.loop import iteration
 
     losses: dict[str, float] = {}
     for _ in range(steps):
@@ -79,7 +79,7 @@ def outcome(engine: Any, state: Any, losses: dict[str, float]) -> dict[str, Any]
 
 def train_once(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int) -> dict[str, Any]:
     """A run's iterations: on ranks with zero, else on this process alone."""
-    from pecker_fast.ranks import ALONE, joined
+    from pecker_fast.machine.ranks import ALONE, joined
 
     if not zero:
         engine, state, _ = make(model, keys, 0, ALONE)
@@ -91,7 +91,7 @@ def train_once(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: i
 
 def train_each(rank: int, model: Path, cases: dict[str, dict[str, Any]], zero: int, steps: int) -> dict[str, Any]:
     """train_once for many settings of one stage, one after the other: {case: outcome}."""
-    from pecker_fast.ranks import joined
+    from pecker_fast.machine.ranks import joined
 
     found = {}
     with joined(60.0) as ranks:
@@ -108,8 +108,8 @@ def train_and_save(
     rank: int, model: Path, cases: dict[str, dict[str, Any]], zero: int, steps: int, folder: Path
 ) -> None:
     """The first part of runs, left in checkpoints."""
-    from pecker_fast.checkpoint import save_checkpoint
-    from pecker_fast.ranks import joined
+    from pecker_fast.machine.ranks import joined
+    from pecker_fast.records.checkpoint import save_checkpoint
 
     with joined(60.0) as ranks:
         for name, keys in cases.items():
@@ -122,10 +122,10 @@ def resume(
     rank: int, model: Path, cases: dict[str, dict[str, Any]], zero: int, steps: int, folder: Path
 ) -> dict[str, Any]:
     """The rest of them, on this many ranks: {case: outcome}."""
-    from pecker_fast.checkpoint import latest_checkpoint, load_checkpoint, read_checkpoint_stage
-    from pecker_fast.parts import load_parts
-    from pecker_fast.ranks import joined
-    from pecker_fast.training import engine_of
+    from pecker_fast.loading.parts import load_parts
+    from pecker_fast.machine.ranks import joined
+    from pecker_fast.records.checkpoint import latest_checkpoint, load_checkpoint, read_checkpoint_stage
+    from pecker_fast.runs.training import engine_of
 
     found = {}
     with joined(60.0) as ranks:
@@ -145,7 +145,7 @@ def resume(
 
 def outside(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int) -> tuple[str, str]:
     """sha256 of all weights outside the mask, as this rank sees them, before and after."""
-    from pecker_fast.ranks import joined
+    from pecker_fast.machine.ranks import joined
 
     with joined(60.0) as ranks:
         engine, state, _ = make(model, keys, zero, ranks)
@@ -163,7 +163,7 @@ def outside(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int)
 def non_finite(rank: int, model: Path, keys: dict[str, Any], zero: int, which: str) -> tuple[str, bool, bool]:
     """What a NaN that rank 1 alone meets comes to: (message, silent, this rank's weights are unchanged)."""
     from pecker_fast.errors import NonFiniteError
-    from pecker_fast.ranks import joined
+    from pecker_fast.machine.ranks import joined
 
     with joined(60.0) as ranks:
         engine, state, _ = make(model, keys, zero, ranks)
@@ -185,7 +185,7 @@ def non_finite(rank: int, model: Path, keys: dict[str, Any], zero: int, which: s
 def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[str, int]:
     """Bytes this rank holds between iterations, by kind, of θ."""
     from pecker_fast.account.iteration import unique_bytes
-    from pecker_fast.ranks import joined
+    from pecker_fast.machine.ranks import joined
 
     with joined(60.0) as ranks:
         engine, state, _ = make(model, keys, zero, ranks)
@@ -214,7 +214,7 @@ def held_bytes(rank: int, model: Path, keys: dict[str, Any], zero: int) -> dict[
 
 def first_gradient(rank: int, model: Path, keys: dict[str, Any], zero: int) -> tuple[list, torch.Tensor, float]:
     """θ's gradient of the first generator step, through the frozen ψ: (this rank's pieces, its vector, |ψ's gradient|)."""
-    from pecker_fast.ranks import ALONE, joined
+    from pecker_fast.machine.ranks import ALONE, joined
 
     if not zero:
         engine, state, _ = make(model, keys, 0, ALONE)

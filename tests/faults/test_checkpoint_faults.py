@@ -6,12 +6,13 @@ import os
 import pytest
 import torch
 
-from pecker_fast import checkpoint, io_safe
 from pecker_fast.engine import TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import CheckpointError, OutputError
-from pecker_fast.methods.updates import Dense, adam
-from pecker_fast.parts import load_parts
+from pecker_fast.files import io_safe
+from pecker_fast.forgetting.updates import Dense, adam
+from pecker_fast.loading.parts import load_parts
+from pecker_fast.records import checkpoint
 
 IDENTITY = {"recipe_sha256": "r", "base_sha256": "b"}
 

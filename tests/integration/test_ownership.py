@@ -7,12 +7,12 @@ import pytest
 from diffusers import DDPMScheduler
 from tiny_models import write_tiny_model
 
-from pecker_fast import checkpoint
-from pecker_fast.config import idle_keys, load_recipe, recipe_from, recipe_to_yaml
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
-from pecker_fast.run import train, unlearn
-from pecker_fast.run_folder import locked
-from pecker_fast.tools import export_run
+from pecker_fast.recipe.schema import idle_keys, load_recipe, recipe_from, recipe_to_yaml
+from pecker_fast.records import checkpoint
+from pecker_fast.records.run_folder import locked
+from pecker_fast.runs.finished import export_run
+from pecker_fast.runs.start import train, unlearn
 
 QUICK = {"evaluate": {"every": 0, "final": 0}}
 
@@ -118,7 +118,7 @@ def test_pipeline_of_a_zero_snr_schedule_draws_the_same(tiny_recipe, tmp_path):
     run = train(tiny_recipe(model=str(model), **QUICK), quiet=True).run_dir
     from diffusers import EulerDiscreteScheduler
 
-    from pecker_fast.schedule import load_schedule
+    from pecker_fast.networks.schedule import load_schedule
 
     euler = EulerDiscreteScheduler.from_pretrained(run / "pipeline", subfolder="scheduler")
     euler.set_timesteps(timesteps=[440])

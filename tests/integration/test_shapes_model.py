@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from pecker_fast import io_safe, tools
-from pecker_fast.config import load_recipe
 from pecker_fast.evaluate.words import load_word_judge
-from pecker_fast.parts import load_model, load_parts
-from pecker_fast.prompt_judging import grid_rows, judging_of
-from pecker_fast.run import train
+from pecker_fast.files import io_safe
+from pecker_fast.loading.parts import load_model, load_parts
+from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.runs import finished as tools
+from pecker_fast.runs.prompt_judging import grid_rows, judging_of
+from pecker_fast.runs.start import train
 
 FOLDER = io_safe.ASSETS / "shapes"
 QUICK = [

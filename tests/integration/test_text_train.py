@@ -11,16 +11,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_text_models import KINDS, tiny_pipeline
 
-from pecker_fast import io_safe, tools
-from pecker_fast.cli import main
-from pecker_fast.config import recipe_from
+from pecker_fast.cli.app import main
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import DataError, ModelError, RecipeError
-from pecker_fast.methods import get_method
-from pecker_fast.methods.updates import adam
-from pecker_fast.parts import load_model, load_parts
-from pecker_fast.run import train
-from pecker_fast.sample import one_step_sample, sample_noise
+from pecker_fast.files import io_safe
+from pecker_fast.forgetting.methods import get_method
+from pecker_fast.forgetting.samplers import one_step_sample, sample_noise
+from pecker_fast.forgetting.updates import adam
+from pecker_fast.loading.parts import load_model, load_parts
+from pecker_fast.recipe.schema import recipe_from
+from pecker_fast.runs import finished as tools
+from pecker_fast.runs.start import train
 
 CAPTIONS = ["a red circle on the left", "a photo of the blue circle", "small circle", "a red square", "a white dog"]
 
@@ -92,7 +93,7 @@ def test_zero_steps_leave_every_format_bit_identical(models, tmp_path, kind):
     for form in ("unet", "single", "delta"):
         tools.export_run(run, form=form)
     assert same(base, io_safe.read_tensors(run / "unet.safetensors")[0])
-    from pecker_fast.single_file import to_single_file
+    from pecker_fast.networks.single_file import to_single_file
 
     plain = to_single_file(models[kind], tmp_path / "plain.safetensors")
     assert plain.read_bytes() == (run / "single.safetensors").read_bytes()
@@ -122,7 +123,7 @@ def test_half_precision_weights_keep_their_dtype_and_bits(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_single_file_is_the_same_model_as_its_folder(models, tmp_path, kind):
-    from pecker_fast.single_file import to_single_file
+    from pecker_fast.networks.single_file import to_single_file
 
     single = to_single_file(models[kind], tmp_path / "model.safetensors")
     configs = tmp_path / "configs"  # a user's folder of configs: no weights in it
@@ -312,7 +313,7 @@ def test_a_damaged_model_is_one_line(models, tmp_path, case):
 
 
 def test_a_single_file_without_configs_says_what_it_needs(tmp_path):
-    from pecker_fast.single_file import to_single_file
+    from pecker_fast.networks.single_file import to_single_file
 
     folder = tiny_pipeline(tmp_path / "model", "sd1")
     single = to_single_file(folder, tmp_path / "model.safetensors")
@@ -323,10 +324,10 @@ def test_a_single_file_without_configs_says_what_it_needs(tmp_path):
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(models, tmp_path, monkeypatch):
-    from pecker_fast import forecast
+    from pecker_fast.runs import forecast
 
     monkeypatch.setattr(forecast, "available_bytes", lambda: 1 << 20)
-    monkeypatch.setattr("pecker_fast.run.load_parts", lambda recipe: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("pecker_fast.runs.start.load_parts", lambda recipe: pytest.fail("the model was loaded"))
     with pytest.raises(RecipeError, match=r"memory: this recipe needs about .* available; try"):
         train(recipe(models["sd1"], tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run").exists()
@@ -337,7 +338,9 @@ def test_shipped_recipes_are_dry_run_without_weights(tmp_path, monkeypatch, caps
     import huggingface_hub
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pecker_fast.run.check_memory", lambda recipe: None)  # its rehearsal at full size takes a while
+    monkeypatch.setattr(
+        "pecker_fast.runs.start.check_memory", lambda recipe: None
+    )  # its rehearsal at full size takes a while
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the network"))
     assert main(["train", name, "--dry-run"]) == 0
     assert "alpha: 1" in capsys.readouterr().out

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
-from pecker_fast import checkpoint, io_safe
-from pecker_fast.config import recipe_to_yaml
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError, PeckerError, RecipeError
-from pecker_fast.run import train, unlearn
-from pecker_fast.tools import evaluate_run, export_run, sample_run
+from pecker_fast.files import io_safe
+from pecker_fast.recipe.schema import recipe_to_yaml
+from pecker_fast.records import checkpoint
+from pecker_fast.runs.finished import evaluate_run, export_run, sample_run
+from pecker_fast.runs.start import train, unlearn
 
 METRICS = {"ua", "cover_rate", "retain_accuracy", "fid", "inception_score", "precision", "recall"}
 
@@ -81,7 +82,7 @@ def test_other_seed_gives_other_weights(tiny_recipe, tmp_path):
 
 def test_train_opens_no_data_set(tiny_recipe, monkeypatch):
     """Data-free: with every loader made to raise, training, evaluation and report all run."""
-    import pecker_fast.data as data
+    import pecker_fast.data.datasets as data
 
     def refuse(*args, **kwargs):
         raise AssertionError("a data set was opened")
@@ -104,9 +105,9 @@ def test_pipeline_draws_the_same_in_stock_diffusers(tiny_recipe, tmp_path, predi
     code = card.split("```python\n")[1].split("```")[0].replace("'pipeline'", repr(str(run / "pipeline")))
     names: dict = {}
     exec(code, names)
-    from pecker_fast.losses import generate
-    from pecker_fast.parts import load_parts
-    from pecker_fast.tools import load_run, trained_generator
+    from pecker_fast.forgetting.losses import generate
+    from pecker_fast.loading.parts import load_parts
+    from pecker_fast.runs.finished import load_run, trained_generator
 
     loaded = load_run(run)
     generator = trained_generator(loaded, load_parts(loaded.recipe))
@@ -222,7 +223,7 @@ def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_exits_cleanly(tiny_recipe, monkeypatch, signum, code):
-    import pecker_fast.training as run_module
+    import pecker_fast.runs.training as run_module
 
     real = run_module.Training.log_step
 

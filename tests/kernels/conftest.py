@@ -1,7 +1,7 @@
 """`level`: the test runs once at each instruction level of the C++ kernels that this machine has."""
 
 import pytest
-from pecker_kernels import cpu
+from pecker_kernels import native as cpu
 
 
 @pytest.fixture(params=range(3), ids=cpu.LEVELS)

@@ -11,8 +11,11 @@ from kernel_gates import (
     snapshot,
     updates_and_moments,
 )
-from pecker_kernels import cpu_adam, foreach, ops, reference
-from pecker_kernels.lanes import Lanes
+from pecker_kernels import reference
+from pecker_kernels.adam import cpu as cpu_adam
+from pecker_kernels.adam import foreach
+from pecker_kernels.adam.lanes import Lanes
+from pecker_kernels.torch_library import adam as ops
 
 IMPLS = ["cpu", "reference"]
 SETTINGS = [

@@ -6,7 +6,9 @@ import weakref
 import pecker_kernels as pk
 import pytest
 import torch
-from pecker_kernels import adam_step, bitmask, cpu_adam
+from pecker_kernels.adam import cpu as cpu_adam
+from pecker_kernels.adam import step as adam_step
+from pecker_kernels.mask import bits as bitmask
 
 SHAPES = {"matrix": (70, 130), "kernel": (9, 3, 3, 3), "vector": (301,), "scalar": ()}
 SETTINGS = {

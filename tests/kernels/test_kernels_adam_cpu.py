@@ -6,9 +6,12 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import check_accuracy, ulp
-from pecker_kernels import bitmask, cpu, cpu_adam, reference
-from pecker_kernels.adam_jobs import AdamJob, AdamStep
-from pecker_kernels.lanes import Lanes
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
+from pecker_kernels.adam import cpu as cpu_adam
+from pecker_kernels.adam.jobs import AdamJob, AdamStep
+from pecker_kernels.adam.lanes import Lanes
+from pecker_kernels.mask import bits as bitmask
 
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 257, 4095, 4096, 4097, 70_001)
 DENSITIES = (0.003, 0.05, 0.12, 0.5, 0.97, 1.0)

@@ -6,7 +6,9 @@ import weakref
 import pecker_kernels as pk
 import pytest
 import torch
-from pecker_kernels import bitmask, ops, reference
+from pecker_kernels import reference
+from pecker_kernels.mask import bits as bitmask
+from pecker_kernels.torch_library import adam as ops
 
 
 def made(shapes, keep=0.5, **settings):

@@ -5,8 +5,11 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import RAGGED
-from pecker_kernels import bitmask, cpu, ops, reference
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
+from pecker_kernels.mask import bits as bitmask
 from pecker_kernels.spec import SPECS
+from pecker_kernels.torch_library import adam as ops
 from torch.utils.flop_counter import FlopCounterMode
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

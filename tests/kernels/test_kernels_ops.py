@@ -4,7 +4,8 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import check_accuracy, ulp
-from pecker_kernels import cpu, reference
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
 from pecker_kernels.spec import SPECS
 from torch.utils.flop_counter import FlopCounterMode
 

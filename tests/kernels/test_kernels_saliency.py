@@ -2,7 +2,9 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import fill_grads, small_model
-from pecker_kernels import cpu, reference, select_backend
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
+from pecker_kernels.scores import backend as select_backend
 
 IMPLS = ["reference"] + ["cpu"] * cpu.available()
 

@@ -8,8 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from kernel_gates import check_accuracy, fill_grads, small_model
-from pecker_kernels import cpu, cpu_select, reference, select_backend, threshold, torch_select
-from pecker_kernels.select_backend import ALL_TIES, NEGATIVE, NOT_FINITE
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
+from pecker_kernels.scores import backend as select_backend
+from pecker_kernels.scores import cpu as cpu_select
+from pecker_kernels.scores import threshold
+from pecker_kernels.scores import torch_ops as torch_select
+from pecker_kernels.scores.backend import ALL_TIES, NEGATIVE, NOT_FINITE
 
 RAGGED = (0, 1, 15, 16, 17, 63, 64, 65, 2049)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,11 @@ import pecker_kernels as pk
 import pytest
 import torch
 from hypothesis import given, settings
-from pecker_kernels import cpu, reference, select_backend, threshold, torch_select
+from pecker_kernels import native as cpu
+from pecker_kernels import reference
+from pecker_kernels.scores import backend as select_backend
+from pecker_kernels.scores import threshold
+from pecker_kernels.scores import torch_ops as torch_select
 
 SPECIAL = [0.0, -0.0, 1e-45, 1.17549435e-38, 1.0, 1.0000001, 0.5, 3.4028235e38]
 

@@ -7,7 +7,8 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import check_sums
-from pecker_kernels import ops_wgrad, reference, wgrad
+from pecker_kernels import reference, wgrad
+from pecker_kernels.torch_library import wgrad as ops_wgrad
 from pecker_kernels.wgrad import conv, function, linear, plan, rows, tiles
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -7,7 +7,7 @@ import pecker_kernels as pk
 import pytest
 import torch
 from hypothesis import given, settings
-from pecker_kernels.lanes import Lanes
+from pecker_kernels.adam.lanes import Lanes
 
 SHAPES = {"conv": (3, 2, 3), "bias": (5,), "scalar": (), "empty": (0, 4), "wide": (2, 17)}
 

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from pecker_fast import io_safe
 from pecker_fast.errors import OutputError
+from pecker_fast.files import io_safe
 
 WRITERS = {
     "text": lambda path, n: io_safe.write_text(path, f"value {n}"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pecker_fast import io_safe
 from pecker_fast.errors import ModelError
+from pecker_fast.files import io_safe
 
 INDEX = f"{io_safe.WEIGHTS_NAME}.index.json"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from malformed import FIXED, GOOD, generated
 
-from pecker_fast import io_safe
 from pecker_fast.errors import CheckpointError, DataError, ModelError
+from pecker_fast.files import io_safe
 
 RSS_LIMIT_BYTES = 512 << 20
 
@@ -60,7 +60,7 @@ import sys
 from pathlib import Path
 from malformed import FIXED, generated, pack
 from pecker_fast.errors import DataError
-from pecker_fast.io_safe import read_tensors
+from pecker_fast.files.io_safe import read_tensors
 path = Path(sys.argv[1])
 many = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_000))
 refused = read = 0

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 
-from pecker_fast import io_safe
-from pecker_fast.config import load_recipe
 from pecker_fast.errors import PeckerError
+from pecker_fast.files import io_safe
+from pecker_fast.recipe.schema import load_recipe
 
 NAMES = ["model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.safetensors", "model", "model.json"]
 

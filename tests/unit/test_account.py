@@ -11,14 +11,15 @@ from pecker_kernels.cost import live_lines, step_cost
 from pecker_kernels.spec import SPECS
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from pecker_fast import cli, profile
 from pecker_fast.account import Accountant, Clock, Counter, LiveBytes, clock, counted, joules
 from pecker_fast.account.iteration import TIMED
-from pecker_fast.benchmark import bench, set_up, spread
+from pecker_fast.cli import app as cli
 from pecker_fast.errors import OutputError
-from pecker_fast.loop import iteration
+from pecker_fast.machine import profile
 from pecker_fast.report import cost
-from pecker_fast.run import train
+from pecker_fast.runs.benchmark import bench, set_up, spread
+from pecker_fast.runs.loop import iteration
+from pecker_fast.runs.start import train
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))

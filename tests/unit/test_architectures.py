@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pecker_fast.architectures import PREDICTION_TYPES, architecture, names
 from pecker_fast.errors import ModelError
+from pecker_fast.networks.architectures import PREDICTION_TYPES, architecture, names
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from full_size import network_flops
@@ -32,7 +32,7 @@ def test_sd21_parameters():
 def test_sdxl_parameters_and_vae():
     import torch
 
-    from pecker_fast.memory.networks import build
+    from pecker_fast.account.memory.networks import build
 
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in build(architecture(name)).parameters()) for name in names()}

@@ -121,7 +121,7 @@ def test_the_floor_of_an_iteration_is_measured_and_shown(tmp_path):
 
 
 def test_an_account_becomes_a_table(tmp_path, capsys):
-    from pecker_fast import cli
+    from pecker_fast.cli import app as cli
 
     keys = ["batch_size=2", "mask.samples=4", "--iterations", "1", "--json", str(tmp_path / "account_digits.json")]
     assert cli.main(["bench", "digits", *keys]) == 0

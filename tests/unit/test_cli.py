@@ -12,9 +12,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pecker_fast import cli
-from pecker_fast.config import load_recipe
+from pecker_fast.cli import app as cli
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError
+from pecker_fast.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "pretrain", "sample", "evaluate", "report", "mask", "export", "doctor", "bench", "recipes"]
@@ -107,7 +107,7 @@ def test_train_resolves_the_recipe_and_prints_what_came_of_it(capsys, monkeypatc
     table.add_row("UA", "1 %", "99 %")
     result = types.SimpleNamespace(run_dir=tmp_path, metrics={"after": {}}, report=tmp_path / "report.html")
     train = recorder(result)
-    stand_in(monkeypatch, "pecker_fast.run", train=train)
+    stand_in(monkeypatch, "pecker_fast.runs.start", train=train)
     stand_in(monkeypatch, "pecker_fast.report", metrics_table=recorder(table))
     assert cli.main(["train", "digits", "steps=3", "--tensorboard", "lr=1e-5"]) == 0
     (recipe,), keys = train.calls[0]
@@ -124,7 +124,7 @@ def test_train_resolves_the_recipe_and_prints_what_came_of_it(capsys, monkeypatc
 
 def test_a_dry_run_prints_the_resolved_recipe(capsys, monkeypatch, tmp_path):
     result = types.SimpleNamespace(run_dir=tmp_path, metrics=None, report=None)
-    stand_in(monkeypatch, "pecker_fast.run", train=recorder(result))
+    stand_in(monkeypatch, "pecker_fast.runs.start", train=recorder(result))
     assert cli.main(["train", "digits", "seed=7", "--dry-run"]) == 0
     path = tmp_path / "r.yaml"
     path.write_text(capsys.readouterr().out)
@@ -148,18 +148,18 @@ def test_a_dry_run_prints_the_resolved_recipe(capsys, monkeypatch, tmp_path):
 )
 def test_every_failure_is_one_line_with_its_exit_code(capsys, monkeypatch, error, code, message):
     monkeypatch.delenv("PECKER_DEBUG", raising=False)
-    stand_in(monkeypatch, "pecker_fast.run", train=recorder(error=error))
+    stand_in(monkeypatch, "pecker_fast.runs.start", train=recorder(error=error))
     assert error_of(capsys, "train", "digits", code=code) == message
 
 
 def test_control_c_before_the_run_takes_over_is_130(monkeypatch):
-    stand_in(monkeypatch, "pecker_fast.run", train=recorder(error=KeyboardInterrupt()))
+    stand_in(monkeypatch, "pecker_fast.runs.start", train=recorder(error=KeyboardInterrupt()))
     assert cli.main(["train", "digits"]) == 130
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("PECKER_DEBUG", "1")
-    stand_in(monkeypatch, "pecker_fast.run", train=recorder(error=ZeroDivisionError()))
+    stand_in(monkeypatch, "pecker_fast.runs.start", train=recorder(error=ZeroDivisionError()))
     assert cli.main(["train", "digits"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
@@ -167,14 +167,14 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
 def test_errors_of_the_kernels_are_the_users(capsys, monkeypatch):
     from pecker_kernels.errors import MaskError
 
-    stand_in(monkeypatch, "pecker_fast.run", train=recorder(error=MaskError("the mask is of another model")))
+    stand_in(monkeypatch, "pecker_fast.runs.start", train=recorder(error=MaskError("the mask is of another model")))
     assert error_of(capsys, "train", "digits") == "the mask is of another model"
 
 
 def test_the_verbs_hand_their_options_on(capsys, monkeypatch):
     sample, evaluate, export = recorder("a.png"), recorder({"after": {}}), recorder("p")
     pretrain, report = recorder("m"), recorder("r.html")
-    stand_in(monkeypatch, "pecker_fast.tools", sample_run=sample, evaluate_run=evaluate, export_run=export)
+    stand_in(monkeypatch, "pecker_fast.runs.finished", sample_run=sample, evaluate_run=evaluate, export_run=export)
     stand_in(monkeypatch, "pecker_fast.pretrain", pretrain=pretrain)
     stand_in(
         monkeypatch,
@@ -243,7 +243,7 @@ def test_recipes_list_show_and_copy(capsys, tmp_path, monkeypatch):
 
 
 def test_doctor_tells_what_is_missing_and_how_to_mend_it(capsys, monkeypatch, tmp_path):
-    from pecker_fast import hardware
+    from pecker_fast.machine import hardware
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: {tmp_path}/none\noutput: {tmp_path}/run\n")
@@ -261,7 +261,7 @@ def test_doctor_tells_what_is_missing_and_how_to_mend_it(capsys, monkeypatch, tm
 def test_the_environment_is_plain_values():
     import json
 
-    from pecker_fast import hardware
+    from pecker_fast.machine import hardware
 
     found = json.loads(json.dumps(hardware.environment()))
     assert set(found) == {"versions", "device", "threads"}
@@ -298,4 +298,4 @@ def test_real_processes_exit_as_promised():
 
 def test_typer_app_is_the_one_that_is_installed():
     assert isinstance(cli.app, typer.Typer)
-    assert 'pecker-fast = "pecker_fast.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'pecker-fast = "pecker_fast.cli.app:main"' in (ROOT / "pyproject.toml").read_text()

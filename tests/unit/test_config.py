@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from pecker_fast.config import (
+from pecker_fast.errors import RecipeError
+from pecker_fast.recipe.errors import closest, suggest_key
+from pecker_fast.recipe.schema import (
     Recipe,
     load_recipe,
     recipe_from,
@@ -13,9 +15,7 @@ from pecker_fast.config import (
     recipe_to_yaml,
     shipped_recipes,
 )
-from pecker_fast.errors import RecipeError
-from pecker_fast.recipe_errors import closest, suggest_key
-from pecker_fast.run_folder import trajectory_sha256
+from pecker_fast.records.run_folder import trajectory_sha256
 
 
 def refusal(source, overrides=()):

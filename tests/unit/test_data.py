@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pecker_fast import data
+from pecker_fast.data import datasets as data
 from pecker_fast.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pecker_fast import io_safe
-from pecker_fast.delta import apply_delta, apply_to_folder, delta_of_folders, hash_of, write_delta
 from pecker_fast.errors import DataError, ModelError, OutputError, PeckerError
+from pecker_fast.export.delta import apply_delta, apply_to_folder, delta_of_folders, hash_of, write_delta
+from pecker_fast.files import io_safe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 SHAPES = ((), (0,), (1,), (7,), (8,), (3, 5), (4, 0, 2), (300,), (2, 16, 9))
@@ -375,7 +375,7 @@ def test_folders_that_cannot_be_compared(two, tmp_path):
 
 
 def test_single_file_takes_the_delta_of_folders_and_gives_one(two, tmp_path):
-    from pecker_fast.single_file import unet_map
+    from pecker_fast.networks.single_file import unet_map
 
     base, result = two
     names = unet_map(io_safe.read_json(base / "unet" / "config.json"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pecker_fast.errors import NonFiniteError
-from pecker_fast.losses import generate, generator_loss, noise_loss
-from pecker_fast.methods.updates import Dense
+from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
+from pecker_fast.forgetting.updates import Dense
 
 
 def branch_loss(recipe, engine, state, branch):
@@ -206,7 +206,7 @@ def test_non_finite_gradient_stops_before_any_weight_is_written(setup):
 
 def test_saliency_of_the_forgetting_loss_leaves_the_score_network_alone(setup):
     """Gradients flow through ψ to θ: ψ gets none of its own, and is trainable again afterwards."""
-    from pecker_fast.saliency import make_mask
+    from pecker_fast.forgetting.saliency import make_mask
 
     recipe, engine, state, _ = setup(mask={"score": "forget_loss", "contrast": True, "density": 0.3})
     before = weights(state.generator)

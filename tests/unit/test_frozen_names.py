@@ -6,8 +6,8 @@ import pytest
 import typer
 
 import pecker_fast
-from pecker_fast.cli import app
-from pecker_fast.config import Recipe, recipe_help
+from pecker_fast.cli.app import app
+from pecker_fast.recipe.schema import Recipe, recipe_help
 
 KEYS_TEXT = """
 model revision model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score
@@ -124,7 +124,10 @@ def test_public_names():
 
 
 def test_the_python_functions_behind_the_commands():
-    from pecker_fast import benchmark, pretrain, report, run, tools
+    from pecker_fast import pretrain, report
+    from pecker_fast.runs import benchmark
+    from pecker_fast.runs import finished as tools
+    from pecker_fast.runs import start as run
 
     first = {
         run.train: ["recipe", "tensorboard", "quiet", "dry_run"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pecker_fast.engine import LocalEngine
-from pecker_fast.loop import iteration
+from pecker_fast.runs.loop import iteration
 
 STEPS = 6
 # Sums of 64 terms (8·8 pixels) in another order differ by about √64 · 2⁻²⁴ = 5e-7 of their size. Seen over all rules and

@@ -70,8 +70,8 @@ def test_every_documented_module_exists():
 @pytest.mark.parametrize(
     "line",
     [
-        "from pecker_fast.run import train",
-        "import pecker_fast.cli",
+        "from pecker_fast.runs.start import train",
+        "import pecker_fast.cli.app",
         "from pecker_fast import loop",
         "from .run import train",
         "def f():\n    from pecker_fast.report import write_report",
@@ -80,7 +80,7 @@ def test_every_documented_module_exists():
 )
 def test_a_planted_violation_is_found(tmp_path, line):
     order = documented_order()
-    (tmp_path / "losses.py").write_text("from pecker_fast.denoiser import Denoiser\n")
+    (tmp_path / "losses.py").write_text("from pecker_fast.networks.denoiser import Denoiser\n")
     assert violations(tmp_path, order) == []
     (tmp_path / "losses.py").write_text(line + "\n")
     assert len(violations(tmp_path, order)) == 1
@@ -120,4 +120,4 @@ def test_the_kernels_load_without_the_engine():
 
 def test_the_command_line_loads_without_torch():
     heavy = ("torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "sklearn", "pecker_kernels")
-    assert loaded_by("import pecker_fast.cli, pecker_fast.config", *heavy) == []
+    assert loaded_by("import pecker_fast.cli.app, pecker_fast.recipe.schema", *heavy) == []

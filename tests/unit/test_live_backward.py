@@ -6,7 +6,7 @@ from pecker_kernels import SaliencyMask
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast.engine.live import LiveBackward, gradients_of
-from pecker_fast.loop import iteration
+from pecker_fast.runs.loop import iteration
 
 RULES = ["differentiated", "salient_only", "alternating"]
 SMOOTH = {"optimizer": {"eps": 1.0, "clip_value": None}, "lr": 1e-2}  # an update in proportion to its gradient

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pecker_fast.config import recipe_from
 from pecker_fast.engine import LocalEngine
 from pecker_fast.engine.blocks import compile_blocks, repeated_blocks
 from pecker_fast.errors import NonFiniteError, RecipeError
-from pecker_fast.guard import StopFlag
-from pecker_fast.loop import iteration, run_stage
-from pecker_fast.parts import load_parts
+from pecker_fast.loading.parts import load_parts
+from pecker_fast.machine.signals import StopFlag
+from pecker_fast.recipe.schema import recipe_from
+from pecker_fast.runs.loop import iteration, run_stage
 
 RULES = ["differentiated", "salient_only", "alternating"]
 aten = torch.ops.aten

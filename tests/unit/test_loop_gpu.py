@@ -5,7 +5,7 @@ import torch
 from pecker_kernels import SaliencyMask
 
 from pecker_fast.errors import NonFiniteError
-from pecker_fast.loop import iteration
+from pecker_fast.runs.loop import iteration
 
 RULES = ["differentiated", "salient_only", "alternating"]
 SMOOTH = {"optimizer": {"eps": 1.0}, "lr": {"generator": 1e-2, "score": 1e-2, "warmup": 5}}

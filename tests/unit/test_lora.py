@@ -8,10 +8,10 @@ import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from pecker_fast import io_safe
-from pecker_fast.denoiser import Denoiser, load_denoiser, load_weights
 from pecker_fast.errors import ModelError
-from pecker_fast.lora import ATTENTION, AdaptedUNet, LowRank, lora_score, pair_x0, target_layers
+from pecker_fast.files import io_safe
+from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_weights
+from pecker_fast.networks.lora import ATTENTION, AdaptedUNet, LowRank, lora_score, pair_x0, target_layers
 
 N, RANK = 3, 4
 KINDS = ("digits", "sd1", "sdxl")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import write_tiny_model
 
-from pecker_fast import losses
-from pecker_fast.denoiser import Denoiser, load_denoiser
-from pecker_fast.schedule import Schedule
+from pecker_fast.forgetting import losses
+from pecker_fast.networks.denoiser import Denoiser, load_denoiser
+from pecker_fast.networks.schedule import Schedule
 
 N, T_INIT, ALPHA = 3, 440, 1.2
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pecker_fast import io_safe
-from pecker_fast.benchmark import set_up
-from pecker_fast.config import load_recipe
+from pecker_fast.account.memory import Prediction, alive, enough, measured_peak, predict
+from pecker_fast.account.memory.prediction import Settings
+from pecker_fast.account.memory.rehearsal import planned_mask
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.memory import Prediction, alive, enough, measured_peak, predict
-from pecker_fast.memory.prediction import Settings
-from pecker_fast.memory.rehearsal import planned_mask
+from pecker_fast.files import io_safe
+from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.runs.benchmark import set_up
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import full_size
@@ -88,7 +88,7 @@ def test_prediction_is_what_a_text_network_takes(config, keys, checkpointing):
 @pytest.mark.slow
 def test_another_size_of_unet(tiny_recipe, setup):
     recipe, engine, state, _ = setup(batch_size=8)
-    from pecker_fast.loop import iteration
+    from pecker_fast.runs.loop import iteration
 
     found = measured(engine, state, lambda: iteration(engine, state))
     config = dict(state.generator.config)

@@ -14,18 +14,19 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from pecker_fast import data as data_sets
-from pecker_fast import draws, io_safe
-from pecker_fast.data import Dataset
-from pecker_fast.denoiser import Denoiser, load_denoiser
+from pecker_fast import draws
+from pecker_fast.data import datasets as data_sets
+from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import CheckpointError, DataError, Interrupted, OutputError, PeckerError, RecipeError
 from pecker_fast.evaluate.judge import load_judge
+from pecker_fast.files import io_safe
+from pecker_fast.networks.denoiser import Denoiser, load_denoiser
+from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.pretrain import SETTINGS, Settings, pretrain, unet_config
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.judge import augment
 from pecker_fast.pretrain.settings import lr_at
 from pecker_fast.pretrain.train import noise_prediction_loss
-from pecker_fast.schedule import Schedule, load_schedule
 
 SHORT = replace(
     SETTINGS["digits"], steps=4, batch_size=8, judge_steps=4, samples=20, sampler_steps=2, checkpoint_every=2
@@ -192,9 +193,9 @@ def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatc
         shutil.copytree(folder / "unet", folder / "generator")
         calls.append({"steps": steps, "seed": seed})
 
-    fake = ModuleType("pecker_fast.run")
+    fake = ModuleType("pecker_fast.runs.start")
     fake.distill = distill  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pecker_fast.run", fake)
+    monkeypatch.setitem(sys.modules, "pecker_fast.runs.start", fake)
     pretrain("digits", output=tmp_path / "m", settings=SHORT, seed=5, distill_steps=7)
     assert calls == [{"steps": 7, "seed": 5}]
     card = io_safe.read_json(tmp_path / "m" / "model.json")

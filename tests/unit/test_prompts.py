@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from pecker_fast.config import RECIPES, is_text
+from pecker_fast.conditions.prompts import plan_prompts
 from pecker_fast.errors import RecipeError
-from pecker_fast.prompts import plan_prompts
-from pecker_fast.recipe_yaml import parse_yaml
+from pecker_fast.recipe.schema import RECIPES, is_text
+from pecker_fast.recipe.yaml import parse_yaml
 
 KEEP = ["a boat on a lake", "a cat"]
 PITT = {"concept": "brad pitt", "prompts": ["Brad Pitt on a horse"]}

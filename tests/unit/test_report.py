@@ -14,11 +14,11 @@ from PIL import Image
 from rich.console import Console
 
 from pecker_fast.errors import DataError
+from pecker_fast.records.events import Tracker
 from pecker_fast.report import mask_table, metrics_table, plot_mask, write_report
 from pecker_fast.report.mask import by_block
 from pecker_fast.report.read import read_run, timeline
 from pecker_fast.report.text import count, figure, scaled, seconds
-from pecker_fast.track import Tracker
 
 METRICS = {
     "before": {"ua": 0.02, "cover_rate": 0.001, "retain_accuracy": 0.964, "fid": 31.2, "inception_score": 8.3,

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from pecker_fast import shapes
+from pecker_fast.data import shapes
 from pecker_fast.errors import DataError
 
 EVERY = shapes.combinations()

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from pecker_fast import io_safe
+from pecker_fast.data.shapes import ATTRIBUTES, captions, combinations, random_words
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from pecker_fast.evaluate.words import WordJudge, load_word_judge
+from pecker_fast.files import io_safe
+from pecker_fast.networks.schedule import Schedule
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain import pretrain
 from pecker_fast.pretrain.shapes import ShapesSettings, obedience, pretrain_shapes
@@ -22,8 +24,6 @@ from pecker_fast.pretrain.shapes.judge import COUNTS, augment, quantise, word_lo
 from pecker_fast.pretrain.shapes.settings import LENGTH
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words, token_ids
 from pecker_fast.pretrain.shapes.vae import as_floats
-from pecker_fast.schedule import Schedule
-from pecker_fast.shapes import ATTRIBUTES, captions, combinations, random_words
 
 DEFAULT = ShapesSettings()
 SHORT = ShapesSettings(

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pecker_fast import io_safe
 from pecker_fast.errors import DataError, ModelError
 from pecker_fast.evaluate.judge import Judge, SmallClassifier, load_judge, save_judge
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
+from pecker_fast.files import io_safe
 
 ATTRIBUTES = {"animal": ("cat", "polar bear", "bear"), "tone": ("green", "green glass")}
 

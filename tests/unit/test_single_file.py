@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pecker_fast import io_safe
 from pecker_fast.errors import ModelError
-from pecker_fast.single_file import (
+from pecker_fast.files import io_safe
+from pecker_fast.networks.single_file import (
     kind_of_single_file,
     load_single_file,
     parts,

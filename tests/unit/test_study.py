@@ -52,8 +52,8 @@ def test_recipe_says_what_the_arm_is(arm):
 
 def test_mask_is_the_one_a_run_would_make():
     """Shared scores must not change the mask."""
-    from pecker_fast.parts import load_parts
-    from pecker_fast.saliency import make_mask
+    from pecker_fast.forgetting.saliency import make_mask
+    from pecker_fast.loading.parts import load_parts
 
     trial._scores.cache_clear()
     arm = Arm("forget_loss+", "row", 0.1, "salient_only", samples=96)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from pecker_fast.errors import DataError, OutputError, PeckerError
-from pecker_fast.track import Tracker, read_events
+from pecker_fast.records.events import Tracker, read_events
 
 
 def quiet(folder, **changes):
@@ -142,7 +142,7 @@ def test_bar_on_a_terminal(tmp_path):
 
 def test_eta_counts_this_process_only(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("pecker_fast.track.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("pecker_fast.records.events.time.monotonic", lambda: clock[0])
     console = plain()
     with Tracker(tmp_path, console=console) as tracker:
         tracker.progress("forget", total=1000)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from pecker_fast.config import recipe_from
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, read_user_settings, require_deepspeed
 from pecker_fast.errors import RecipeError
+from pecker_fast.recipe.schema import recipe_from
 
 
 def recipe(**engine):
@@ -80,12 +80,12 @@ def test_a_missing_or_old_deepspeed_is_named(monkeypatch):
 
 
 def test_without_zero_deepspeed_is_not_imported():
-    code = "import sys, pecker_fast.run, pecker_fast.tools; print('deepspeed' in sys.modules)"
+    code = "import sys, pecker_fast.runs.start, pecker_fast.runs.finished; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_a_verb_of_one_process_refuses_ranks():
-    from pecker_fast.benchmark import set_up
+    from pecker_fast.runs.benchmark import set_up
 
     assert "engine.zero: bench measures one process" in refused(set_up, recipe())

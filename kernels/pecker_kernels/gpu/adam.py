@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..adam_jobs import AdamJob, AdamStep
+from ..adam.jobs import AdamJob, AdamStep
 from ..errors import PeckerKernelsError
 from .adam_lanes import BITMAP, WARPS, WHOLE, lanes_of
 from .adam_math import as_float, clamp, float32, fma, lerp, nearest_bf16, random_bits16, round_bf16

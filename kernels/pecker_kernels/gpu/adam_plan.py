@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..adam_jobs import AdamJob
+from ..adam.jobs import AdamJob
 from ..errors import PeckerKernelsError
 from .adam_lanes import WHOLE, LaneTable, masked_table, ranked_table, whole_table
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..adam_jobs import AdamStep
+from ..adam.jobs import AdamStep
 from ..errors import PeckerKernelsError
 from . import gradstats
 from .adam_math import random_key

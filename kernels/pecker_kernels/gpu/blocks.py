@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..select_backend import grid as matrix_of
+from ..scores.backend import grid as matrix_of
 from .registry import KernelBuild
 from .table import TRITON_TYPES
 

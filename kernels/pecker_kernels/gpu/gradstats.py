@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..adam_jobs import AdamJob, AdamStep
+from ..adam.jobs import AdamJob, AdamStep
 from .adam_lanes import BITMAP, BLOCK, WARPS, WHOLE, lanes_of
 from .adam_math import as_float, clamp
 from .adam_plan import BITS, CHUNK, COLUMNS, GRAD_AT, MORE_AT, Plan, Variant, plan_for, walkable

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..select_backend import ALL_TIES
+from ..scores.backend import ALL_TIES
 from .registry import KernelBuild
 from .table import TRITON_TYPES, Table, block_start, load_bits, pointer, table, values_left
 from .threshold import BLOCK, WARPS, by_dtype, faults_of

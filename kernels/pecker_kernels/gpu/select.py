@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..select_backend import FIRST_BITS, SECOND_SHIFT, Census
+from ..scores.backend import FIRST_BITS, SECOND_SHIFT, Census
 from . import blocks, keep, saliency, threshold
 from .table import on_device_of
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import PeckerKernelsError
-from ..select_backend import FIRST_BITS, FIRST_SHIFT, NEGATIVE, NOT_FINITE, SECOND_BITS, SECOND_SHIFT
+from ..scores.backend import FIRST_BITS, FIRST_SHIFT, NEGATIVE, NOT_FINITE, SECOND_BITS, SECOND_SHIFT
 from .registry import KernelBuild
 from .table import TRITON_TYPES, block_start, load_bits, table, values_left
 

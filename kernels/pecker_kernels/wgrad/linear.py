@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import reference
-from ..ops_wgrad import tile_weight_grad
+from ..torch_library.wgrad import tile_weight_grad
 from .rows import pick
 from .tiles import Tiles
 

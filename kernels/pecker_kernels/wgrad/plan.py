@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import bitmask, gpu
+from .. import gpu
+from ..adam.lanes import Lanes
 from ..errors import PeckerKernelsError
-from ..lanes import Lanes
-from ..mask import SaliencyMask
+from ..mask import bits as bitmask
+from ..mask.saliency import SaliencyMask
 from .conv import Convolution
 from .linear import Linear
 from .rows import choice, live_rows, to_device

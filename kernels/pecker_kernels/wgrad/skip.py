@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adam.lanes import Lanes
 from ..dispatch import check_impl, resolve
 from ..errors import PeckerKernelsError
-from ..lanes import Lanes
-from ..mask import SaliencyMask
+from ..mask.saliency import SaliencyMask
 from .conv import is_channels_last
 from .function import LayerPlan, LiveForward, Switch
 from .plan import SMALLEST_TILE, Part, plan_bias, plan_weight, products_of, servable, uses_triton

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
-from pecker_kernels.lanes import Lanes
-from pecker_kernels.shards import PARTITION
+from pecker_kernels.adam.lanes import Lanes
+from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast.engine.zero.network import Gradient, Sharded
-from pecker_fast.methods.updates import Gradients
-from pecker_fast.ranks import Ranks
+from pecker_fast.forgetting.updates import Gradients
+from pecker_fast.machine.ranks import Ranks
 
 
 class CompactExchange:

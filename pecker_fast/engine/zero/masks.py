@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from pecker_kernels import SaliencyMask, SaliencyScores, Shards
-from pecker_kernels.shards import PARTITION
+from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast import draws
-from pecker_fast.conditions import Conditions
-from pecker_fast.config import Recipe
+from pecker_fast.conditions.classes import Conditions
 from pecker_fast.engine.zero.state import ZeroState
-from pecker_fast.ranks import Ranks
-from pecker_fast.saliency import ForgetImages, batch_loss, batches_of
+from pecker_fast.forgetting.saliency import ForgetImages, batch_loss, batches_of
+from pecker_fast.machine.ranks import Ranks
+from pecker_fast.recipe.schema import Recipe
 
 BUCKET = 1 << 24  # elements that travel at once
 

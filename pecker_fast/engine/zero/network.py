@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from pecker_kernels import MaskedAdam, Piece, SaliencyMask, Shards
-from pecker_kernels.shards import PARTITION
+from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor, nn
 
-from pecker_fast.denoiser import Denoiser
 from pecker_fast.engine.zero.settings import initialize
+from pecker_fast.networks.denoiser import Denoiser
 
 Gradient = tuple[str, Tensor]  # what it is called, its values
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from pecker_fast import io_safe
-from pecker_fast.config import Recipe
 from pecker_fast.errors import RecipeError
+from pecker_fast.files import io_safe
+from pecker_fast.recipe.schema import Recipe
 
 LEAST = (0, 19)
 # Keys that change how fast bytes travel and what is logged, never what is computed.

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
-from pecker_kernels.shards import PARTITION
+from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
-from pecker_fast.config import Recipe
 from pecker_fast.engine.state import TrainState
 from pecker_fast.engine.zero.network import Sharded
+from pecker_fast.recipe.schema import Recipe
 
 
 @dataclass

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from pecker_fast import draws, io_safe
+from pecker_fast import draws
+from pecker_fast.data.shapes import captions, random_words, render
 from pecker_fast.errors import RecipeError
 from pecker_fast.evaluate.metrics import fid, fid_floor
 from pecker_fast.evaluate.words import WordJudge
+from pecker_fast.files import io_safe
+from pecker_fast.networks.schedule import load_schedule
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.shapes.folder import write_pipeline
 from pecker_fast.pretrain.shapes.judge import quantise, train_judge
@@ -21,8 +24,6 @@ from pecker_fast.pretrain.shapes.settings import LENGTH, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words
 from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher
 from pecker_fast.pretrain.shapes.vae import encode, psnr_db, train_vae
-from pecker_fast.schedule import load_schedule
-from pecker_fast.shapes import captions, random_words, render
 
 __all__ = ["ShapesSettings", "draw", "measure", "obedience", "pretrain_shapes"]
 
@@ -99,7 +100,7 @@ def pretrain_shapes(
 
 def distil(folder: Path, settings: ShapesSettings, steps: int, seed: int) -> None:
     """Put `generator/` and `score/` beside the teacher. A round that an interrupted run has finished is not done again."""
-    from pecker_fast.run import distill
+    from pecker_fast.runs.start import distill
 
     done = folder / "distilled.json"
     first = io_safe.read_json(done)["rounds"] if done.is_file() else 0

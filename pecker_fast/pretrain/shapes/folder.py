@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecker_fast import io_safe
-from pecker_fast.denoiser import load_weights
 from pecker_fast.errors import CheckpointError
+from pecker_fast.files import io_safe
+from pecker_fast.networks.denoiser import load_weights
 from pecker_fast.pretrain.shapes.settings import SCHEDULER
 
 TEXT_WEIGHTS = "model.safetensors"

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pecker_fast import draws
+from pecker_fast.data.shapes import ATTRIBUTES, random_words, render
 from pecker_fast.evaluate.judge import SmallClassifier
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
 from pecker_fast.pretrain.shapes.fit import fit
 from pecker_fast.pretrain.shapes.settings import SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.vae import as_floats, decode, encode
 from pecker_fast.pretrain.train import TrainState
-from pecker_fast.shapes import ATTRIBUTES, random_words, render
 
 COUNTS = [len(words) for words in ATTRIBUTES.values()]
 BLUR = ((0.0625, 0.125, 0.0625), (0.125, 0.25, 0.125), (0.0625, 0.125, 0.0625))

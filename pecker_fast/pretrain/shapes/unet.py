@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import draws
+from pecker_fast.data.shapes import TEMPLATES, caption
+from pecker_fast.networks.schedule import Schedule
 from pecker_fast.pretrain.output import load_partial, save_partial
 from pecker_fast.pretrain.settings import Settings
 from pecker_fast.pretrain.shapes.fit import fit
@@ -16,8 +18,6 @@ from pecker_fast.pretrain.shapes.folder import TEXT_WEIGHTS, read_network, write
 from pecker_fast.pretrain.shapes.settings import LATENT_CHANNELS, LATENT_SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import token_ids
 from pecker_fast.pretrain.train import TrainState
-from pecker_fast.schedule import Schedule
-from pecker_fast.shapes import TEMPLATES, caption
 
 
 def build_unet(settings: ShapesSettings, seed: int) -> Any:
@@ -65,7 +65,7 @@ def build_text_encoder(settings: ShapesSettings, tokenizer: Any, seed: int) -> A
 class Captioned:
     """Latents with what they show, and the tokens of every caption there is for it.
 
-    latents: float32 `[n, 4, h, w]`. words: int64 `[n, 4]`, see `pecker_fast.shapes`.
+    latents: float32 `[n, 4, h, w]`. words: int64 `[n, 4]`, see `pecker_fast.data.shapes`.
     """
 
     def __init__(self, latents: Tensor, words: Tensor, tokenizer: Any) -> None:

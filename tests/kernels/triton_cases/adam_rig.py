@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from kernel_gates import check_accuracy
 from pecker_kernels import reference
-from pecker_kernels.adam_jobs import AdamJob, AdamStep
+from pecker_kernels.adam.jobs import AdamJob, AdamStep
 from pecker_kernels.gpu import adam
 from torch import Tensor
 

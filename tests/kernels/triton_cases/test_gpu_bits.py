@@ -3,8 +3,9 @@ import torch
 import triton
 import triton.language as tl
 from kernel_gates import block_sizes
-from pecker_kernels import MaskError, PeckerKernelsError, bitmask, reference
+from pecker_kernels import MaskError, PeckerKernelsError, reference
 from pecker_kernels.gpu import bits as kernels
+from pecker_kernels.mask import bits as bitmask
 
 RAGGED = (0, 1, 7, 8, 9, 64, 1023, 1024, 1025)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pecker_kernels.gpu import bits, select
-from pecker_kernels.select_backend import ALL_TIES
+from pecker_kernels.scores.backend import ALL_TIES
 
 N = 2**31 + 4099
 

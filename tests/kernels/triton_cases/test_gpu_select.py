@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from kernel_gates import block_sizes, check_accuracy, fill_grads, small_model
-from pecker_kernels import PeckerKernelsError, torch_select
+from pecker_kernels import PeckerKernelsError
 from pecker_kernels.gpu import blocks, keep, saliency, select, table, threshold
-from pecker_kernels.select_backend import ALL_TIES
+from pecker_kernels.scores import torch_ops as torch_select
+from pecker_kernels.scores.backend import ALL_TIES
 
 SIZES = (0, 1, 7, 8, 9, 511, 512, 1025)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,7 +3,7 @@
 import torch
 from adam_rig import with_settings
 from pecker_kernels import gpu, reference
-from pecker_kernels.adam_jobs import AdamJob
+from pecker_kernels.adam.jobs import AdamJob
 from pecker_kernels.gpu import adam
 
 N = 5000

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from adam_rig import SETTINGS, Rig, with_settings
 from pecker_kernels import PeckerKernelsError, reference
-from pecker_kernels.adam_jobs import AdamJob
+from pecker_kernels.adam.jobs import AdamJob
 from pecker_kernels.gpu import adam, adam_lanes, adam_math, adam_plan, gradstats
 from pecker_kernels.gpu.adam import adam_kernel, compile_arguments
 

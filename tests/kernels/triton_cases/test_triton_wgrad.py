@@ -4,8 +4,9 @@ import pecker_kernels as pk
 import pytest
 import torch
 from kernel_gates import check_sums
-from pecker_kernels import PeckerKernelsError, ops_wgrad, reference
+from pecker_kernels import PeckerKernelsError, reference
 from pecker_kernels.gpu import wgrad
+from pecker_kernels.torch_library import wgrad as ops_wgrad
 from pecker_kernels.wgrad.tiles import plan_tiles
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

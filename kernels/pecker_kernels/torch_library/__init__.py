@@ -1,0 +1,5 @@
+"""The operations as `torch.ops.pecker.*`: schemas, shapes for tracing, derivatives."""
+
+from . import adam as adam
+from . import scores as scores
+from . import wgrad as wgrad

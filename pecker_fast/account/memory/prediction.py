@@ -1,0 +1,238 @@
+"""The memory a recipe will take, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pecker_kernels import SaliencyMask
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from pecker_fast.account.iteration import optimizer_bytes, unique_bytes
+from pecker_fast.account.memory.measured import LiveMode, alive
+from pecker_fast.account.memory.networks import Adapted, Blank, Kernels, blank_schedule, build
+from pecker_fast.account.memory.rehearsal import Rehearsal, planned_mask
+from pecker_fast.engine import TrainState
+from pecker_fast.engine.state import start_ema
+from pecker_fast.errors import RecipeError
+from pecker_fast.forgetting.methods import get_method
+from pecker_fast.forgetting.updates import Dense, UpdateRule, adam
+from pecker_fast.recipe.schema import Recipe
+
+DECODED_AT_ONCE = 1  # latents that pass through the VAE together
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GIB = 1 << 30
+ITERATION = ("score step", "generator step", "average")  # the phases of one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """parts: bytes of each kind; "activations" are what the largest phase holds beyond the others, so they add up to
+    `peak_bytes`. phases: peak bytes of each phase, all that is alive then. remedies: keys of the recipe that would take
+    less, each with what it makes smaller ("state" or "activations")."""
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+    remedies: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """What is there whatever the size of a batch."""
+        return self.peak_bytes - self.parts["activations"]
+
+    def table(self) -> list[tuple[str, str]]:
+        """(part, size) rows for printing, then the phases and the peak."""
+        rows = [(name, size(n)) for name, n in self.parts.items() if n]
+        rows += [(f"peak of the {name}", size(n)) for name, n in self.phases.items()]
+        return [*rows, ("peak", size(self.peak_bytes))]
+
+
+def size(n: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / (1 << 20):.1f} MiB"
+
+
+def enough(prediction: Prediction, available_bytes: int) -> None:
+    """Raises RecipeError, with what is needed and how to need less, unless the prediction fits."""
+    if prediction.peak_bytes <= available_bytes:
+        return
+    state = prediction.state_bytes > available_bytes  # then no smaller batch helps
+    useful = [key for kind, key in prediction.remedies if kind == "state" or not state]
+    largest = sorted(prediction.parts.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{name} {size(n)}" for name, n in largest)
+    remedy = f"try {', '.join(useful)}" if useful else "it needs a larger device, or a smaller model"
+    raise RecipeError(
+        f"memory: this recipe needs about {size(prediction.peak_bytes)} ({parts}), "
+        f"{size(available_bytes)} are available; {remedy}"
+    )
+
+
+def predict(
+    recipe: Recipe,
+    unet_config: Mapping[str, Any],
+    *,
+    vae_config: Mapping[str, Any] | None = None,
+    table_bytes: int = 0,
+    device: str = "cpu",
+    tokens: int = 77,
+) -> Prediction:
+    """Peak memory of a run of this recipe, before anything is loaded: the engine's own steps on networks without memory.
+
+    unet_config, vae_config: diffusers configs. table_bytes: of the text embeddings. tokens: length of one. device: "cpu" or
+    "cuda", for what is kept there (attention, norms under autocast, the average). Tensors alone: add what a library takes for
+    itself, a CUDA context say, and what an allocator loses. CUDA graphs, torch.compile and evaluation are not in it. Raises
+    ModelError for a config that diffusers cannot build.
+    """
+    setting = Settings(recipe)
+    # where LocalEngine.autocast takes the unfused one
+    fused = not (device == "cpu" and recipe.precision == "bf16")
+    kernels = partial(Kernels, fused, device == "cuda" and recipe.precision == "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels():
+        return _Plan(setting, unet_config, vae_config, table_bytes, device, tokens, kernels).prediction()
+
+
+class Settings:
+    """What the recipe says about memory."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        engine = recipe.engine
+        self.recipe = recipe
+        self.weights = DTYPES[engine.weights]
+        self.checkpointing = engine.checkpointing
+        self.micro_batch = engine.micro_batch
+        self.rank = recipe.lora.rank
+
+    def remedies(self, batch_size: int) -> tuple[tuple[str, str], ...]:
+        """See Prediction.remedies."""
+        recipe = self.recipe
+        split = batch_size > 1 and self.micro_batch != 1
+        found = (
+            (split, "activations", "engine.micro_batch=1"),
+            (not self.checkpointing, "activations", "engine.checkpointing=true"),
+            (recipe.precision == "fp32", "activations", "precision=bf16"),
+            (recipe.score == "full", "state", "score=lora"),
+            (self.weights == torch.float32, "state", "engine.weights=bf16"),
+            (recipe.uses_mask and recipe.update_rule != "salient_only", "state", "update_rule=salient_only"),
+            (recipe.ema > 0, "state", "ema=0"),
+            (batch_size > 1, "activations", f"batch_size below {batch_size}"),
+        )
+        return tuple((kind, key) for applies, kind, key in found if applies)
+
+
+class _Plan:
+    """The run of a recipe on networks without memory; made and used inside a FakeTensorMode."""
+
+    def __init__(
+        self, setting: Settings, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any] | None, table_bytes: int,
+        device: str, tokens: int, kernels: Callable[[], Kernels],
+    ) -> None:  # fmt: skip
+        self.setting, self.recipe, self.table_bytes = setting, setting.recipe, table_bytes
+        recipe = self.recipe
+        make = partial(build, unet_config, setting.weights, kernels if setting.checkpointing else None)
+        self.teacher = Blank(make, blank_schedule(), recipe.engine.channels_last, tokens)
+        self.generator = self.teacher.clone()
+        self.score: Blank = self.teacher.clone()
+        if recipe.score == "lora":
+            dtype = torch.float32 if recipe.precision == "bf16" else setting.weights  # autocast takes care of the rest
+            self.teacher.freeze()
+            self.score = Adapted.over(self.teacher, setting.rank, dtype)
+        self.teacher.freeze()
+        self.vae: nn.Module | None = None
+        if vae_config is not None:
+            self.vae = build(vae_config, torch.float32).requires_grad_(False)  # whatever the weights of the UNets
+        self.ema = start_ema(self.generator, recipe.ema)
+        self.engine = Rehearsal(recipe, device)
+        self.mask = self._mask()
+
+    def _mask(self) -> SaliencyMask | None:
+        named = self.generator.named_parameters()
+        with unset_fake_temporarily():
+            mask = planned_mask(self.recipe, named)
+        if mask is None or mask.structure == "element":
+            self.engine.live.wanted = False  # of an element mask hardly a row is dead
+        return mask
+
+    def _state(self, stage: str) -> TrainState:
+        recipe, named = self.recipe, self.generator.named_parameters()
+        if stage == "distill":
+            updates: UpdateRule = Dense(recipe, named, None)
+        else:
+            updates = get_method(recipe.method).updates(recipe, named, self.mask)
+        optimizer = adam(recipe, self.score.named_parameters(), recipe.lr.score)
+        return TrainState(self.teacher, self.score, self.generator, optimizer, updates, self.ema, stage=stage)
+
+    def prediction(self) -> Prediction:
+        phases: dict[str, int] = {}
+        scored = self.mask is not None and self.recipe.mask.source == "saliency"
+        if self.recipe.distill_steps:
+            distill = self._rested("distill")
+            steps = self.engine.phases(distill, self._live(distill))
+            phases |= {f"distillation's {name}": n for name, n in steps.items()}
+            del distill
+        if scored and not self.recipe.mask.refresh:
+            # optimizers have no state yet; the average of the stage before is still held
+            state = self._state("forget")
+            live = self._live(state)
+            second = [torch.empty_like(average) for average in (self.ema or {}).values()]
+            for tensor in second:
+                live.live.see(tensor)
+            phases["saliency pass"] = self.engine.saliency(state, live)
+            del state, second
+        state = self._rested("forget")
+        live = self._live(state)
+        if scored and self.recipe.mask.refresh:
+            phases["saliency pass"] = self.engine.saliency(state, live)
+        with unset_fake_temporarily():  # which rows are live is read off the bits
+            self.engine.plan(state)
+        phases |= self.engine.phases(state, live)
+        if self.vae is not None:
+            phases["decoding"] = self._decoding(self.vae, state, live)
+        phases = {name: n + self.table_bytes for name, n in phases.items()}
+        parts = self._parts(state)
+        parts["activations"] = max(phases.values()) - sum(parts.values())
+        before = self.setting.recipe.batch_size
+        return Prediction(parts, phases, self.setting.remedies(before))
+
+    def _rested(self, stage: str) -> TrainState:
+        state = self._state(stage)
+        self.engine.rest(state)
+        return state
+
+    def _live(self, state: TrainState) -> LiveMode:
+        return LiveMode([*alive(state), *(self.vae.parameters() if self.vae is not None else ())])
+
+    def _decoding(self, vae: Any, state: TrainState, live: LiveMode) -> int:
+        """Samples of a copy of θ with the averaged weights, as images."""
+        with live, torch.no_grad():
+            live.peak_since()
+            copy = [torch.empty_like(p) for _, p in state.generator.named_parameters()]
+            n = min(DECODED_AT_ONCE, self.recipe.batch_size)
+            dtype = next(vae.parameters()).dtype
+            vae.decode(torch.empty(n, *state.generator.sample_shape, dtype=dtype), return_dict=False)
+            del copy
+        return live.peak_since()
+
+    def _parts(self, state: TrainState) -> dict[str, int]:
+        def weights(network: Blank) -> int:
+            return unique_bytes([p for _, p in network.named_parameters()])
+
+        return {
+            "teacher": weights(self.teacher),
+            "score network": weights(self.score),
+            "generator": weights(self.generator),
+            "VAE": unique_bytes(list(self.vae.parameters())) if self.vae is not None else 0,
+            "text table": self.table_bytes,
+            "score optimizer": optimizer_bytes(state.score_optimizer),
+            "generator optimizer": sum(map(optimizer_bytes, state.updates.optimizers.values())),
+            "mask": unique_bytes(list(self.mask.bits.values())) if self.mask is not None else 0,
+            "average": unique_bytes(list((self.ema or {}).values())),
+            "gradients": self.engine.gradient_bytes,
+        }

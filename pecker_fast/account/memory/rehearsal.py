@@ -1,0 +1,161 @@
+"""The iteration as the engine runs it, on networks without memory: what would be alive when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pecker_kernels import MaskedAdam, SaliencyMask
+from torch import Tensor, nn
+
+from pecker_fast.account.iteration import unique_bytes
+from pecker_fast.account.memory.measured import LiveMode
+from pecker_fast.conditions.classes import Conditions
+from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.engine.finite import FiniteGuard
+from pecker_fast.engine.inputs import Batch
+from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
+from pecker_fast.recipe.schema import Recipe
+
+Gradients = Any
+CPU = torch.device("cpu")
+
+
+class _Trusting(FiniteGuard):
+    """Gradients without values are not looked at."""
+
+    def check(self, where: str, what: str, grads: Gradients, named: Any) -> None:
+        pass
+
+    def note(self, optimizer: MaskedAdam, update: int) -> None:
+        pass
+
+
+class Rehearsal(LocalEngine):
+    """The engine itself. Its draws have shapes alone, its optimizers have their state and take no step.
+
+    device: "cuda" averages as a GPU does, by a copy of the changes. The tensors pretend to be on the CPU in any case.
+    """
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        plain = recipe.engine.model_copy(update={"cuda_graph": False, "compile": "none", "threads": 0})
+        nobody = Conditions((0,), (0,), (0,), (0,))
+        super().__init__(recipe.model_copy(update={"engine": plain}), nobody, CPU, late=device == "cuda")
+        self.guard = _Trusting(CPU, late=device == "cuda")
+        self.gradient_bytes = 0  # the most that was handed to one step
+
+    def draw(self, state: TrainState, role: str, branch: str) -> Batch:
+        n = self.recipe.batch_size
+        z = torch.empty(n, *state.generator.sample_shape)
+        t, c = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+        return Batch(z, torch.empty_like(z), t, c, c if role == "score" or branch != "forget" else torch.zeros_like(c))
+
+    def rest(self, state: TrainState) -> None:
+        """Give the optimizers the state they have after a step, and let them take none."""
+        for name, optimizer in state.optimizers.items():
+            for group in optimizer.param_groups:
+                group["dense_moments"] |= name != "score" and state.updates.separate  # as steps with masked_grads do
+            for name_of, p, group in optimizer._named():
+                optimizer._init_state(p, optimizer._lanes_of(p, name_of), group)
+            optimizer.step = self._stepper(optimizer)  # type: ignore[method-assign]
+
+    def _stepper(self, optimizer: MaskedAdam) -> Any:
+        def step(masked_grads: Any = None, closure: Any = None, compact_grads: Any = None) -> None:
+            given = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            given += [*(masked_grads or ()), *(compact_grads or ())]
+            self.gradient_bytes = max(self.gradient_bytes, unique_bytes(given))
+
+        return step
+
+    def plan(self, state: TrainState) -> None:
+        """Decide which weight gradients are skipped; it reads the mask, so it goes before everything without values."""
+        for phase in state.updates.phases:
+            for group in [[branch] for branch in phase] if state.updates.separate else [list(phase)]:
+                self.live.of(state, group)
+
+    def phases(self, state: TrainState, live: LiveMode) -> dict[str, int]:
+        """Peak bytes of each phase of an iteration."""
+        peaks: dict[str, int] = {}
+        with live:
+            live.peak_since()
+            inputs = self.inputs(state)
+            self.score_step(state, inputs)
+            self._forget_gradients(state.score)
+            peaks["score step"] = live.peak_since()
+            self.generator_step(state, inputs)
+            self._forget_gradients(state.score)
+            peaks["generator step"] = live.peak_since()
+            if state.ema is not None:
+                self.average(state, inputs)
+                peaks["average"] = live.peak_since()
+        return peaks
+
+    @staticmethod
+    def _forget_gradients(network: Any) -> None:
+        for _, p in network.named_parameters():
+            p.grad = None
+
+    def saliency(self, state: TrainState, live: LiveMode) -> int:
+        """Peak bytes of one batch of the saliency pass: saliency.saliency_scores without its arithmetic."""
+        recipe, generator = self.recipe, state.generator
+        with live, self.autocast():
+            live.peak_since()
+            scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
+            more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
+            batch = self.draw(state, "generator", "forget")
+            if recipe.mask.score == "forget_loss":
+                x_g = generate(generator, batch.z, batch.c_g, recipe.timesteps.init)
+                with state.score.frozen():
+                    per_sample = generator_loss(
+                        state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
+                        detach_score=recipe.detach_score, guidance_teacher=recipe.guidance.teacher,
+                        guidance_score=recipe.guidance.score,
+                    )  # fmt: skip
+            else:
+                with torch.no_grad():
+                    x_0 = generate(generator, batch.z, batch.c_g, recipe.timesteps.init)
+                x_t = generator.schedule.add_noise(x_0, batch.e, batch.t)
+                per_sample = noise_loss(generator.eps, x_t, batch.e, batch.t, batch.c_g)
+            per_sample.mean().backward()
+            del per_sample, scores, more
+        self._forget_gradients(generator)
+        self._forget_gradients(state.score)
+        return live.peak_since()
+
+
+def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> SaliencyMask | None:
+    """A mask of the recipe's size. Which weights it keeps is not known yet: each tensor keeps its share, and with
+    `structure: tensor` whole tensors are kept evenly over the network. A threshold may keep everything, so it does here."""
+    if not recipe.uses_mask:
+        return None
+    options = recipe.mask
+    density = 1.0 if options.threshold is not None else options.density
+    counts: dict[str, int] = {}
+    seen = kept = 0
+    for name, p in named:
+        n = p.numel()
+        seen += n
+        if options.structure == "tensor":
+            count = n if kept < density * seen else 0
+        elif options.structure == "element":
+            count = round(density * seen) - kept
+        else:
+            size = n // p.shape[0]
+            count = min(n, max(0, round((density * seen - kept) / size)) * size)
+        counts[name] = min(n, max(0, count))
+        kept += counts[name]
+    bits = {name: _first(p.numel(), counts[name]) for name, p in named}
+    # rows stand for tiles: as many weights, and gradients of about the same size
+    structure = "row" if options.structure == "tile" else options.structure
+    mask = SaliencyMask(bits, {name: p.shape for name, p in named}, structure=structure, counts=counts)
+    mask._digest = "planned"  # the bits are not worth hashing
+    return mask
+
+
+def _first(n: int, count: int) -> Tensor:
+    """The bits of the first `count` of n weights."""
+    bits = torch.zeros((n + 7) // 8, dtype=torch.uint8)
+    bits[: count // 8] = 255
+    if count % 8:
+        bits[count // 8] = (1 << count % 8) - 1
+    return bits

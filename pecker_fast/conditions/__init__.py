@@ -1,0 +1,1 @@
+"""What to forget, what to draw in its place, what to keep: classes and prompts."""

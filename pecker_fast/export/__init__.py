@@ -1,0 +1,1 @@
+"""What comes out: diffusers folders, single files, deltas."""

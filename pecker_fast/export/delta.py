@@ -1,0 +1,332 @@
+"""A delta: the weights that training changed, in one safetensors file that turns the base into the result, bit for bit.
+
+Each changed tensor is held in the smallest of three forms, as tensors named NAME:FORM (and NAME:values):
+    mask     1 bit per weight (uint8 [⌈n/8⌉], lowest bit first) and the values of the changed weights [k]
+    indices  flat indices, increasing (int32, or int64 from 2³¹ weights on) [k] and the values [k]
+    whole    the tensor itself; always so when its dtype or shape changed or the base has none of that name
+The metadata holds format, version, the hashes of base and result, and the list of the result's tensors:
+{name: [dtype, shape, "same" | form]}. Weights are compared by their bits, so −0 is not 0, and a NaN equals itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pecker_fast.errors import DataError, ModelError, OutputError
+from pecker_fast.files import io_safe
+from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
+
+FORMAT, VERSION = "pecker-fast delta", "1"
+_FORMS = {"same": (), "mask": ("mask", "values"), "indices": ("indices", "values"), "whole": ("whole",)}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TEXT_FILES = {".json", ".txt", ".md", ""}
+
+
+@dataclass(frozen=True)
+class DeltaStats:
+    """What a delta holds: tensors and weights of the result, how many changed, and the sizes of delta and result."""
+
+    tensors: int
+    changed_tensors: int
+    weights: int
+    changed_weights: int
+    delta_bytes: int
+    result_bytes: int
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over names, dtypes, shapes and bytes of all tensors, by name: what a delta calls its base and result."""
+    return io_safe.sha256_tensors(sorted(tensors.items()))
+
+
+def write_delta(
+    base: Mapping[str, Tensor],
+    result: Mapping[str, Tensor],
+    path: Path,
+    *,
+    base_sha256: str,
+    metadata: Mapping[str, str] | None = None,
+) -> DeltaStats:
+    """Write what turns `base` into `result`; see the module for the file.
+
+    base_sha256: `hash_of(base)`, which is checked; metadata: notes to keep in the file.
+    Raises DataError for another hash, OutputError when the file cannot be written.
+    """
+    if hash_of(base) != base_sha256:
+        raise DataError(f"{path}: base_sha256 is not the hash of the base given; take it from delta.hash_of(base)")
+    stored: dict[str, Tensor] = {}
+    listed: dict[str, list[Any]] = {}
+    changed_weights = 0
+    for name, tensor in sorted(result.items()):
+        form, changed, held = _smallest(base.get(name), tensor.detach().cpu().contiguous())
+        listed[name] = [_dtype(tensor), list(tensor.shape), form]
+        changed_weights += changed
+        stored |= {f"{name}:{what}": part for what, part in held.items()}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base_sha256": base_sha256,
+        "result_sha256": hash_of(result),
+        "tensors": json.dumps(listed, separators=(",", ":")),
+        "metadata": json.dumps(dict(sorted((metadata or {}).items()))),
+    }
+    if sum(map(len, header.values())) > io_safe.MAX_HEADER_BYTES // 2:
+        raise OutputError(f"{path}: names and metadata are too long for the head of a delta file; shorten the metadata")
+    io_safe.write_tensors(path, stored, header)
+    return DeltaStats(
+        tensors=len(result),
+        changed_tensors=sum(entry[2] != "same" for entry in listed.values()),
+        weights=sum(tensor.numel() for tensor in result.values()),
+        changed_weights=changed_weights,
+        delta_bytes=Path(path).stat().st_size,
+        result_bytes=sum(tensor.numel() * tensor.element_size() for tensor in result.values()),
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The flat tensor as integers, so that equal bits and nothing else are equal."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+
+
+def _smallest(old: Tensor | None, new: Tensor) -> tuple[str, int, dict[str, Tensor]]:
+    """Form, number of changed weights and the parts to store for one tensor (on the CPU, contiguous)."""
+    count = new.numel()
+    if old is None or old.dtype != new.dtype or old.shape != new.shape:
+        return "whole", count, {"whole": new}
+    changed = _bits(old) != _bits(new)
+    kept = int(changed.sum())
+    if kept == 0:
+        return "same", 0, {}
+    wide = count >= 1 << 31
+    sizes = {
+        "whole": count * new.element_size(),
+        "mask": (count + 7) // 8 + kept * new.element_size(),
+        "indices": kept * ((8 if wide else 4) + new.element_size()),
+    }
+    form = min(sizes, key=lambda key: sizes[key])
+    if form == "whole":
+        return form, kept, {"whole": new}
+    where = changed.nonzero().reshape(-1)
+    values = _bits(new)[where].view(new.dtype)
+    if form == "mask":
+        return form, kept, {"mask": torch.from_numpy(np.packbits(changed.numpy(), bitorder="little")), "values": values}
+    return form, kept, {"indices": where if wide else where.to(torch.int32), "values": values}
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """A delta file as read: nothing of it is believed until `_result` has compared it with the base."""
+
+    path: Path
+    parts: dict[str, Tensor]
+    header: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...], str]]
+
+    def error(self, text: str) -> DataError:
+        return DataError(f"{self.path}: damaged delta file: {text}; fetch or write it again")
+
+
+def _read(path: Path) -> _Delta:
+    """A delta file whose list of tensors is sound and names exactly the parts that are there; raises DataError."""
+    parts, header = io_safe.read_tensors(path, error=DataError)
+    if header.get("format") != FORMAT:
+        raise DataError(f"{path}: not a delta file; one written by pecker-fast was expected")
+    if header.get("version") != VERSION:
+        raise DataError(f"{path}: delta of version {header.get('version')!r}; this program reads version {VERSION}")
+    delta = _Delta(Path(path), parts, header, {})
+    try:
+        listed = json.loads(header.get("tensors", ""))
+    except (ValueError, RecursionError):
+        raise delta.error("its list of tensors is no JSON") from None
+    if not isinstance(listed, dict):
+        raise delta.error("its list of tensors is no JSON object")
+    for name, entry in listed.items():
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 3
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], list)
+            and all(type(size) is int and size >= 0 for size in entry[1])
+            and isinstance(entry[2], str)
+            and entry[2] in _FORMS
+        ):
+            raise delta.error(f"the entry of {name} is not [dtype, shape, form]")
+        delta.tensors[name] = (entry[0], tuple(entry[1]), entry[2])
+    expected = {f"{name}:{what}" for name, (_, _, form) in delta.tensors.items() for what in _FORMS[form]}
+    for verb, names in (("lacks", expected - parts.keys()), ("holds the unknown", parts.keys() - expected)):
+        if names:
+            raise delta.error(f"it {verb} part {min(names)}")
+    return delta
+
+
+def apply_delta(delta_path: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The result, bit for bit, on the CPU; tensors that did not change are those of `base`, not copies.
+
+    Raises DataError, in one line, for a base that the delta was not made from and for a damaged or foreign file.
+    """
+    return _result(_read(delta_path), base)
+
+
+def _result(delta: _Delta, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if hash_of(base) != delta.header.get("base_sha256"):
+        raise DataError(
+            f"{delta.path}: this delta was made from another base model; apply it to the one it was made from"
+        )
+    result = {name: _patched(delta, name, base.get(name)) for name in delta.tensors}
+    if hash_of(result) != delta.header.get("result_sha256"):
+        raise delta.error("the result is not the one it promises")
+    return result
+
+
+def _patched(delta: _Delta, name: str, old: Tensor | None) -> Tensor:
+    """One tensor of the result. No memory is taken at the word of the file: sizes come from the base or its own parts."""
+    dtype, shape, form = delta.tensors[name]
+    if form == "whole":
+        whole = delta.parts[f"{name}:whole"]
+        if _dtype(whole) != dtype or tuple(whole.shape) != shape:
+            raise delta.error(f"{name} is not of the dtype and shape in its list")
+        return whole
+    if old is None or _dtype(old) != dtype or tuple(old.shape) != shape:
+        raise delta.error(f"{name} is not of the dtype and shape that the base has")
+    old = old.detach().cpu()
+    if form == "same":
+        return old
+    values, where = delta.parts[f"{name}:values"], delta.parts[f"{name}:{form}"]
+    if values.ndim != 1 or _dtype(values) != dtype:
+        raise delta.error(f"the values of {name} are no list of {dtype}")
+    if form == "mask":
+        if where.dtype != torch.uint8 or tuple(where.shape) != ((old.numel() + 7) // 8,):
+            raise delta.error(f"the mask of {name} does not have one bit per weight")
+        bits = np.unpackbits(where.numpy(), bitorder="little")
+        if bits[old.numel() :].any():
+            raise delta.error(f"the mask of {name} has bits beyond its last weight")
+        where = torch.from_numpy(bits[: old.numel()]).nonzero().reshape(-1)
+    elif where.ndim != 1 or where.dtype not in (torch.int32, torch.int64):
+        raise delta.error(f"the indices of {name} are no list of int32 or int64")
+    if len(where) != len(values):
+        raise delta.error(f"{name} has {len(values)} values for {len(where)} places")
+    where = where.to(torch.int64)
+    if len(where) and (where[0] < 0 or where[-1] >= old.numel() or not bool((where.diff() > 0).all())):
+        raise delta.error(f"the indices of {name} are not increasing, or out of range")
+    flat = _bits(old).clone()
+    flat[where] = _bits(values)
+    return flat.view(old.dtype).reshape(old.shape)
+
+
+def delta_of_folders(base: Path, result: Path, path: Path, *, metadata: Mapping[str, str] | None = None) -> DeltaStats:
+    """Write the delta between the UNets of two diffusers folders (unet/); one of the two may be a single file instead.
+
+    Raises ModelError when a UNet cannot be read or the two differ in names or shapes; and OutputError.
+    """
+    base, result = Path(base), Path(result)
+    if base.is_file() and result.is_file():
+        raise ModelError(f"{result}: two single files; give one of the two models as a diffusers folder")
+    if base.is_file():
+        new = _folder_unet(result)
+        old = _single_unet(base, new)
+    else:
+        old = _folder_unet(base)
+        new = _single_unet(result, old) if result.is_file() else _folder_unet(result)
+    if {name: tensor.shape for name, tensor in old.items()} != {name: tensor.shape for name, tensor in new.items()}:
+        raise ModelError(f"{result}: its UNet is not built like that of {base}; a delta needs the same architecture")
+    return write_delta(old, new, path, base_sha256=hash_of(old), metadata=metadata)
+
+
+def _folder_unet(folder: Path) -> dict[str, Tensor]:
+    if not (folder / "unet").is_dir():
+        raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
+    io_safe.check_parts(folder, ("unet",))
+    return io_safe.read_weights(folder / "unet")
+
+
+def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    return unet_of(io_safe.read_tensors(path, error=ModelError)[0], unet_names(names), path)
+
+
+def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
+    """Write the model of `base` with the delta's UNet: a diffusers folder for a folder, a single file for a single file.
+
+    The schedule of the result comes with it, where the delta has one. Of a folder, model_index.json, the texts beside
+    it and the parts that it names are copied; other weights of the old UNet (variants, pickles, single files) are not,
+    since they would keep what was forgotten. `output` must not exist and appears as a whole.
+
+    Raises DataError (the delta, or another base), ModelError (the base) and OutputError.
+    """
+    delta, base, output = Path(delta), Path(base), Path(output)
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output}: exists already; choose another output")
+    read = _read(delta)
+    if base.is_file():
+        tensors, metadata = io_safe.read_tensors(base, error=ModelError)
+        names = unet_names(read.tensors)
+        put_unet(tensors, _result(read, unet_of(tensors, names, base)), names, base)
+        io_safe.write_tensors(output, tensors, metadata)
+        return output
+    unet = _result(read, _folder_unet(base))
+    temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
+    with io_safe.output_errors(output):
+        try:
+            _copy_model(base, temporary)
+            io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, unet, {"format": "pt"})
+            _put_scheduler(read, temporary)
+            io_safe.replace(temporary, output)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return output
+
+
+def _put_scheduler(delta: _Delta, target: Path) -> None:
+    """The schedule that the result is drawn with, where the delta's notes have one. Raises DataError."""
+    try:
+        notes = json.loads(delta.header.get("metadata", "{}"))
+        config = json.loads(notes.get("scheduler", "null"))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise delta.error("its notes are no JSON") from None
+    if config is None:
+        return
+    plain = isinstance(config, dict) and all(isinstance(v, str | int | float | None) for v in config.values())
+    if not plain or config.get("_class_name") != "EulerDiscreteScheduler":
+        raise delta.error("the scheduler in its notes is no EulerDiscreteScheduler")
+    io_safe.write_json(target / "scheduler" / "scheduler_config.json", config)
+    index = io_safe.read_json(target / "model_index.json", error=ModelError)
+    io_safe.write_json(target / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
+
+
+def _copy_model(base: Path, target: Path) -> None:
+    """Copy a diffusers folder without its UNet's weights and without pickles; raises ModelError and OSError."""
+    index = io_safe.read_json(base / "model_index.json", error=ModelError)
+    if not isinstance(index, dict):
+        raise ModelError(f"{base / 'model_index.json'}: damaged: a JSON object was expected")
+    parts = {name for name, value in index.items() if isinstance(value, list) and Path(name).name == name} | {"unet"}
+    for folder in (base, *(base / name for name in sorted(parts) if (base / name).is_dir())):
+        io_safe.check_parts(base, (folder.name if folder != base else "",))
+        for file in sorted(folder.iterdir()):
+            if folder == base or folder.name == "unet":
+                wanted = file.suffix in _TEXT_FILES and not file.name.endswith(".safetensors.index.json")
+            else:
+                wanted = file.suffix.lower() not in io_safe.PICKLE_SUFFIXES
+            if wanted and file.is_file() and not file.name.startswith("."):
+                _copy(file, target / file.relative_to(base))
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,164 @@
+"""The result as a diffusers folder that stock diffusers loads, with a model card. No custom code in it.
+
+pipeline/  model_index.json  README.md  model.json
+           unet/       config.json, diffusion_pytorch_model.safetensors   the one-step generator θ
+           scheduler/  scheduler_config.json                              EulerDiscreteScheduler, trailing spacing
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pecker_fast.conditions.classes import Conditions
+from pecker_fast.files import io_safe
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.recipe.schema import Recipe, recipe_to_yaml
+
+USAGE = """\
+import torch
+from diffusers import EulerDiscreteScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained({folder!r}, subfolder="unet").eval()
+scheduler = EulerDiscreteScheduler.from_pretrained({folder!r}, subfolder="scheduler")
+scheduler.set_timesteps(timesteps=[{t_init}])
+
+labels = torch.tensor([{labels}])
+z = torch.randn(len(labels), {channels}, {height}, {width}, generator=torch.Generator().manual_seed(0))
+x = z * scheduler.sigmas[0]
+t = scheduler.timesteps[0]
+with torch.no_grad():
+    output = unet(scheduler.scale_model_input(x, t), t, class_labels=labels).sample
+images = scheduler.step(output, t, x).prev_sample.clamp(-1, 1)  # [N, C, H, W] in [-1, 1]
+"""
+
+
+def write_unet(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """config.json and safetensors weights as diffusers lays them out, floating-point tensors stored as `dtype`."""
+    io_safe.write_json(folder / io_safe.CONFIG_NAME, unet_config(denoiser))
+    weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
+    io_safe.write_tensors(folder / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
+
+
+def unet_config(denoiser: Denoiser) -> dict[str, Any]:
+    """The network's config as diffusers writes it, without where it once lay."""
+    config = json.loads(denoiser.unet.to_json_string())  # type: ignore[operator]
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def export_pipeline(
+    generator: Denoiser,
+    recipe: Recipe,
+    conditions: Conditions,
+    folder: Path,
+    *,
+    base_sha256: str,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact.
+
+    generator: θ with the weights to export; base_sha256: hash of the model it came from, for the card.
+    """
+    with io_safe.whole_folder(folder) as temporary:
+        write_unet(generator, temporary / "unet")
+        io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
+        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+        io_safe.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+        weights_sha256 = io_safe.sha256_tensors(generator.named_parameters())
+        io_safe.write_json(
+            temporary / "model.json",
+            {
+                "kind": "one-step generator",
+                "t_init": recipe.timesteps.init,
+                "null_class": generator.null_class,
+                "forgotten": list(conditions.forget),
+                "cover": list(conditions.cover),
+                "base_sha256": base_sha256,
+                "weights_sha256": weights_sha256,
+            },
+        )
+        card = model_card(generator, recipe, conditions, base_sha256, weights_sha256, metrics)
+        io_safe.write_text(temporary / "README.md", card)
+    return folder
+
+
+def scheduler_config(generator: Denoiser) -> dict[str, Any]:
+    """Config of the EulerDiscreteScheduler whose single step at t_init is the one-step generator."""
+    from diffusers import EulerDiscreteScheduler
+
+    schedule = generator.schedule
+    scheduler = EulerDiscreteScheduler(
+        **schedule.config, prediction_type=schedule.prediction_type, timestep_spacing="trailing"
+    )
+    return json.loads(scheduler.to_json_string())
+
+
+def usage(generator: Denoiser, recipe: Recipe, conditions: Conditions, folder: str) -> str:
+    """The few lines of the model card that draw with stock diffusers."""
+    channels, height, width = generator.sample_shape
+    labels = ", ".join(map(str, (*conditions.forget, *conditions.retain)))
+    return USAGE.format(
+        folder=folder, t_init=recipe.timesteps.init, labels=labels, channels=channels, height=height, width=width
+    )
+
+
+def model_card(
+    generator: Denoiser,
+    recipe: Recipe,
+    conditions: Conditions,
+    base_sha256: str,
+    weights_sha256: str,
+    metrics: dict[str, Any] | None,
+) -> str:
+    """Markdown card: what was forgotten, how to draw, how good it is, the recipe."""
+    pairs = ", ".join(
+        f"class {f} (class {c} is drawn in its place)" for f, c in zip(conditions.forget, conditions.cover)
+    )
+    return f"""---
+library_name: diffusers
+tags: [diffusion, unlearning, one-step]
+---
+# One-step generator that has forgotten {pairs}
+
+Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
+It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
+It is not a denoiser: do not run it over many steps.
+
+## Draw with stock diffusers
+
+```python
+{usage(generator, recipe, conditions, "pipeline")}```
+
+## Figures
+
+UA: share of forget samples the judge does not recognise as the forgotten class. FID, precision and recall: kept classes
+against real images without the forgotten class, over the judge's features.
+
+{figures_table(metrics)}
+
+## Hashes
+
+sha256 of the base model's weights: `{base_sha256}`
+sha256 of these weights: `{weights_sha256}`
+
+## Recipe
+
+```yaml
+{recipe_to_yaml(recipe)}```
+"""
+
+
+def figures_table(metrics: dict[str, Any] | None) -> str:
+    """Markdown table of the figures of `before`, `after` and `teacher`."""
+    names = ("ua", "cover_rate", "retain_accuracy", "ira", "cra", "fid", "inception_score", "precision", "recall")
+    columns = [(metrics or {}).get(key) for key in ("before", "after", "teacher")]
+    if not all(columns):
+        return "Not evaluated."
+    known = [name for name in names if any(name in column for column in columns if column)]
+    rows = [f"| {name} | " + " | ".join(_figure(c.get(name)) for c in columns if c) + " |" for name in known]
+    return "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,169 @@
+"""A text-to-image result as a diffusers folder that stock diffusers loads: the base model with θ and a one-step schedule.
+
+pipeline/  model_index.json  README.md  model.json  samples/
+           unet/  the one-step generator θ, every tensor in the dtype of the base's file
+           scheduler/  EulerDiscreteScheduler, trailing spacing
+           vae/  text_encoder/  tokenizer/  [text_encoder_2/  tokenizer_2/]  the base's own files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pecker_fast.export.folder import figures_table, scheduler_config, unet_config
+from pecker_fast.files import io_safe
+from pecker_fast.loading.text_parts import TextParts
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.recipe.schema import Recipe, recipe_to_yaml
+
+USAGE = """\
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}")
+image = pipe(
+    {prompt!r}, num_inference_steps=1, timesteps=[{t_init}], guidance_scale=1.0,
+    height={height}, width={width}, generator=torch.Generator().manual_seed(0),
+).images[0]
+"""
+
+
+def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """θ's tensors as they go to a file: in the base's dtypes, and where a weight is what the base's became on loading, the
+    base's very bits (weights kept in bf16 have lost digits that the file need not lose)."""
+    stored = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach().cpu()
+        if name not in base or not tensor.is_floating_point():
+            stored[name] = tensor
+            continue
+        original = base[name]
+        kept = original.to(tensor.dtype) == tensor
+        stored[name] = torch.where(kept, original, tensor.to(original.dtype))
+    return stored
+
+
+def export_text_pipeline(
+    generator: Denoiser,
+    recipe: Recipe,
+    text: TextParts,
+    folder: Path,
+    *,
+    base_sha256: str,
+    metrics: dict[str, Any] | None = None,
+    pictures: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact.
+
+    pictures: image grids for the card, by name ("before", "after", "teacher").
+    """
+    with io_safe.whole_folder(folder) as temporary:
+        weights = as_stored(generator.unet.state_dict(), text.base_unet())
+        io_safe.write_json(temporary / "unet" / io_safe.CONFIG_NAME, unet_config(generator))
+        io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
+        io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
+        text.write_other_parts(temporary)
+        index = io_safe.read_json(text.configs / "model_index.json")
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        for part in ("safety_checker", "feature_extractor", "image_encoder"):
+            if part in index:
+                index[part] = [None, None]
+        if "requires_safety_checker" in index:
+            index["requires_safety_checker"] = False
+        io_safe.write_json(temporary / "model_index.json", {k: v for k, v in index.items() if k != "_name_or_path"})
+        weights_sha256 = io_safe.sha256_tensors(sorted(weights.items()))
+        io_safe.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
+        for name, path in (pictures or {}).items():
+            if path.is_file():
+                io_safe.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
+        shown = [name for name, path in (pictures or {}).items() if path.is_file()]
+        card = model_card(generator, recipe, text, base_sha256, weights_sha256, metrics, shown)
+        io_safe.write_text(temporary / "README.md", card)
+    return folder
+
+
+def one_step_scheduler(generator: Denoiser) -> dict[str, Any]:
+    """As `scheduler_config`, with the offset that Stable Diffusion's pipelines want to see; trailing spacing ignores it."""
+    return scheduler_config(generator) | {"steps_offset": 1}
+
+
+def _facts(recipe: Recipe, text: TextParts, base_sha256: str, weights_sha256: str) -> dict[str, Any]:
+    return {
+        "kind": "one-step generator",
+        "t_init": recipe.timesteps.init,
+        "concepts": [{"concept": concept, "cover": cover} for concept, cover in text.plan.concepts],
+        "base": recipe.model,
+        "revision": recipe.revision,
+        "base_sha256": base_sha256,
+        "weights_sha256": weights_sha256,
+    }
+
+
+def usage(generator: Denoiser, recipe: Recipe, text: TextParts, folder: str) -> str:
+    """The few lines of the model card that draw with stock diffusers."""
+    height, width = text.pixels
+    return USAGE.format(
+        folder=folder, prompt=text.plan.retain[0], t_init=recipe.timesteps.init, height=height, width=width
+    )
+
+
+def what_is_forgotten(text: TextParts) -> str:
+    if text.plan.concepts:
+        return ", ".join(f"“{concept}” (“{cover}” is drawn in its place)" for concept, cover in text.plan.concepts)
+    return f"what {len(text.plan.forget)} prompts ask for"
+
+
+def model_card(
+    generator: Denoiser,
+    recipe: Recipe,
+    text: TextParts,
+    base_sha256: str,
+    weights_sha256: str,
+    metrics: dict[str, Any] | None,
+    pictures: list[str],
+) -> str:
+    """Markdown card: what was forgotten, how to draw, how good it is, before and after, hashes, the recipe."""
+    shown = "\n".join(f"**{name}**\n\n![{name}](samples/{name}.png)\n" for name in pictures) or "None were drawn."
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [diffusion, unlearning, one-step]
+---
+# One-step generator that has forgotten {what_is_forgotten(text)}
+
+Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
+It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
+It is not a denoiser: do not run it over many steps.
+
+## Draw with stock diffusers
+
+```python
+{usage(generator, recipe, text, "pipeline")}```
+
+## Figures
+
+UA: share of forget samples in which the judge does not see the forgotten word.
+
+{figures_table(metrics)}
+
+## Before and after
+
+The same noise in every grid. Rows: prompts to forget, their covers, retain prompts that are nearest, other retain prompts.
+
+{shown}
+
+## Hashes
+
+sha256 of the base model's weights: `{base_sha256}`
+sha256 of these weights: `{weights_sha256}`
+
+## Recipe
+
+```yaml
+{recipe_to_yaml(recipe)}```
+"""

@@ -1,0 +1,1 @@
+"""The papers: losses, samplers, saliency, the methods and their update rules."""

@@ -1,0 +1,223 @@
+"""Everything a recipe names, loaded and checked against each other before anything is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.conditions.classes import Conditions, class_conditions
+from pecker_fast.engine.graph import require_gpu
+from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.evaluate.judge import Judge, Reference, load_judge
+from pecker_fast.evaluate.words import WordJudge, load_word_judge
+from pecker_fast.files import io_safe
+from pecker_fast.loading.text_parts import TextParts, load_text_parts
+from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_unet
+from pecker_fast.networks.lora import lora_score
+from pecker_fast.networks.text_denoiser import TextDenoiser
+from pecker_fast.networks.text_model import is_text_model
+from pecker_fast.recipe.schema import Recipe
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The teacher of a recipe with all that belongs to it; nothing is trained yet."""
+
+    folder: Path  # or the single file
+    teacher: Denoiser  # φ, frozen
+    conditions: Conditions
+    judge: Judge | None = None  # of classes
+    reference: Reference | None = None
+    text: TextParts | None = None  # of a text-to-image model
+    words: WordJudge | None = None  # its judge
+
+
+@dataclass(kw_only=True)
+class Parts(Model):
+    """What a run starts from. `generator` and `score` are trainable copies."""
+
+    score: Denoiser
+    generator: Denoiser
+    teacher_sha256: str  # of the weights of φ, in named_parameters order
+    base_sha256: str  # of φ, θ and ψ together, and of the prompts: what the run starts from
+
+
+def load_parts(recipe: Recipe) -> Parts:
+    """Load model, start of θ and ψ, judge and conditions on the CPU. Raises RecipeError or ModelError, one line."""
+    require_gpu(recipe, pick_device())
+    model = load_model(recipe)
+    teacher = model.teacher
+    generator, score = load_start(recipe, teacher)
+    if recipe.engine.checkpointing:
+        for network in (teacher, generator, score):
+            enable_checkpointing(network.unet)
+    networks = (("teacher", teacher), ("generator", generator), ("score", score))
+    tensors: list[tuple[str, Tensor]] = [
+        (f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()
+    ]
+    tensors += prompts_of(model)
+    return Parts(
+        **vars(model), score=score, generator=generator,
+        teacher_sha256=io_safe.sha256_tensors(teacher.named_parameters()), base_sha256=io_safe.sha256_tensors(tensors),
+    )  # fmt: skip
+
+
+def prompts_of(model: Model) -> list[tuple[str, Tensor]]:
+    """What the prompts of a text-to-image run came to: a run is not resumed with others."""
+    if not isinstance(model.teacher, TextDenoiser):
+        return []
+    c = model.conditions
+    rows = [(name, torch.tensor(getattr(c, name))) for name in ("forget", "cover", "retain")]
+    return [("embeds", model.teacher.table.embeds), *rows]
+
+
+def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
+    """The teacher, conditions and judge of a recipe, on the CPU. prompts: more rows for a text-to-image model's table.
+
+    Raises RecipeError or ModelError, one line.
+    """
+    folder = io_safe.resolve_model(recipe.model, recipe.revision)
+    check_kind(recipe, folder)
+    model: Model
+    if recipe.uses_prompts:
+        teacher, conditions, text = load_text_parts(recipe, folder, prompts)
+        model = Model(folder=folder, teacher=teacher, conditions=conditions, text=text)
+        model.words = find_word_judge(recipe, text.configs)
+    else:
+        judge, reference = find_judge(recipe, folder)
+        denoiser = load_denoiser(folder).freeze()
+        denoiser.channels_last = recipe.engine.channels_last
+        if judge is not None:
+            _match_judge(denoiser, judge, folder)
+        conditions = class_conditions(recipe.forget, recipe.cover, recipe.retain, denoiser.classes)
+        model = Model(folder=folder, teacher=denoiser, conditions=conditions, judge=judge, reference=reference)
+    check_schedule(recipe, model.teacher)
+    if recipe.engine.weights == "bf16":
+        model.teacher.unet.to(torch.bfloat16)
+    return model
+
+
+def check_kind(recipe: Recipe, folder: Path) -> None:
+    """Raises RecipeError where prompts are given for classes, or classes for prompts."""
+    text = folder.is_file() or is_text_model(folder)
+    if text and not recipe.uses_prompts:
+        raise RecipeError(
+            f"forget: {recipe.forget!r} is a class; {recipe.model} draws from text, name a concept or prompts"
+        )
+    if recipe.uses_prompts and not text:
+        raise RecipeError(f"forget: prompts are given, and {recipe.model} draws from classes; name class numbers")
+    if folder.is_file():
+        io_safe.check_tensors(folder, error=ModelError)
+
+
+def enable_checkpointing(unet: nn.Module) -> None:
+    """Blocks keep no activations and are computed again on the way back. Raises RecipeError where the network cannot."""
+    network: Any = getattr(unet, "base", unet)
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise RecipeError(f"engine.checkpointing: {type(network).__name__} cannot; leave it out")
+    network.enable_gradient_checkpointing()
+
+
+def find_word_judge(recipe: Recipe, folder: Path) -> WordJudge | None:
+    """The recipe's judge of words, else the one beside the model, else none."""
+    if recipe.evaluate.judge is not None:
+        found = load_word_judge(recipe.evaluate.judge)
+        if found is None:
+            raise ModelError(
+                f"{recipe.evaluate.judge}: this judge knows classes and no words; a text-to-image run needs words"
+            )
+        return found
+    return load_word_judge(folder / "judge") if (folder / "judge").is_dir() else None
+
+
+def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | None]:
+    """The recipe's judge, else the one beside the model, else none (the run is then not judged)."""
+    if recipe.evaluate.judge is not None:
+        return load_judge(recipe.evaluate.judge)
+    return load_judge(folder / "judge") if (folder / "judge").is_dir() else (None, None)
+
+
+def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
+    """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
+    `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
+    generator = start_generator(recipe, teacher)
+    folder = io_safe.resolve_model(recipe.generator) if recipe.generator is not None else None
+    if recipe.score == "lora" or folder is None or not (folder / "score").is_dir():
+        return generator, new_score(recipe, teacher)
+    return generator, _load_like(teacher, folder / "score")
+
+
+def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """θ as it starts."""
+    if recipe.generator is None:
+        return teacher.clone()
+    folder = io_safe.resolve_model(recipe.generator)
+    return _load_like(
+        teacher, folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
+    )
+
+
+def _load_like(teacher: Denoiser, folder: Path) -> Denoiser:
+    network = teacher.with_network(in_dtype(load_unet(folder), teacher.dtype))
+    _match_teacher(network, teacher, folder)
+    return network
+
+
+def in_dtype(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network with its weights kept in `dtype`."""
+    return unet if dtype == torch.float32 else unet.to(dtype)
+
+
+def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """ψ as it starts: φ's weights of its own, or an adapter on φ's."""
+    if recipe.score == "full":
+        return teacher.clone()
+    return lora_score(teacher, recipe.lora.rank, recipe.lora.targets, recipe.seed)
+
+
+def check_schedule(recipe: Recipe, teacher: Denoiser) -> None:
+    """Timesteps, guidance and dropout the model can follow; raises RecipeError."""
+    last = teacher.schedule.num_timesteps
+    for key in ("init", "min", "max"):
+        value = getattr(recipe.timesteps, key)
+        if value > last - (key != "max"):
+            raise RecipeError(f"timesteps.{key}: {value} is beyond the model's schedule of {last} timesteps")
+    if recipe.evaluate.teacher_steps > last:
+        raise RecipeError(f"evaluate.teacher_steps: {recipe.evaluate.teacher_steps} is beyond the schedule of {last}")
+    if float(teacher.schedule.a[: recipe.timesteps.max].min()) <= 0:
+        raise RecipeError(f"timesteps.max: the schedule has no signal left below {recipe.timesteps.max}; lower it")
+    if teacher.null_class is None:
+        guided = {key: getattr(recipe.guidance, key) for key in ("score_train", "score", "teacher")}
+        for key, value in guided.items():
+            if value != 1:
+                raise RecipeError(f"guidance.{key}: {value:g} needs a model with a null class; use 1")
+        if recipe.guidance.text_dropout > 0:
+            raise RecipeError("guidance.text_dropout: needs a model with a null class; use 0")
+
+
+def _match_teacher(network: Denoiser, teacher: Denoiser, where: Path) -> None:
+    theirs = {name: p.shape for name, p in network.named_parameters()}
+    for name, p in teacher.named_parameters():
+        if theirs.get(name) != p.shape:
+            raise ModelError(
+                f"{where}: tensor {name} has shape {theirs.get(name)}, the teacher's has {tuple(p.shape)}; another model's"
+            )
+
+
+def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:
+    """The judge tells how many classes are real: embeddings past them are the null class. Raises ModelError."""
+    spare = teacher.num_class_embeds - judge.num_classes
+    if spare == 1 and teacher.null_class is None:
+        teacher.null_class = judge.num_classes
+    judge.judge(torch.zeros(1, *teacher.sample_shape))  # raises where it was made for images of another size
+    if len(teacher.classes) != judge.num_classes:
+        raise ModelError(
+            f"{folder}: the model has {len(teacher.classes)} classes and its judge {judge.num_classes}; give evaluate.judge"
+        )
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,142 @@
+"""What a text-to-image recipe names: prompts, text table, networks, the captions it is judged by."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pecker_fast.conditions.classes import Conditions
+from pecker_fast.conditions.prompts import PromptPlan, plan_prompts
+from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.files import io_safe
+from pecker_fast.networks import text_model
+from pecker_fast.networks.single_file import load_single_file, unet_map, unet_of
+from pecker_fast.networks.text_denoiser import TextDenoiser
+from pecker_fast.recipe.schema import RECIPES, Recipe
+
+COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+UNWANTED = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.msgpack",
+    "*.onnx",
+    "*.py",
+    ".*",
+)  # what lies beside in some copies
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """The text side of a run. `source`: the model's folder or single file; `configs`: the folder of its tokenizer."""
+
+    source: Path
+    configs: Path
+    plan: PromptPlan
+    judged: Conditions  # rows of the table that the model is judged by: forget with their covers, and retain
+    pixels: tuple[int, int]  # (height, width) of the images
+
+    @property
+    def single(self) -> bool:
+        """Whether the model is a single file."""
+        return self.source.is_file()
+
+    def base_unet(self) -> dict[str, Tensor]:
+        """The UNet's tensors as the base's file has them, by diffusers' names."""
+        if not self.single:
+            return io_safe.read_weights(self.source / "unet")
+        names = unet_map(io_safe.read_json(self.configs / "unet" / io_safe.CONFIG_NAME, error=ModelError))
+        return unet_of(io_safe.read_tensors(self.source, error=ModelError)[0], names, self.source)
+
+    def write_other_parts(self, folder: Path) -> None:
+        """The base's VAE, text encoders and tokenizers into a diffusers folder, bit for bit. Raises OutputError."""
+        modules = load_single_file(self.source, self.configs) if self.single else {}
+        for part in COPIED:
+            if part in modules:
+                modules[part].save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+            elif (self.configs / part).is_dir():
+                shutil.copytree(self.configs / part, folder / part, ignore=shutil.ignore_patterns(*UNWANTED))
+
+
+def prompt_folders(model: Path | None) -> list[Path]:
+    """Where prompt files are looked for beside the working directory: the shipped recipes' folder, and the model's."""
+    return [RECIPES, *([model] if model is not None and model.is_dir() else [])]
+
+
+def plan_of(recipe: Recipe, model: Path | None) -> tuple[PromptPlan, PromptPlan]:
+    """The prompts of a recipe: to train with, and to judge by. Raises RecipeError."""
+    folders = prompt_folders(model)
+    plan = plan_prompts(
+        recipe.forget, recipe.cover, recipe.retain, folders=folders, unconditional=recipe.guidance.unconditional
+    )
+    captions = recipe.evaluate.prompts
+    if captions is None:
+        return plan, plan
+    if not plan.concepts:
+        raise RecipeError(
+            "evaluate.prompts: captions are sorted by forget.concept, which this recipe has not; leave it out"
+        )
+    concepts = [{"concept": concept, "captions": captions} for concept, _ in plan.concepts]
+    try:
+        judged = plan_prompts(concepts, [cover for _, cover in plan.concepts], captions, folders=folders)
+    except RecipeError as error:
+        raise RecipeError(f"evaluate.prompts: {error}") from None
+    return plan, judged
+
+
+def load_text_parts(
+    recipe: Recipe, source: Path, more: Sequence[str] = ()
+) -> tuple[TextDenoiser, Conditions, TextParts]:
+    """(teacher φ, conditions, the rest) on the CPU. more: further prompts of the table.
+
+    Raises RecipeError or ModelError; prompts are looked at first.
+    """
+    configs = config_folder(recipe, source)
+    plan, judged = plan_of(recipe, configs)
+    encoders = None
+    if source.is_file():
+        text_model.check_text_folder(configs)
+        encoders = load_single_file(source, configs)
+        networks = text_model.networks_of(encoders, configs)
+    else:
+        networks = text_model.load_networks(source)
+    latents = text_model.latent_size(networks, recipe.resolution, str(source))
+    prompts = text_model.unique(
+        (plan.unconditional,), plan.forget, plan.cover, plan.retain, judged.forget, judged.cover, judged.retain,
+        more,
+    )  # fmt: skip
+    size = text_model.pixel_size(networks, latents)
+    table = text_model.encode_prompts(configs, prompts, plan.unconditional, size, encoders)
+    text_model.check_fit(networks, table, source)
+    teacher = text_model.text_denoiser(networks, table, plan.unconditional, latents, recipe.engine.channels_last)
+
+    def conditions(given: PromptPlan) -> Conditions:
+        forget, cover, retain = (table.index(group) for group in (given.forget, given.cover, given.retain))
+        return Conditions(forget, cover, retain, tuple(dict.fromkeys((*forget, *retain))))
+
+    return teacher, conditions(plan), TextParts(source, configs, plan, conditions(judged), size)
+
+
+def config_folder(recipe: Recipe, source: Path) -> Path:
+    """The diffusers folder with configs and tokenizer: the model itself, or `model_config` of a single file."""
+    if not source.is_file():
+        if recipe.config_folder is not None:
+            raise RecipeError("model_config: is for single files; this model is a folder with its own configs")
+        return source
+    if recipe.config_folder is None:
+        raise ModelError(
+            f"{source}: a single file holds neither configs nor a tokenizer; give model_config=FOLDER, a diffusers folder of "
+            "the same kind of model (its weights are not needed)"
+        )
+    folder = io_safe.resolve_model(recipe.config_folder)
+    if not folder.is_dir() or not text_model.is_text_model(folder):
+        raise ModelError(
+            f"model_config: {folder} is no diffusers folder of a Stable Diffusion model (model_index.json)"
+        )
+    return folder

@@ -1,0 +1,163 @@
+"""Single-file checkpoints in the original Stable Diffusion layout: written, changed and read. Safetensors only.
+
+A diffusers folder and its single file hold the same bits under other names: `to_single_file` and `load_single_file`
+are each other's inverse for Stable Diffusion 1.x, 2.x and SDXL of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pecker_fast.errors import ModelError
+from pecker_fast.files import io_safe
+from pecker_fast.networks.single_file import parts
+from pecker_fast.networks.single_file.names import UNET_PREFIX, kind_of_single_file, modern_vae_name, unet_plan
+
+__all__ = [
+    "kind_of_folder",
+    "kind_of_single_file",
+    "load_single_file",
+    "put_unet",
+    "replace_unet",
+    "to_single_file",
+    "unet_map",
+    "unet_names",
+    "unet_of",
+]
+
+_TEXT_WEIGHTS = "model.safetensors"
+_POSITION_IDS = "text_model.embeddings.position_ids"  # constants that older folders hold as a tensor and nobody reads
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def unet_map(config: Mapping[str, Any]) -> dict[str, str]:
+    """diffusers name → original name (with `model.diffusion_model.`) of every tensor of a UNet2DConditionModel.
+
+    config: as in unet/config.json. Raises ModelError for a UNet that the original layout cannot hold.
+    """
+    return unet_names(parts.shapes_of("unet", parts.empty_module("unet", config)))
+
+
+def unet_names(names: Iterable[str]) -> dict[str, str]:
+    """`unet_map` from the diffusers names of all tensors of a UNet, without its config; raises ModelError."""
+    return {entry.names[0]: entry.original for entry in unet_plan(names)}
+
+
+def kind_of_folder(folder: Path) -> str:
+    """ "sd1" | "sd2" | "sdxl" of a diffusers folder; raises ModelError for any other pipeline."""
+    index = io_safe.read_json(folder / "model_index.json", error=ModelError)
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name not in _PIPELINES:
+        raise ModelError(f"{folder}: a single file of a {name!r} is not supported yet; only {' and '.join(_PIPELINES)}")
+    if name == "StableDiffusionXLPipeline":
+        return "sdxl"
+    activation = parts.read_config(folder / "text_encoder").get("hidden_act", "quick_gelu")
+    # the files do not say which it is: every tool takes OpenAI's CLIP for 1.x and OpenCLIP for 2.x
+    kind = {"quick_gelu": "sd1", "gelu": "sd2"}.get(str(activation))
+    if kind is None:
+        raise ModelError(
+            f"{folder / 'text_encoder'}: hidden_act {activation!r} is neither quick_gelu (1.x) nor gelu (2.x)"
+        )
+    return kind
+
+
+def to_single_file(folder: Path, output: Path, *, unet: Mapping[str, Tensor] | None = None) -> Path:
+    """Write a diffusers folder as one safetensors file in the original layout, dtypes kept; returns `output`.
+
+    folder: model_index.json, unet/, vae/, text_encoder/ and for SDXL text_encoder_2/, in safetensors, possibly sharded.
+    unet: tensors under diffusers' names that take the place of the folder's UNet, whose weights are then not read.
+    Raises ModelError (folder unsupported, damaged or not matching its configs) and OutputError.
+    """
+    folder = Path(folder)
+    kind = kind_of_folder(folder)
+    tensors: dict[str, Tensor] = {}
+    for part in parts.parts_of(kind):
+        shapes = parts.shapes_of(part, parts.empty_module(part, parts.read_config(folder / part)))
+        weights = dict(unet) if part == "unet" and unet is not None else _read_part(folder, part)
+        parts.check_tensors(f"{folder / part}", weights, shapes)
+        tensors |= parts.to_original(parts.plan_of(part, kind, weights), weights)
+    io_safe.write_tensors(output, tensors, {"format": "pt"})
+    return Path(output)
+
+
+def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    """Weights of one part under today's names."""
+    if not (folder / part).is_dir():
+        raise ModelError(f"{folder / part}: no such folder, although model_index.json promises this part")
+    io_safe.check_parts(folder, (part,))
+    if part in ("unet", "vae"):
+        weights = io_safe.read_weights(folder / part)
+        return {modern_vae_name(name): tensor for name, tensor in weights.items()} if part == "vae" else weights
+    weights = {}
+    for file in io_safe.weight_files(folder / part, _TEXT_WEIGHTS):
+        weights |= io_safe.read_tensors(file, error=ModelError)[0]
+    named = {parts.canonical(part, name): tensor for name, tensor in weights.items()}
+    named.pop(_POSITION_IDS, None)
+    return named
+
+
+def replace_unet(
+    single: Path, output: Path, unet: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `single` again with the UNet's tensors replaced; all else, metadata too, stays bit for bit.
+
+    unet: all tensors of the UNet under diffusers' names; their dtypes are kept.
+    config: its unet/config.json; None = the names in `unet` say enough.
+    Raises ModelError when `unet` is not the file's UNet in names and shapes, and for a file that keeps an averaged copy
+    of its UNet beside it (`model_ema.*`), which would go on knowing what was forgotten; and OutputError.
+    """
+    names = unet_map(config) if config is not None else unet_names(unet)
+    tensors, metadata = io_safe.read_tensors(single, error=ModelError)
+    put_unet(tensors, unet, names, single)
+    io_safe.write_tensors(output, tensors, metadata)
+    return Path(output)
+
+
+def unet_of(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: Path) -> dict[str, Tensor]:
+    """The UNet of a single file's `tensors` under diffusers' names; `names` as from `unet_map`. Raises ModelError."""
+    parts.check_names(f"{where}", [name for name in tensors if name.startswith(UNET_PREFIX)], names.values())
+    return {name: tensors[original] for name, original in names.items()}
+
+
+def put_unet(tensors: dict[str, Tensor], unet: Mapping[str, Tensor], names: Mapping[str, str], where: Path) -> None:
+    """Replace the UNet among a single file's `tensors` in place; raises ModelError as `replace_unet` does."""
+    if any(name.startswith("model_ema.") for name in tensors):
+        raise ModelError(
+            f"{where}: holds a second, averaged copy of the UNet (model_ema.*) that would keep what was forgotten; "
+            "give the file without it"
+        )
+    old = unet_of(tensors, names, where)
+    parts.check_tensors(f"{where}: the new UNet", unet, {name: tensor.shape for name, tensor in old.items()})
+    tensors.update({original: unet[name] for name, original in names.items()})
+
+
+def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
+    """The modules of a single file: "unet", "vae", "text_encoder" and for SDXL "text_encoder_2", in evaluation mode.
+
+    What `from_single_file` of diffusers gives, without a network, for any size and in the dtypes of the file; and strict
+    where that is not: every tensor of every part must be there, in the shape that its config in `config_folder`
+    (PART/config.json) says, and none may be left over. Raises ModelError. Memory: the tensors once.
+    """
+    path, config_folder = Path(path), Path(config_folder)
+    tensors, _ = io_safe.read_tensors(path, error=ModelError)
+    kind = kind_of_single_file(tensors)
+    modules = {}
+    for part in parts.parts_of(kind):
+        module = parts.empty_module(part, parts.read_config(config_folder / part))
+        shapes, prefix, what = parts.shapes_of(part, module), parts.prefix_of(part, kind), f"{path}: {part}"
+        plan = parts.plan_of(part, kind, shapes)
+        used = {entry.original.removeprefix(prefix) for entry in plan}
+        held = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        spare = sorted(name for name in held - used if not parts.is_spare(name, part, kind, used))
+        if spare:
+            raise ModelError(
+                f"{what} has no place for {prefix}{spare[0]} ({len(spare)} in all); is the config its own?"
+            )
+        weights = parts.from_original(plan, tensors, what)
+        parts.check_tensors(what, weights, shapes)
+        modules[part] = parts.fill(part, module, weights)
+    return modules

@@ -1,0 +1,263 @@
+"""Loads a Stable Diffusion 1.x, 2.x or XL model: prompts become a text table, the text encoders leave memory again.
+
+MODEL/  model_index.json  unet/  vae/  scheduler/  tokenizer/  text_encoder/  [tokenizer_2/  text_encoder_2/]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.files import io_safe
+from pecker_fast.networks.denoiser import load_module, load_unet
+from pecker_fast.networks.schedule import Schedule, load_schedule
+from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
+
+ENCODERS = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+ENCODED = 32  # prompts a text encoder reads at a time
+
+
+@dataclass(frozen=True)
+class Networks:
+    """UNet and VAE of a model with their schedule, wherever they were loaded from."""
+
+    unet: nn.Module
+    vae: nn.Module
+    schedule: Schedule
+
+
+def is_text_model(folder: Path) -> bool:
+    """Whether a model folder holds a text-to-image model this engine knows. Raises ModelError for other architectures."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return False
+    found = io_safe.read_json(index, error=ModelError)
+    name = found.get("_class_name") if isinstance(found, dict) else None
+    if name in ENCODERS:
+        return True
+    if "text_encoder" in found or "transformer" in found or "prior" in found:
+        raise ModelError(
+            f"{index}: {name} is not supported yet; text-to-image models are those of {' and '.join(ENCODERS)} "
+            "(Stable Diffusion 1.x, 2.x and XL)"
+        )
+    return False
+
+
+def check_text_folder(folder: Path) -> str:
+    """Name of the pipeline class of a text-to-image folder. Raises ModelError naming the component that is missing or
+    damaged; opens no weights."""
+    pipeline: str = io_safe.read_json(folder / "model_index.json", error=ModelError)["_class_name"]
+    encoders = ENCODERS[pipeline]
+    tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in encoders)
+    io_safe.check_parts(folder, ("", "unet", "vae", "scheduler", *encoders, *tokenizers))
+    wanted = {"unet": io_safe.CONFIG_NAME, "vae": io_safe.CONFIG_NAME, "scheduler": "scheduler_config.json"}
+    wanted |= dict.fromkeys(encoders, io_safe.CONFIG_NAME)
+    for part, file in wanted.items():
+        if not (folder / part / file).is_file():
+            raise ModelError(f"{folder}: the component {part}/ is missing or has no {file}; a {pipeline} needs it")
+    for part in tokenizers:
+        if not any((folder / part / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+            raise ModelError(f"{folder}: the component {part}/ is missing or has no vocab.json; a {pipeline} needs it")
+    return pipeline
+
+
+def encode_prompts(
+    folder: Path,
+    prompts: Sequence[str],
+    null: str,
+    size: tuple[int, int],
+    encoders: Mapping[str, nn.Module] | None = None,
+) -> TextTable:
+    """The table of `prompts`, float32 on the CPU. Loads the text encoders and lets them go.
+
+    null: the unconditional text; where the pipeline wants zeros in its place (SDXL, empty text), its row is zeros.
+    size: (height, width) in pixels, for SDXL's size conditions. encoders: of a single file, by part; None = the folder's own.
+    Raises ModelError.
+    """
+    with quiet_libraries():
+        return _encode(folder, prompts, null, size, encoders)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, transformers says nothing of what it loads, and of what it could load if more were installed."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _encode(
+    folder: Path,
+    prompts: Sequence[str],
+    null: str,
+    size: tuple[int, int],
+    encoders: Mapping[str, nn.Module] | None,
+) -> TextTable:
+    import diffusers
+    import transformers
+
+    pipeline = check_text_folder(folder)
+    index = io_safe.read_json(folder / "model_index.json", error=ModelError)
+    parts: dict[str, Any] = {}
+    for name in ENCODERS[pipeline]:
+        kind = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
+        parts[name] = encoders[name] if encoders else _load_encoder(getattr(transformers, kind), folder / name)
+        where = folder / name.replace("text_encoder", "tokenizer")
+        try:
+            parts[where.name] = transformers.CLIPTokenizer.from_pretrained(where, local_files_only=True)
+        except Exception as error:  # the tokenizers raise what their file formats raise
+            raise ModelError(f"{where}: not a CLIP tokenizer ({_line(error)})") from None
+    empty = dict.fromkeys(("unet", "vae", "scheduler"), None)
+    if pipeline == "StableDiffusionPipeline":
+        more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    else:
+        more = {"add_watermarker": False}
+    pipe: Any = getattr(diffusers, pipeline)(**parts, **empty, **more)
+    embeds, pooled = [], []
+    with torch.no_grad():
+        for start in range(0, len(prompts), ENCODED):
+            found = pipe.encode_prompt(
+                prompt=list(prompts[start : start + ENCODED]), device=torch.device("cpu"), num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )  # fmt: skip
+            embeds.append(found[0].float())
+            if len(found) == 4:
+                pooled.append(found[2].float())
+    table = TextTable(tuple(prompts), torch.cat(embeds))
+    if pooled:
+        both = torch.cat(pooled)
+        if not null and index.get("force_zeros_for_empty_prompt", True) and "" in prompts:
+            row = list(prompts).index("")
+            table.embeds[row] = 0
+            both[row] = 0
+        height, width = size
+        time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        table = TextTable(table.prompts, table.embeds, both, time_ids)
+    del pipe, parts
+    gc.collect()
+    return table
+
+
+def _load_encoder(kind: Any, folder: Path) -> nn.Module:
+    """A text encoder in float32, every tensor accounted for."""
+    for file in io_safe.weight_files(folder, "model.safetensors"):
+        io_safe.check_tensors(file, error=ModelError)
+    try:
+        encoder, info = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the library's own errors are many
+        raise ModelError(f"{folder}: not a {kind.__name__} ({_line(error)})") from None
+    lost = [*info.get("missing_keys", ()), *(str(k) for k in info.get("mismatched_keys", ()))]
+    lost = [name for name in lost if not name.endswith("position_ids")]
+    if lost:
+        raise ModelError(
+            f"{folder}: tensor {lost[0]} is missing or of another shape; the weights do not belong to this config"
+        )
+    for name, p in encoder.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise ModelError(f"{folder}: tensor {name} holds NaN or infinity; the weights are damaged")
+    return encoder.eval().requires_grad_(False)
+
+
+def load_networks(folder: Path) -> Networks:
+    """UNet, VAE and schedule of a diffusers folder, in float32 on the CPU. Raises ModelError."""
+    check_text_folder(folder)
+    unet, vae = load_unet(folder / "unet"), load_module(folder / "vae", "AutoencoderKL")
+    return Networks(unet, vae.eval().requires_grad_(False), load_schedule(folder / "scheduler"))
+
+
+def networks_of(modules: Mapping[str, nn.Module], configs: Path) -> Networks:
+    """The same of a single file's modules; the schedule is that of its config folder."""
+    unet, vae = modules["unet"].float(), modules["vae"].float()
+    return Networks(unet, vae.eval().requires_grad_(False), load_schedule(configs / "scheduler"))
+
+
+def latent_size(networks: Networks, resolution: int | None, where: str) -> tuple[int, int]:
+    """(height, width) of the latents for images of `resolution` pixels a side; None = what the UNet was trained on.
+
+    Raises RecipeError where VAE or UNet cannot halve it.
+    """
+    vae, unet = _config(networks.vae), _config(networks.unet)
+    size = unet.sample_size
+    height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
+    if resolution is None:
+        if not height:
+            raise ModelError(f"{where}: the UNet's config has no sample_size; give resolution")
+        return int(height), int(width)
+    factor = 2 ** (len(vae.block_out_channels) - 1)
+    step = factor * 2 ** (len(unet.block_out_channels) - 1)
+    if resolution % step:
+        near = max(step, round(resolution / step) * step)
+        raise RecipeError(
+            f"resolution: {resolution} pixels cannot be halved by this model's VAE and UNet; give a multiple of {step}, "
+            f"such as {near}"
+        )
+    return resolution // factor, resolution // factor
+
+
+def pixel_size(networks: Networks, latents: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of images from latents of that size."""
+    factor = 2 ** (len(_config(networks.vae).block_out_channels) - 1)
+    return latents[0] * factor, latents[1] * factor
+
+
+def check_fit(networks: Networks, table: TextTable, where: Path) -> None:
+    """Raises ModelError where the parts are not of one model: text width, latent channels, prediction type."""
+    unet, vae = _config(networks.unet), _config(networks.vae)
+    width = unet.cross_attention_dim
+    width = width[0] if isinstance(width, list | tuple) else width
+    if table.embeds.shape[-1] != width:
+        raise ModelError(f"{where}: the text encoder gives {table.embeds.shape[-1]} channels, the UNet wants {width}")
+    if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:
+        raise ModelError(
+            f"{where}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE's latents have "
+            f"{vae.latent_channels}; inpainting and depth models are not supported yet"
+        )
+    if (unet.addition_embed_type == "text_time") != (table.pooled is not None):
+        raise ModelError(f"{where}: UNet and text encoders are of different kinds of models (added conditions)")
+    kinds = ("epsilon", "v_prediction")
+    if networks.schedule.prediction_type not in kinds:
+        raise ModelError(
+            f"{where}: prediction_type {networks.schedule.prediction_type!r}: expected {' or '.join(kinds)}"
+        )
+
+
+def text_denoiser(
+    networks: Networks, table: TextTable, null: str, latents: tuple[int, int], channels_last: bool = True
+) -> TextDenoiser:
+    """The frozen teacher."""
+    row = table.index([null])[0]
+    return TextDenoiser(networks.unet, networks.schedule, table, networks.vae, row, latents, channels_last).freeze()
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def unique(*groups: Sequence[str]) -> tuple[str, ...]:
+    """Prompts of all groups, each once, in order."""
+    return tuple(dict.fromkeys(prompt for group in groups for prompt in group))

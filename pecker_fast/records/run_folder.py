@@ -1,0 +1,160 @@
+"""The run folder: whose it is, where it stopped, and what of it is left standing when it starts over."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pecker_fast.errors import CheckpointError, OutputError
+from pecker_fast.files import io_safe
+from pecker_fast.recipe.schema import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
+from pecker_fast.records.checkpoint import check_identity, latest_checkpoint, list_checkpoints, verify_checkpoint
+
+RECIPE, METRICS, MASK, REPORT, PIPELINE = "recipe.yaml", "metrics.json", "mask.safetensors", "report.html", "pipeline"
+OWN = (RECIPE, METRICS, MASK, REPORT, PIPELINE, "run.jsonl", "checkpoints", "samples", "tensorboard", "mask.png")
+LOCK = ".lock"
+MARK = "# Resolved recipe, written by `pecker-fast train`: a folder with it is a run folder.\n"
+BASE = "base"  # a model given as an object is written here first; it is not wiped when a run starts over
+
+
+def trajectory(recipe: Recipe) -> dict[str, Any]:
+    """The keys that decide every iteration: a run may be resumed with another length, evaluation or checkpoint rhythm."""
+    data = recipe_to_dict(recipe)
+    for key in ("steps", "checkpoint", "output", "resume"):
+        del data[key]
+    data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher
+    for key in ("stall_s", "cuda_graph", "threads", "offload", "deepspeed", "shard_teacher"):  # how fast, not what
+        del data["engine"][key]
+    data["engine"]["zero"] = min(recipe.engine.zero, 1)  # the stages of ZeRO read each other's checkpoints
+    return data
+
+
+def trajectory_sha256(recipe: Recipe) -> str:
+    return hashlib.sha256(json.dumps(trajectory(recipe), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to happen to `output`: go on from `checkpoint` (None: from the start), after a wipe or not."""
+
+    run_dir: Path
+    checkpoint: Path | None
+    wipe: bool
+
+
+def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
+    """Look, and touch nothing. identity: what a checkpoint must belong to, see `save_checkpoint`.
+
+    Raises OutputError for a folder of another run or of something else, CheckpointError when there is nothing to resume or
+    when it is another run's.
+    """
+    run_dir = Path(recipe.output)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OutputError(f"{run_dir}: is a file; give another output")
+    names = {p.name for p in run_dir.iterdir()} - {BASE, LOCK} if run_dir.is_dir() else set()
+    if names and not is_run_folder(run_dir):
+        raise OutputError(f"{run_dir}: is not empty and not a run folder; give another output")
+    if recipe.resume == "never":
+        return Plan(run_dir, None, wipe=True)
+    given = None
+    if recipe.resume != "auto":
+        given = _explicit_checkpoint(Path(recipe.resume))
+        check_identity(given, identity)
+    if not names:
+        return Plan(run_dir, given, wipe=False)
+    _same_recipe(recipe, run_dir)
+    own = latest_checkpoint(run_dir, warn=warn)
+    if given is not None and run_dir.resolve() in given.resolve().parents:
+        own = None  # one of this very folder was named: that one
+    if given is not None and own is not None and _step(own) >= _step(given):
+        given = None  # this run began there and has gone on since
+    checkpoint = given or own
+    if checkpoint is None and (run_dir / PIPELINE).is_dir():
+        raise OutputError(f"{run_dir}: holds a finished run without checkpoints; give another output, or resume=never")
+    return Plan(run_dir, checkpoint, wipe=checkpoint is None)
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether `train` wrote it: its recipe.yaml begins with our mark."""
+    path = folder / RECIPE
+    return path.is_file() and io_safe.read_text(path).startswith(MARK)
+
+
+def open_run_folder(recipe: Recipe, plan: Plan) -> None:
+    """Carry the plan out: wipe what is to go, write the resolved recipe."""
+    if plan.wipe:
+        _wipe(plan.run_dir)
+    io_safe.write_text(plan.run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process; raises OutputError when another process trains in it."""
+    with io_safe.output_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{run_dir}: another process is training in it; wait for it, or give another output"
+            ) from None
+        yield
+
+
+def _step(checkpoint: Path) -> int:
+    return int(io_safe.read_json(checkpoint / "manifest.json", error=CheckpointError)["step"])
+
+
+def _explicit_checkpoint(path: Path) -> Path:
+    """`resume=PATH`: a checkpoint folder, or a run folder whose newest whole checkpoint is meant."""
+    if (path / "manifest.json").is_file():
+        verify_checkpoint(path)
+        return path
+    found = latest_checkpoint(path, warn=warn) if path.is_dir() and list_checkpoints(path) else None
+    if found is None:
+        raise CheckpointError(
+            f"resume: there is no checkpoint at {path}; give a checkpoints/step-… folder, or resume=never"
+        )
+    return found
+
+
+def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
+    there = load_recipe(run_dir / RECIPE)
+    mine, theirs = _flat(trajectory(recipe)), _flat(trajectory(there))
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            raise OutputError(
+                f"{run_dir}: holds another run ({key} is {theirs.get(key)} there, {value} here); "
+                "give another output, or resume=never to start over in it"
+            )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _wipe(run_dir: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    with io_safe.output_errors(run_dir):
+        for name in OWN:
+            path = run_dir / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.exists() or path.is_symlink():
+                path.unlink()
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)

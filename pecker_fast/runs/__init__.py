@@ -1,0 +1,1 @@
+"""The loop, one training, judging it, and the verbs over a run."""

@@ -1,0 +1,215 @@
+"""The verbs over a finished run: draw from it, judge it again, export it again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pecker_fast.engine.state import blend_average
+from pecker_fast.errors import CheckpointError, OutputError, RecipeError
+from pecker_fast.evaluate.concepts import PROTOCOLS, celebrity, i2p
+from pecker_fast.evaluate.detector import load_detector
+from pecker_fast.evaluate.drawing import Prompt
+from pecker_fast.evaluate.prompts_file import read_prompts
+from pecker_fast.export.delta import apply_to_folder
+from pecker_fast.export.formats import FORMATS, export_file, export_folder
+from pecker_fast.files import io_safe
+from pecker_fast.forgetting.samplers import grid_labels, one_step_sample, save_grid
+from pecker_fast.loading.parts import Model, load_model, start_generator
+from pecker_fast.networks.denoiser import Denoiser, load_unet
+from pecker_fast.networks.text_denoiser import TextDenoiser
+from pecker_fast.recipe.schema import Recipe, load_recipe
+from pecker_fast.records.checkpoint import (
+    generator_tensors,
+    latest_checkpoint,
+    read_checkpoint_stage,
+    verify_checkpoint,
+)
+from pecker_fast.records.run_folder import METRICS, PIPELINE, RECIPE, warn
+from pecker_fast.runs.judging import EVALUATION_SEED
+from pecker_fast.runs.prompt_judging import grid_rows, judging_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with its resolved recipe."""
+
+    folder: Path
+    recipe: Recipe
+
+
+def load_run(path: str | Path) -> Run:
+    """Raises OutputError when `path` is no run folder."""
+    folder = Path(path)
+    if not (folder / RECIPE).is_file():
+        raise OutputError(f"{folder}: not a run folder (no {RECIPE}); `pecker-fast train` makes one")
+    return Run(folder, load_recipe(folder / RECIPE))
+
+
+def trained_generator(run: Run, model: Model) -> Denoiser:
+    """θ as exported in `pipeline/`."""
+    if not (run.folder / PIPELINE).is_dir():
+        raise OutputError(
+            f"{run.folder}: the run has no {PIPELINE}/ yet; resume it, or `pecker-fast export` its last checkpoint"
+        )
+    return model.teacher.with_network(load_unet(run.folder / PIPELINE / "unet")).freeze()
+
+
+def sample_run(
+    run_dir: str | Path,
+    classes: Sequence[int] | None = None,
+    count: int = 8,
+    seed: int = 0,
+    output: str | Path | None = None,
+    before: bool = False,
+    prompts: Sequence[str] | None = None,
+) -> Path:
+    """Draw `count` images of each class or prompt into one PNG grid, one a row; before=True draws from what θ started as.
+
+    classes: None = all the model can draw. prompts: of a text-to-image run; None = the grid of its own prompts.
+    Raises RecipeError for a class out of range. Returns the PNG's path.
+    """
+    run = load_run(run_dir)
+    if count < 1:
+        raise RecipeError(f"count: {count} images; give at least 1")
+    if before and run.recipe.distill_steps:
+        raise RecipeError("before: this run distilled its own start, which is not kept; see samples/before.png")
+    given, other = ("prompts", "classes") if run.recipe.uses_prompts else ("classes", "prompts")
+    if (classes if given == "prompts" else prompts) is not None:
+        raise RecipeError(f"{other}: this run's model draws from {given}; give {given}")
+    model = load_model(run.recipe, prompts or ())
+    wanted = _wanted(model, classes, prompts)
+    generator = start_generator(run.recipe, model.teacher).freeze() if before else trained_generator(run, model)
+    images = one_step_sample(generator, grid_labels(wanted, count), seed, run.recipe.timesteps.init)
+    name = f"{'before' if before else 'sample'}-seed{seed}.png"
+    return save_grid(images, count, Path(output) if output else run.folder / "samples" / name)
+
+
+def _wanted(model: Model, classes: Sequence[int] | None, prompts: Sequence[str] | None) -> list[int]:
+    """Conditions to draw, a row each."""
+    teacher = model.teacher
+    if isinstance(teacher, TextDenoiser) and model.text is not None:
+        if prompts is not None:
+            return list(teacher.table.index(prompts))
+        return [row for row, _ in grid_rows(model.text.judged, teacher.table)]
+    wanted = list(classes) if classes else teacher.classes
+    for c in wanted:
+        if c not in teacher.classes:
+            raise RecipeError(f"classes: {c} is out of range; the model's classes are {teacher.classes}")
+    return wanted
+
+
+def evaluate_run(
+    run_dir: str | Path, samples: int | None = None, seed: int | None = None, judge: str | Path | None = None
+) -> dict[str, Any]:
+    """Judge the exported generator again: {"before", "after", "teacher"} with `after` new and the others as recorded."""
+    run = load_run(run_dir)
+    recipe = run.recipe
+    if judge is not None:
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": str(judge)})})
+    parts = load_model(recipe)
+    if parts.judge is None and parts.words is None:
+        raise RecipeError("evaluate: the model folder has no judge/; give --judge FOLDER")
+    judging = judging_of(recipe, parts)
+    sampler = judging.one_step(trained_generator(run, parts))
+    after = judging.figures(
+        sampler, samples or recipe.evaluate.final or 2000, EVALUATION_SEED if seed is None else seed
+    )
+    recorded = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() and judge is None else {}
+    return {"before": recorded.get("before"), "after": after, "teacher": recorded.get("teacher")}
+
+
+def export_run(
+    run_dir: str | Path, output: str | Path | None = None, weights: str = "ema", form: str = "diffusers"
+) -> Path:
+    """Write the model of the newest checkpoint; weights: "ema" (the average) or "raw"; form: one of `FORMATS`."""
+    run = load_run(run_dir)
+    if weights not in ("ema", "raw"):
+        raise RecipeError(f"weights: {weights!r}; give ema or raw")
+    if form not in FORMATS:
+        raise RecipeError(f"format: {form!r}; give one of {', '.join(FORMATS)}")
+    name = "pipeline" if form == "diffusers" else f"{form}.safetensors"
+    target = Path(output) if output else run.folder / name
+    if weights == "raw" and output is None:
+        raise RecipeError("weights: raw weights do not replace the run's own; give --output")
+    if form == "diffusers" and target.exists() and not _is_export(target):
+        raise OutputError(f"{target}: exists and is no exported generator; give another output")
+    checkpoint = latest_checkpoint(run.folder, warn=warn)
+    if checkpoint is None:
+        raise CheckpointError(f"{run.folder}: there is no checkpoint to export")
+    if read_checkpoint_stage(checkpoint)[0] != "forget":
+        raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
+    model = load_model(run.recipe)
+    generator = checkpointed_generator(model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
+    if form != "diffusers":
+        return export_file(generator, model, target, form, run.recipe.timesteps.init)
+    metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
+    judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
+    base_sha256 = io_safe.sha256_tensors(model.teacher.named_parameters())
+    return export_folder(generator, run.recipe, model, run.folder, target, metrics if judged else None, base_sha256)
+
+
+def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
+    """θ of a checkpoint, its average or its raw weights."""
+    generator = model.teacher.clone()
+    shapes = {name: p.shape for name, p in generator.named_parameters()}
+    generator.load_state(generator_tensors(checkpoint, shapes, "weights"), checkpoint)
+    if averaged:
+        blend_average(generator, generator_tensors(checkpoint, shapes, "ema"))
+    return generator.freeze()
+
+
+def apply_delta_file(delta: str | Path, base: str, output: str | Path) -> Path:
+    """Base + delta = result: a diffusers folder for a folder, a single file for a single file. See `delta.apply_to_folder`."""
+    return apply_to_folder(Path(delta), io_safe.resolve_model(base), Path(output))
+
+
+def evaluate_protocol(
+    run_dir: str | Path,
+    protocol: str,
+    detectors: Sequence[str] = (),
+    prompts: str | Path | None = None,
+    seeds: int | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    before: bool = False,
+) -> dict[str, Any]:
+    """Figures of a protocol of docs/concepts.md over the exported generator (before: over what θ started as).
+
+    detectors: judge folders or module:function. prompts: a file; None = the run's own forget prompts. seeds: images of each
+    prompt. samples: images of each group, for `classes`. Raises RecipeError, ModelError, DataError.
+    """
+    run = load_run(run_dir)
+    if protocol not in PROTOCOLS:
+        raise RecipeError(f"protocol: {protocol!r}; give one of {', '.join(PROTOCOLS)}")
+    if not run.recipe.uses_prompts:
+        raise RecipeError("protocol: protocols are for text-to-image runs; this run's model draws from classes")
+    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no"}[protocol]
+    if (protocol == "celebrity" and len(detectors) != 1) or (protocol == "i2p") > len(detectors):
+        raise RecipeError(f"detector: {protocol} takes {needed} --detector, got {len(detectors)}")
+    if protocol == "classes" and (detectors or prompts):
+        raise RecipeError("detector: classes is judged by the run's judge of words and its own prompts; give neither")
+    found = [load_detector(detector) for detector in detectors]
+    file = read_prompts(prompts) if prompts is not None else None
+    model = load_model(run.recipe, file.texts if file else ())
+    assert model.text is not None
+    assert isinstance(model.teacher, TextDenoiser)
+    judging = judging_of(run.recipe, model)
+    start = start_generator(run.recipe, model.teacher).freeze() if before else trained_generator(run, model)
+    sampler = judging.one_step(start)
+    number = EVALUATION_SEED if seed is None else seed
+    if protocol == "classes":
+        if not judging.possible:
+            raise RecipeError("protocol: classes needs a judge of words beside the model, or evaluate.judge")
+        return judging.figures(sampler, samples or run.recipe.evaluate.final or 2000, number)
+    texts = file.texts if file else [model.teacher.table.prompts[row] for row in model.text.judged.forget]
+    asked = [Prompt(row, text) for row, text in zip(model.teacher.table.index(texts), texts)]
+    if protocol == "celebrity":
+        return celebrity(sampler, asked, found[0], seeds or 20, number)
+    of_file = (file.seeds, file.categories) if file else (None, None)
+    return i2p(sampler, asked, found, seeds or 10, number, *of_file)
+
+
+def _is_export(folder: Path) -> bool:
+    card = folder / "model.json"
+    return card.is_file() and io_safe.read_json(card).get("kind") == "one-step generator"

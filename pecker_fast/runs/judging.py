@@ -1,0 +1,85 @@
+"""Judging a run: samplers of its networks, figures and image grids at fixed seeds, proof of what stayed untouched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pecker_kernels import SaliencyMask
+from torch import Tensor
+
+from pecker_fast.evaluate import evaluate
+from pecker_fast.evaluate.classes import Sampler
+from pecker_fast.evaluate.metrics import fid_floor
+from pecker_fast.files import io_safe
+from pecker_fast.forgetting.samplers import ddim_sample, grid_labels, one_step_sample, save_grid
+from pecker_fast.loading.parts import Model
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.recipe.schema import Recipe
+
+GRID_COLUMNS = 8
+GRID_SEED = 7
+EVALUATION_SEED = 1_000_003  # apart from every training seed a user is likely to choose
+
+
+class BaseJudging:
+    """Samplers of one recipe's networks; every row of figures sees the same noise."""
+
+    def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
+        self.recipe, self.parts, self.poll = recipe, parts, poll  # poll is called before every draw and may raise
+
+    def one_step(self, generator: Denoiser) -> Sampler:
+        return self._polled(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
+
+    def multi_step(self) -> Sampler:
+        """The teacher's own sampler, the reference row."""
+        steps, guidance = self.recipe.evaluate.teacher_steps, self.recipe.guidance.teacher
+        return self._polled(
+            lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance)
+        )
+
+    def _polled(self, sampler: Sampler) -> Sampler:
+        def sample(labels: Tensor, seed: int) -> Tensor:
+            self.poll()
+            return sampler(labels, seed)
+
+        return sample
+
+
+class Judging(BaseJudging):
+    """Figures and grids over classes, by the judge beside the model."""
+
+    @property
+    def possible(self) -> bool:
+        return self.parts.judge is not None
+
+    def figures(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+        """UA, cover rate, retain figures of `samples` forget and `samples` retain images; see `evaluate`."""
+        judge, c = self.parts.judge, self.parts.conditions
+        assert judge is not None
+        return evaluate(sampler, judge, self.parts.reference, c.forget, c.cover, c.retain, samples, seed)
+
+    def grid(self, sampler: Sampler, path: Path) -> Path:
+        """A row of images for every forget and retain class, equal noise in every grid of a run."""
+        classes = sorted((*self.parts.conditions.forget, *self.parts.conditions.retain))
+        return save_grid(sampler(grid_labels(classes, GRID_COLUMNS), GRID_SEED), GRID_COLUMNS, path)
+
+    def trust(self, teacher: dict[str, Any] | None) -> dict[str, Any] | None:
+        """How far the judge itself can be trusted: its own accuracy, the teacher's as it sees it, real against real."""
+        judge, reference = self.parts.judge, self.parts.reference
+        if judge is None:
+            return None
+        real = reference.select(self.parts.conditions.retain) if reference is not None else None
+        right = list((teacher or {}).get("per_class", {}).values())
+        return {
+            "held_out_accuracy": judge.info.get("held_out_accuracy"),
+            "teacher_accuracy": sum(right) / len(right) if right else None,
+            "fid_floor": fid_floor(real.features, real.labels, seed=0) if real is not None else None,
+            "reference_samples": len(real) if real is not None else None,
+        }
+
+
+def outside_sha256(network: Denoiser, mask: SaliencyMask) -> str:
+    """sha256 over the weights that the mask leaves out, in named_parameters order."""
+    return io_safe.sha256_tensors(
+        (name, p.detach().cpu()[~mask.bool(name).cpu()]) for name, p in network.named_parameters()
+    )

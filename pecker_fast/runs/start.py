@@ -1,0 +1,227 @@
+"""The verbs of the library: train a recipe, unlearn from Python, distil a one-step generator."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pecker_fast.engine.zero.settings import check_recipe, require_deepspeed
+from pecker_fast.errors import ModelError, OutputError, RecipeError
+from pecker_fast.export.folder import write_unet
+from pecker_fast.files.io_safe import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
+from pecker_fast.forgetting.saliency import ForgetImages
+from pecker_fast.loading.parts import Parts, load_parts
+from pecker_fast.loading.text_parts import plan_of
+from pecker_fast.machine.ranks import ALONE, Ranks, joined
+from pecker_fast.machine.signals import StopFlag
+from pecker_fast.networks.denoiser import load_unet
+from pecker_fast.networks.text_denoiser import TextDenoiser
+from pecker_fast.recipe.schema import Recipe, load_recipe, recipe_from, recipe_to_yaml
+from pecker_fast.records.events import NoTracker, Tracker, require_tensorboard
+from pecker_fast.records.run_folder import (
+    BASE,
+    is_run_folder,
+    locked,
+    open_run_folder,
+    plan_run_folder,
+    trajectory_sha256,
+)
+from pecker_fast.runs.forecast import check_memory
+from pecker_fast.runs.training import RunResult, Training
+
+__all__ = ["RunResult", "distill", "train", "unlearn"]
+
+
+def train(
+    recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry_run: bool = False, ranks: Ranks = ALONE
+) -> RunResult:
+    """Run a recipe in its output folder, from where it stopped (`resume`). Raises PeckerError with nothing lost.
+
+    dry_run loads and checks everything, and writes nothing. ranks: the processes a launcher has started, all of which call
+    this with the same recipe (`ranks.launched`).
+    """
+    started = time.perf_counter()
+    with ranks_of(recipe, ranks) as ranks:
+        check_ranks(recipe, ranks)
+        prediction = check_memory(recipe) if recipe.uses_prompts and not recipe.engine.zero else None
+        if dry_run and dry_run_text(recipe):
+            return RunResult(Path(recipe.output), None, None)
+        parts = ranks.agree(lambda: load_parts(recipe))
+        if (commit := revision_of(parts.folder)) is not None:
+            recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
+        forget_images = ranks.agree(lambda: _forget_images(recipe, parts))
+        identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+        alike(ranks, identity["base_sha256"], "model: the ranks have loaded different models")
+        plan = ranks.told(lambda: plan_run_folder(recipe, identity))
+        if tensorboard:
+            ranks.agree(require_tensorboard)
+        if dry_run:
+            return RunResult(plan.run_dir, None, None)
+        console = "none" if quiet else "auto"
+        with ExitStack() as stack:
+            ranks.first(lambda: stack.enter_context(locked(plan.run_dir)))
+            stop = stack.enter_context(StopFlag(ranks))
+            ranks.first(lambda: open_run_folder(recipe, plan))
+            tracker = ranks.first(lambda: Tracker(plan.run_dir, tensorboard, console)) or NoTracker()
+            stack.enter_context(tracker)
+            training = Training(recipe, parts, identity, tracker, stop, forget_images, started, ranks)
+            training.prediction = prediction
+            return training.run(plan.checkpoint)
+
+
+@contextmanager
+def ranks_of(recipe: Recipe, ranks: Ranks) -> Iterator[Ranks]:
+    """The processes of this run: those that were launched, or with engine.zero a world of this one alone.
+
+    Raises RecipeError where more were launched than the recipe has use for.
+    """
+    if ranks.world > 1 and not recipe.engine.zero:
+        raise ranks.shared(
+            RecipeError(f"engine.zero: 0 is one process, but {ranks.world} were started; use engine.zero=1, 2 or 3")
+        )
+    if ranks.world == 1 and recipe.engine.zero:
+        with joined(recipe.engine.stall_s) as group:
+            yield group
+        return
+    ranks.patience(recipe.engine.stall_s)
+    yield ranks
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Raise RecipeError where the sharded engine cannot run this recipe, or the ranks were given different ones."""
+    alike(ranks, recipe_to_yaml(recipe), "the ranks were started with different recipes")
+
+    def check() -> None:
+        if recipe.engine.zero:
+            require_deepspeed()
+            check_recipe(recipe, ranks.world)
+
+    ranks.agree(check)
+
+
+def alike(ranks: Ranks, value: str, what: str) -> None:
+    """Raise RecipeError on every rank unless all have the same value. Takes all ranks."""
+    values = ranks.everyones(hashlib.sha256(value.encode()).hexdigest())
+    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+    if other is not None:
+        raise ranks.shared(RecipeError(f"{what} (rank {other} and rank 0); start all of them with the same command"))
+
+
+def unlearn(
+    model: Any,
+    forget: int | list[int],
+    cover: int | list[int],
+    retain: list[int] | None = None,
+    method: str | None = None,
+    output: str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    quiet: bool = True,
+    null_class: int | None = None,
+    **keys: Any,
+) -> RunResult:
+    """Make a class-conditional diffusion model forget classes, from Python.
+
+    model: shipped name, diffusers folder, hub name, or an object with `.unet` and `.scheduler` (a diffusers pipeline).
+    method: "pecker" or "sfd"; None = the recipe's (pecker by default). output: None = the recipe's, or runs/unlearn.
+    recipe: what the other settings come from (name, file or Recipe); keys: recipe keys, sections as dicts.
+    null_class: index of the label-dropout embedding of a model given as an object, if it has one.
+    Raises PeckerError subclasses, one line each.
+    """
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    data = base.model_dump(by_alias=True)
+    if output is None:
+        output = "runs/unlearn" if recipe is None else base.output
+    if not isinstance(model, str | Path):
+        model = _write_base(model, Path(output), null_class)
+    given = {"model": str(model), "forget": forget, "cover": cover, "output": str(output), **keys}
+    given |= {key: value for key, value in (("method", method), ("retain", retain)) if value is not None}
+    for key, value in given.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+    return train(recipe_from(data, "unlearn"), quiet=quiet)
+
+
+def distill(
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    keys: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    quiet: bool = False,
+) -> None:
+    """Put a distilled one-step generator beside the teacher: `generator/` (averaged θ) and `score/` (ψ), all classes.
+
+    keys: further recipe keys (lr, ema, ...); dtype: what the weights are stored as.
+    """
+    run_dir = folder / ".distill"
+    given = {
+        "model": str(folder),
+        "method": "sfd",
+        "steps": 0,
+        "distill_steps": steps,
+        "seed": seed,
+        "output": str(run_dir),
+    }
+    recipe = recipe_from({**given, "evaluate": {"every": 0, "final": 0}, **(keys or {})}, "distill")
+    if recipe.engine.zero:
+        raise RecipeError("engine.zero: distilling a generator beside its teacher is one process; leave it out")
+    parts = load_parts(recipe)
+    identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+    plan = plan_run_folder(recipe, identity)
+    with locked(run_dir), StopFlag() as stop:
+        open_run_folder(recipe, plan)
+        with Tracker(run_dir, console="none" if quiet else "auto") as tracker:
+            training = Training(recipe, parts, identity, tracker, stop, None, time.perf_counter())
+            state = training.distilled(plan.checkpoint)
+    for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
+        write_unet(network, folder / name, dtype)
+    shutil.rmtree(run_dir)
+
+
+def dry_run_text(recipe: Recipe) -> bool:
+    """For a hub model: look at all but the weights, which are not fetched for it. False for every other recipe."""
+    if not recipe.uses_prompts or not is_hub_name(recipe.model):
+        return False
+    plan_of(recipe, None)
+    plan_run_folder(recipe, {})
+    return True
+
+
+def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:
+    """`mask.data=PATH`: the user's own images of the forget class, dealt in order; no other data set is ever opened."""
+    if not recipe.uses_mask or recipe.mask.source != "saliency" or recipe.mask.data in ("pseudo", "teacher"):
+        return None
+    from pecker_fast.data.datasets import forget_images
+
+    if isinstance(parts.teacher, TextDenoiser) and parts.text is not None:
+        teacher, (height, width) = parts.teacher, parts.text.pixels
+        deal = forget_images(recipe.mask.data, (3, height, width), [0])  # one folder for all prompts
+        return lambda rows, index: teacher.to_latents(deal(torch.zeros_like(rows).cpu(), index).to(rows.device))
+    return forget_images(recipe.mask.data, parts.teacher.sample_shape, parts.conditions.forget)
+
+
+def _write_base(model: Any, output: Path, null_class: int | None) -> Path:
+    """An in-memory pipeline (anything with `.unet` and `.scheduler`) as the model folder `output`/base."""
+    unet, scheduler = getattr(model, "unet", None), getattr(model, "scheduler", None)
+    if unet is None or scheduler is None:
+        raise ModelError(
+            f"model: {type(model).__name__} has no .unet and .scheduler; give a pipeline, a folder or a name"
+        )
+    folder = output / BASE
+    if output.is_dir() and any(output.iterdir()) and not is_run_folder(output) and not folder.is_dir():
+        raise OutputError(f"{output}: is not empty and not a run folder; give another output")
+    if folder.is_dir():
+        mine, theirs = (sha256_tensors(network.named_parameters()) for network in (unet, load_unet(folder / "unet")))
+        if mine != theirs:
+            raise OutputError(f"{folder}: holds another model; give another output")
+    with output_errors(folder):
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
+    if null_class is not None:
+        write_json(folder / "model.json", {"null_class": null_class})
+    return folder

@@ -1,0 +1,353 @@
+"""One run as it moves through its stages: distillation, mask, forgetting, figures, export."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pecker_kernels import SaliencyMask
+
+from pecker_fast.account.memory import ITERATION, Prediction, size
+from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.engine.zero import ZeroEngine
+from pecker_fast.errors import CheckpointError
+from pecker_fast.export.formats import export_folder
+from pecker_fast.files import io_safe
+from pecker_fast.forgetting.saliency import ForgetImages, mask_flops
+from pecker_fast.loading.parts import Parts, pick_device, start_generator
+from pecker_fast.machine import hardware
+from pecker_fast.machine.ranks import ALONE, Ranks
+from pecker_fast.machine.signals import StopFlag
+from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.recipe.schema import Recipe, idle_keys
+from pecker_fast.records.checkpoint import load_checkpoint, read_checkpoint_stage, save_checkpoint
+from pecker_fast.records.events import Tracker
+from pecker_fast.records.run_folder import MASK, METRICS, PIPELINE
+from pecker_fast.report import write_report
+from pecker_fast.runs.judging import outside_sha256
+from pecker_fast.runs.loop import Losses, run_stage
+from pecker_fast.runs.prompt_judging import judging_of
+
+
+def engine_of(recipe: Recipe, parts: Parts, device: torch.device, ranks: Ranks) -> LocalEngine:
+    """Where this recipe's tensors live."""
+    if recipe.engine.zero:
+        return ZeroEngine(recipe, parts.conditions, device, ranks)
+    return LocalEngine(recipe, parts.conditions, device)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `train` leaves: the run folder, its metrics (None after a dry run) and the report."""
+
+    run_dir: Path
+    metrics: dict[str, Any] | None
+    report: Path | None
+
+
+class Training:
+    """One run: the state as it moves through the stages, and the callbacks that watch it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parts: Parts,
+        identity: dict[str, str],
+        tracker: Tracker,
+        stop: StopFlag,
+        forget_images: ForgetImages | None,
+        started: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
+        self.recipe, self.parts, self.identity, self.tracker, self.stop = recipe, parts, identity, tracker, stop
+        self.forget_images, self.started = forget_images, started
+        self.device = pick_device()
+        self.engine = engine_of(recipe, parts, self.device, ranks)
+        self.judging = judging_of(recipe, parts, lambda: stop.check_here("the same command takes the figures up again"))
+        self.run_dir = Path(recipe.output)
+        self.saved_step: int | None = None
+        self.mask_cost: dict[str, float] = {}  # of one mask
+        self.prediction: Prediction | None = None  # of the memory this run will take
+        self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
+
+    # -- stages -------------------------------------------------------------------------------------------------
+
+    def run(self, checkpoint: Path | None) -> RunResult:
+        total = self.recipe.distill_steps + self.recipe.steps
+        for key in idle_keys(self.recipe):
+            self.tracker.say(f"note: {key}")
+        if checkpoint is None:
+            state = self.start()
+        else:
+            state = self.resume(checkpoint)
+            self.take_over(checkpoint, state)
+            if self.total_step(state) > total:
+                raise CheckpointError(
+                    f"{self.run_dir}: has done {self.total_step(state)} steps, the recipe wants {total}; "
+                    "raise steps, or resume=never to start over"
+                )
+            if self.is_finished(total):
+                self.tracker.say(f"{self.run_dir}: this run is finished; resume=never runs it again")
+                report = self.ranks.first(lambda: write_report(self.run_dir))
+                return RunResult(self.run_dir, self.metrics, report)
+            self.metrics |= {"after": None, "step": None}
+        self.log_start(checkpoint, state)
+        if state.stage == "distill":
+            self.iterate(state, self.recipe.distill_steps)
+            state = self.enter_forget(state)
+        elif checkpoint is None:
+            state = self.enter_forget(state)
+        self.iterate(state, self.recipe.steps)
+        return self.finish(state)
+
+    def is_finished(self, total: int) -> bool:
+        """Whether metrics.json holds the figures of this very length and evaluation."""
+        wanted = {"step": total, "evaluate": self.recipe.evaluate.model_dump()}
+        return all(self.metrics.get(key) == value for key, value in wanted.items())
+
+    def take_over(self, checkpoint: Path, state: TrainState) -> None:
+        """What else a resumed run needs from the folder of its checkpoint: figures and grid of `before`, the mask."""
+        source = checkpoint.resolve().parents[1]
+        if (source / METRICS).is_file():
+            self.metrics |= io_safe.read_json(source / METRICS)
+        if source != self.run_dir.resolve():
+            self.metrics |= {"after": None, "teacher": None, "step": None}
+            self.ranks.first(lambda: self.copy_before(source))
+        else:
+            self.saved_step = self.total_step(state)
+        self.save_mask(state)
+
+    def copy_before(self, source: Path) -> None:
+        grid = Path("samples") / "before.png"
+        if (source / grid).is_file():
+            io_safe.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
+        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+
+    def distilled(self, checkpoint: Path | None) -> TrainState:
+        """The plain distillation stage alone."""
+        state = self.resume(checkpoint) if checkpoint else self.start()
+        self.log_start(checkpoint, state)
+        self.iterate(state, self.recipe.distill_steps)
+        return state
+
+    def start(self) -> TrainState:
+        """φ, ψ, θ on the device, in the first stage the recipe has."""
+        parts = self.parts
+        stage = "distill" if self.recipe.distill_steps else "forget"
+        state = self.engine.start(parts.teacher, parts.score, parts.generator, stage)
+        if not self.recipe.engine.shard_teacher:
+            parts.teacher = state.teacher
+        parts.score, parts.generator = state.score, state.generator
+        return state
+
+    def resume(self, checkpoint: Path) -> TrainState:
+        """The state of a checkpoint."""
+        state = self.start()
+        state.stage, mask = read_checkpoint_stage(checkpoint)
+        if state.stage == "forget":
+            self.engine.follow(state, mask)
+        load_checkpoint(state, checkpoint, self.identity)
+        return state
+
+    def enter_forget(self, state: TrainState) -> TrainState:
+        """From the distilled (or given) θ to the forget stage: average becomes θ, ψ stays, mask, fresh optimizers."""
+        fresh = self.engine.forget_stage(state)
+        self.judge_start(fresh)
+        self.engine.follow(fresh, self.timed_mask(fresh) if self.recipe.uses_mask else None)
+        self.log_mask(fresh)
+        return fresh
+
+    def iterate(self, state: TrainState, steps: int) -> None:
+        self.tracker.progress(state.stage, steps, self.total_step(state) - state.step)
+        callbacks = (self.log_step, self.checkpoint, self.evaluate_in_loop)
+        run_stage(self.recipe, self.engine, state, steps, self.refresh, callbacks, self.stop, self.save)
+
+    # -- mask ---------------------------------------------------------------------------------------------------
+
+    def timed_mask(self, state: TrainState) -> SaliencyMask | None:
+        """A mask at the present weights; its time and FLOPs count as training."""
+        start = time.perf_counter()
+
+        def poll() -> None:
+            self.stop.check("stopped in the saliency pass; the same command goes on")
+
+        with self.ranks.running():
+            mask = self.engine.make_mask(state, self.parts.conditions, self.forget_images, poll)
+        seconds = time.perf_counter() - start
+        flops = 0.0
+        if not self.engine.sharded:
+            networks = (state.teacher, state.score, state.generator)
+            with self.engine.autocast():
+                flops = mask_flops(self.recipe, *networks, self.parts.conditions, state.step, self.forget_images, poll)
+        state.training_s += seconds
+        state.flops += flops
+        self.mask_cost = {"ms": 1e3 * seconds, "flops": flops}
+        return mask
+
+    def refresh(self, state: TrainState) -> None:
+        mask = self.timed_mask(state)
+        assert mask is not None  # the loop refreshes a mask that is there
+        self.engine.set_mask(state, mask)
+        self.log_mask(state)
+
+    def log_mask(self, state: TrainState) -> None:
+        mask = state.mask
+        if mask is None:
+            return
+        self.save_mask(state)
+        self.tracker.event(
+            "mask", self.total_step(state), source=self.recipe.mask.source, density=mask.density, count=mask.count,
+            total=mask.total, threshold=mask.threshold,
+        )  # fmt: skip
+
+    def save_mask(self, state: TrainState) -> None:
+        mask = state.mask
+
+        def write() -> None:
+            if mask is not None:
+                with io_safe.output_errors(self.run_dir / MASK):
+                    mask.save(self.run_dir / MASK)
+
+        self.ranks.first(write)
+
+    # -- callbacks ----------------------------------------------------------------------------------------------
+
+    def total_step(self, state: TrainState) -> int:
+        return state.step + (self.recipe.distill_steps if state.stage == "forget" else 0)
+
+    def log_start(self, checkpoint: Path | None, state: TrainState) -> None:
+        resumed = self.total_step(state) if checkpoint else None
+        self.tracker.event(
+            "start", self.total_step(state), **hardware.environment(), **self.identity, resumed_from=resumed
+        )
+
+    def log_step(self, state: TrainState, losses: Losses) -> None:
+        if state.step % 10 and state.step > 1:
+            self.tracker.tick(self.total_step(state))
+            return
+        self.engine.settle(state)
+        values = self.engine.means(losses)
+        rate = state.images / max(state.training_s, 1e-9)
+        self.tracker.event(
+            "step", self.total_step(state), stage=state.stage, **values, images=state.images, images_per_s=rate
+        )
+
+    def evaluate_in_loop(self, state: TrainState, losses: Losses) -> None:
+        every = self.recipe.evaluate.every
+        if state.stage == "forget" and every and state.step % every == 0 and self.judging.possible:
+            self.engine.settle(state)
+            generator = self.engine.averaged(state)
+
+            def judge() -> None:
+                assert generator is not None
+                result = self.judging.figures(self.judging.one_step(generator), self.recipe.evaluate.samples)
+                del result["per_class"]
+                self.tracker.event("evaluate", self.total_step(state), **result)
+
+            self.ranks.first(judge)
+
+    def checkpoint(self, state: TrainState, losses: Losses) -> None:
+        every = self.recipe.checkpoint.every
+        if every and state.step % every == 0:
+            self.save(state)
+
+    def save(self, state: TrainState) -> None:
+        step = self.total_step(state)
+        if self.saved_step == step:
+            return
+        self.engine.settle(state)
+        folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep, self.ranks)
+        self.saved_step = step
+        self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def judge_start(self, state: TrainState) -> None:
+        """`before`: θ as forgetting finds it. Kept in metrics.json at once, since a resumed run cannot make it again."""
+        # a fresh average is θ itself: one process needs no copy
+        generator = self.engine.averaged(state) if self.engine.sharded else state.generator
+
+        def judge() -> None:
+            assert generator is not None
+            sampler = self.judging.one_step(generator)
+            self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
+            if self.judging.possible and self.recipe.evaluate.final:
+                self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
+            io_safe.write_json(self.run_dir / METRICS, self.metrics)
+
+        self.ranks.first(judge)
+
+    def finish(self, state: TrainState) -> RunResult:
+        """Final checkpoint, figures, pipeline, report."""
+        self.save(state)
+        generator = self.engine.averaged(state)
+        done = self.ranks.first(lambda: self.conclude(state, generator))
+        return done or RunResult(self.run_dir, None, None)
+
+    def conclude(self, state: TrainState, generator: Denoiser | None) -> RunResult:
+        """Figures, pipeline and report of the averaged generator, on rank 0."""
+        assert generator is not None
+        self.parts.teacher = self.parts.teacher.to(self.device)
+        samplers = {"after": self.judging.one_step(generator), "teacher": self.judging.multi_step()}
+        for name, sampler in samplers.items():
+            self.judging.grid(sampler, self.run_dir / "samples" / f"{name}.png")
+            if self.judging.possible and self.recipe.evaluate.final:
+                self.metrics[name] = self.judging.figures(sampler, self.recipe.evaluate.final)
+        self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
+        self.metrics["outside_mask"] = self.outside_mask(state, generator)
+        self.metrics["cost"] = {
+            "training_s": state.training_s,
+            "images": state.images,
+            "flops": None if self.engine.sharded else state.flops,
+            "peak_memory_bytes": hardware.peak_memory_bytes(),
+            "parts": self.parts_account(state),
+            "memory": self.memory(state),
+        }
+        export_folder(
+            generator, self.recipe, self.parts, self.run_dir, self.run_dir / PIPELINE, self.metrics,
+            self.parts.teacher_sha256,
+        )  # fmt: skip
+        self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
+        self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
+        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+        self.tracker.event("end", self.total_step(state), training_s=state.training_s, images=state.images)
+        if not self.judging.possible:
+            self.tracker.say(
+                "not judged: the model folder has no judge/ (give evaluate.judge); metrics.json holds the cost alone"
+            )
+        return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+
+    def memory(self, state: TrainState) -> dict[str, int] | None:
+        """Peak bytes of an iteration, as predicted before loading and as measured; None where nothing was predicted."""
+        account = state.accounts.get(state.stage)
+        if self.prediction is None or account is None:
+            return None
+        predicted = max(n for name, n in self.prediction.phases.items() if name in ITERATION)
+        measured = account["peak_allocated_bytes"] or account["peak_tensor_bytes"]
+        self.tracker.say(f"memory of an iteration: predicted {size(predicted)}, measured {size(measured)}")
+        return {"predicted_bytes": predicted, "measured_bytes": measured}
+
+    def parts_account(self, state: TrainState) -> dict[str, Any] | None:
+        """One iteration part by part, of the last stage this process has iterated in; else what an earlier one left."""
+        account = state.accounts.get("forget") or state.accounts.get("distill")
+        if account is None:
+            return self.metrics.get("cost", {}).get("parts")
+        over = self.recipe.mask.refresh or self.recipe.steps
+        return {**account, "mask": {key: value / max(over, 1) for key, value in self.mask_cost.items()}}
+
+    def outside_mask(self, state: TrainState, generator: Denoiser) -> dict[str, Any] | None:
+        """Proof that weights outside the mask are the start's: their sha256 before and after (`salient_only`, one mask)."""
+        mask, recipe = state.mask, self.recipe
+        if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
+            return None
+        weights = mask.total - mask.count
+        start = start_generator(recipe, self.parts.teacher)  # φ is as it was loaded
+        before, after = outside_sha256(start, mask), outside_sha256(generator, mask)
+        if before != after:
+            raise CheckpointError(
+                f"weights outside the mask have changed ({before[:12]} is now {after[:12]}); please report this"
+            )
+        self.tracker.say(f"{weights} weights outside the mask are bit-identical to the start's (sha256 {after[:16]}…)")
+        return {"weights": weights, "before_sha256": before, "after_sha256": after}
