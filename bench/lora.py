@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pecker_fast import files
 from pecker_fast.account.live import LiveBytes
-from pecker_fast.files import io_safe
 from pecker_fast.machine.hardware import environment
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser
 from pecker_fast.networks.lora import lora_score, pair_x0
@@ -54,7 +54,7 @@ def networks() -> dict[str, Denoiser]:
     """The teacher of the digits, and text-to-image networks on 8×8 latents: a million weights, and layers as wide as SD's first."""
     from diffusers import UNet2DConditionModel
 
-    digits = load_denoiser(io_safe.ASSETS / "digits")
+    digits = load_denoiser(files.ASSETS / "digits")
     found: dict[str, Denoiser] = {"digits": digits}
     for name, widths in (("text", (32, 64)), ("text, wide", (160, 320))):
         torch.manual_seed(0)

@@ -61,7 +61,7 @@ def worst(row: dict[str, Any], attribute: str, words: dict[str, tuple[str, ...]]
 
 def vocabulary() -> dict[str, tuple[str, ...]]:
     from pecker_fast.evaluate.words import load_word_judge
-    from pecker_fast.files.io_safe import resolve_model
+    from pecker_fast.files import resolve_model
 
     judge = load_word_judge(resolve_model("shapes") / "judge")
     assert judge is not None

@@ -2,7 +2,7 @@
 
 import sys
 
-from pecker_fast.cli.app import main
+from pecker_fast.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

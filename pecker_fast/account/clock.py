@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pecker_fast.account.counter import OTHER
-from pecker_fast.machine.profile import recording
+from pecker_fast.machine import recording
 
 Meter = Callable[[], float]  # a reading that only grows: seconds, joules
 

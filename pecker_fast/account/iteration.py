@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pecker_fast.account.clock import Clock, stopwatch
 from pecker_fast.account.counter import Count, Counter
 from pecker_fast.engine import LocalEngine, TrainState
-from pecker_fast.machine.profile import part, recording
+from pecker_fast.machine import part, recording
 
 BACKWARD = "generator_backward"  # what the parts of θ's backward passes are called, the branches after it
 GROUPS = ("retain", "forget", "retain_forget")

@@ -77,12 +77,12 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables; errors only.")] = False,
 ) -> None:
     """Run a recipe: saliency, mask, forgetting, evaluation, export, report. Continues where it stopped."""
-    from pecker_fast.recipe.schema import load_recipe, recipe_to_yaml
+    from pecker_fast.recipe import load_recipe, recipe_to_yaml
 
     if "RANK" not in os.environ:
         load_recipe(recipe, overrides or ())  # a mistake in it shows before anything heavy is imported
     from pecker_fast.machine.ranks import launched
-    from pecker_fast.runs.start import train as run_train
+    from pecker_fast.runs import train as run_train
 
     with launched() as ranks:
         resolved = ranks.agree(lambda: load_recipe(recipe, overrides or ()))
@@ -127,7 +127,7 @@ def pretrain(
 ) -> None:
     """Train a teacher, and the classifier that judges it, from your own copy of a data set."""
     if name not in PRETRAIN_NAMES:
-        from pecker_fast.recipe.errors import closest
+        from pecker_fast.recipe import closest
 
         close = closest(name, PRETRAIN_NAMES)
         hint = f", did you mean {close}?" if close else ""
@@ -164,7 +164,7 @@ def sample(
 ) -> None:
     """Draw a grid of images with the model of a run."""
     chosen = _class_list(classes)
-    from pecker_fast.runs.finished import sample_run
+    from pecker_fast.runs import sample_run
 
     path = sample_run(run, classes=chosen, count=count, seed=seed, output=output, before=before, prompts=prompt)
     typer.echo(f"images: {path}")
@@ -200,8 +200,8 @@ def evaluate(
     if protocol is not None:
         if judge is not None:
             raise RecipeError("--judge: a protocol is judged by --detector; leave one out")
-        from pecker_fast.evaluate.concepts import TABLE_HEADER, protocol_table
-        from pecker_fast.runs.finished import evaluate_protocol
+        from pecker_fast.evaluate import TABLE_HEADER, protocol_table
+        from pecker_fast.runs import evaluate_protocol
 
         figures = evaluate_protocol(run, protocol, detector or (), prompts, seeds, samples, seed, before)
         _show(protocol_table(figures), TABLE_HEADER)
@@ -210,7 +210,7 @@ def evaluate(
     if used := [name for name, value in given.items() if value]:
         raise RecipeError(f"{used[0]}: needs --protocol celebrity, i2p or classes")
     from pecker_fast.report import metrics_table
-    from pecker_fast.runs.finished import evaluate_run
+    from pecker_fast.runs import evaluate_run
 
     _show(metrics_table(evaluate_run(run, samples=samples, seed=seed, judge=judge)))
 
@@ -236,7 +236,7 @@ def mask(
     if not path.exists():
         why = "the run has no mask (method sfd, or mask.source none)" if run.is_dir() else "no such run folder"
         raise DataError(f"{path}: not there; {why}")
-    from pecker_fast.files.io_safe import check_tensors
+    from pecker_fast.files import check_tensors
 
     check_tensors(path)
     from pecker_kernels import SaliencyMask
@@ -280,7 +280,7 @@ def export(
     if what[0] == "apply":
         if len(what) != 3 or output is None:
             raise RecipeError("export apply: give DELTA, BASE and --output, as `pecker-fast export apply D B -o OUT`")
-        from pecker_fast.runs.finished import apply_delta_file
+        from pecker_fast.runs import apply_delta_file
 
         typer.echo(f"model: {apply_delta_file(what[1], what[2], output)}")
         return
@@ -288,7 +288,7 @@ def export(
         raise RecipeError(f"export: one run folder expected, got {' '.join(what)[:120]!r}")
     if weights not in ("ema", "raw"):
         raise RecipeError(f"--weights: expected ema or raw, got {weights!r}")
-    from pecker_fast.runs.finished import export_run
+    from pecker_fast.runs import export_run
 
     path = export_run(Path(what[0]), output=output, weights=weights, form=form)
     typer.echo(f"{'pipeline' if form == 'diffusers' else form}: {path}")
@@ -304,8 +304,8 @@ def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")] = None,
 ) -> None:
     """Show versions, backends, what is missing, and the memory a recipe will take. Exits with 1 if something must be mended."""
-    from pecker_fast.machine.hardware import doctor as examine
-    from pecker_fast.recipe.schema import load_recipe
+    from pecker_fast.machine import doctor as examine
+    from pecker_fast.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or ()) if recipe else None
     checks = examine(resolved)
@@ -313,7 +313,7 @@ def doctor(
         [(check.name, check.state, check.found, check.remedy) for check in checks], ("part", "state", "found", "remedy")
     )
     if resolved is not None and not any(check.name == "model" and check.state == "missing" for check in checks):
-        from pecker_fast.runs.forecast import check_memory
+        from pecker_fast.runs import check_memory
 
         prediction = None if resolved.engine.zero else check_memory(resolved)
         if resolved.engine.zero:
@@ -342,14 +342,14 @@ def bench(
     json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
 ) -> None:
     """Measure one iteration, part by part: without a mask beside the recipe's own. Trains nothing, keeps nothing."""
-    from pecker_fast.recipe.schema import load_recipe
+    from pecker_fast.recipe import load_recipe
 
     name, given = recipe or "digits", list(overrides or ())
     if "=" in name and not Path(name).exists():
         name, given = "digits", [name, *given]
     resolved = load_recipe(name, given)
-    from pecker_fast.report.cost import parts_tables
-    from pecker_fast.runs.benchmark import bench as measure
+    from pecker_fast.report import parts_tables
+    from pecker_fast.runs import bench as measure
 
     found = measure(resolved, iterations, json)
     for table in parts_tables(found["variants"]):
@@ -370,8 +370,8 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("list", epilog=_examples("pecker-fast recipes list"))
 def recipes_list() -> None:
     """Names of the shipped recipes, with the first line of each."""
-    from pecker_fast.files.io_safe import read_text
-    from pecker_fast.recipe.schema import shipped_recipes
+    from pecker_fast.files import read_text
+    from pecker_fast.recipe import shipped_recipes
 
     rows = [(name, read_text(path).splitlines()[0].lstrip("# ")) for name, path in shipped_recipes().items()]
     _show(rows, ("recipe", "what it does"))
@@ -385,8 +385,8 @@ def recipes_show(
     everything: Annotated[bool, typer.Option("--all", help="Every key with its value, defaults included.")] = False,
 ) -> None:
     """Print a recipe."""
-    from pecker_fast.files.io_safe import read_text
-    from pecker_fast.recipe.schema import load_recipe, recipe_to_yaml, shipped_recipes
+    from pecker_fast.files import read_text
+    from pecker_fast.recipe import load_recipe, recipe_to_yaml, shipped_recipes
 
     resolved = load_recipe(name)
     typer.echo(recipe_to_yaml(resolved) if everything else read_text(shipped_recipes().get(name, Path(name))), nl=False)
@@ -402,8 +402,8 @@ def recipes_copy(
     ] = None,
 ) -> None:
     """Copy a shipped recipe, to be changed. Never overwrites."""
-    from pecker_fast.files.io_safe import read_text, write_text
-    from pecker_fast.recipe.schema import load_recipe, shipped_recipes
+    from pecker_fast.files import read_text, write_text
+    from pecker_fast.recipe import load_recipe, shipped_recipes
 
     load_recipe(name)
     source = shipped_recipes().get(name, Path(name))
@@ -418,7 +418,7 @@ def recipes_copy(
 @recipes_app.command("keys", epilog=_examples("pecker-fast recipes keys"))
 def recipes_keys() -> None:
     """Every recipe key with its type, default and meaning."""
-    from pecker_fast.recipe.schema import recipe_help
+    from pecker_fast.recipe import recipe_help
 
     rows = [
         (key, kind, "null" if default is None else str(default), text) for key, kind, default, text in recipe_help()

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pecker_fast import files
 from pecker_fast.conditions.words import folded
 from pecker_fast.errors import RecipeError
-from pecker_fast.files import io_safe
-from pecker_fast.recipe.errors import show
+from pecker_fast.recipe import show
 
 MAX_PROMPT_LENGTH = 1000  # characters; far above the 77 tokens a text encoder reads
 MAX_PROMPTS = 100_000  # of a kind; each takes an embedding
@@ -54,7 +54,7 @@ def _file_lines(key: str, name: str, folders: Sequence[Path], what: str) -> list
         looked = "".join(f", {folder}" for folder in folders)
         raise RecipeError(f"{key}: no file {name[:200]!r} with {what} (looked in the current folder{looked})")
     try:
-        content = io_safe.read_text(path, error=RecipeError)
+        content = files.read_text(path, error=RecipeError)
     except RecipeError as reason:
         raise RecipeError(f"{key}: {reason}") from None
     rows = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")

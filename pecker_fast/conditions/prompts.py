@@ -26,7 +26,7 @@ from pecker_fast.conditions.lines import (
 )
 from pecker_fast.conditions.words import folded, put, whole_words
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.errors import closest, show
+from pecker_fast.recipe import closest, show
 
 __all__ = ["PromptPlan", "plan_prompts"]
 

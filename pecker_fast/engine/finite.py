@@ -9,8 +9,8 @@ from pecker_kernels import MaskedAdam, all_finite
 from torch import Tensor, nn
 
 from pecker_fast.errors import NonFiniteError
-from pecker_fast.forgetting.updates import Gradients
-from pecker_fast.machine.profile import part
+from pecker_fast.forgetting import Gradients
+from pecker_fast.machine import part
 
 
 class FiniteGuard:

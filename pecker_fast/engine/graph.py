@@ -9,7 +9,7 @@ from torch import Tensor
 from pecker_fast.engine.inputs import Inputs
 from pecker_fast.engine.state import TrainState
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 EAGER = 3  # iterations that build kernels, the optimizers' state and the tables of their launches
 

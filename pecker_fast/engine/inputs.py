@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pecker_fast import draws
-from pecker_fast.conditions.classes import Conditions
+from pecker_fast.conditions import Conditions
 from pecker_fast.engine.state import TrainState
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pecker_kernels import SaliencyMask, SparseBackward, skip_weight_gradients
 from torch import Tensor, nn
 
 from pecker_fast.engine.state import TrainState
-from pecker_fast.forgetting.updates import Gradients
+from pecker_fast.forgetting import Gradients
 
 
 class LiveBackward:

@@ -9,21 +9,28 @@ from pecker_kernels import SaliencyMask, SparseBackward
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pecker_fast.conditions.classes import Conditions
+from pecker_fast.conditions import Conditions
 from pecker_fast.engine.blocks import compile_blocks
 from pecker_fast.engine.finite import FiniteGuard, non_finite
 from pecker_fast.engine.graph import IterationGraph, require_gpu
 from pecker_fast.engine.inputs import Batch, Inputs, concatenate, draw
 from pecker_fast.engine.live import LiveBackward, gradients_of
 from pecker_fast.engine.state import TrainState, start_ema
-from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
-from pecker_fast.forgetting.methods import get_method
-from pecker_fast.forgetting.saliency import ForgetImages, make_mask
-from pecker_fast.forgetting.updates import Dense, Gradients, adam
-from pecker_fast.machine.profile import part
+from pecker_fast.forgetting import (
+    Dense,
+    ForgetImages,
+    Gradients,
+    adam,
+    generate,
+    generator_loss,
+    get_method,
+    make_mask,
+    noise_loss,
+)
+from pecker_fast.machine import part
 from pecker_fast.machine.ranks import ALONE, Ranks
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe
 
 
 class LocalEngine:

@@ -8,9 +8,9 @@ import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
 from torch import Tensor
 
-from pecker_fast.forgetting.methods import UpdateRule
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import LearningRates
+from pecker_fast.forgetting import UpdateRule
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import LearningRates
 
 
 @dataclass

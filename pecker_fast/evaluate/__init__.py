@@ -1,19 +1,37 @@
 """Evaluation: the judge, unlearning accuracy and the distribution metrics. torchmetrics is imported at first use."""
 
 from pecker_fast.evaluate.classes import Sampler, evaluate
+from pecker_fast.evaluate.concepts import PROTOCOLS, TABLE_HEADER, celebrity, i2p, protocol_table
+from pecker_fast.evaluate.detector import load_detector
+from pecker_fast.evaluate.drawing import Prompt
 from pecker_fast.evaluate.judge import Judge, Reference, SmallClassifier, load_judge, save_judge
 from pecker_fast.evaluate.metrics import fid, fid_floor, inception_score, precision_recall
+from pecker_fast.evaluate.obedience import word_figures
+from pecker_fast.evaluate.prompts_file import read_prompts
+from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
 
 __all__ = [
+    "PROTOCOLS",
+    "TABLE_HEADER",
     "Judge",
+    "Prompt",
     "Reference",
     "Sampler",
     "SmallClassifier",
+    "WordJudge",
+    "celebrity",
     "evaluate",
     "fid",
     "fid_floor",
+    "i2p",
     "inception_score",
+    "load_detector",
     "load_judge",
+    "load_word_judge",
     "precision_recall",
+    "protocol_table",
+    "read_prompts",
     "save_judge",
+    "save_word_judge",
+    "word_figures",
 ]

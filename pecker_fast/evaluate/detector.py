@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pecker_fast.errors import ModelError, PeckerError, RecipeError
 from pecker_fast.evaluate.judge import CONFIG, Judge, _build
-from pecker_fast.files.io_safe import read_json
+from pecker_fast.files import read_json
 
 KEYS = ("score", "faces", "flag")
 BATCH = 50

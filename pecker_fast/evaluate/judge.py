@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.errors import DataError, ModelError
-from pecker_fast.files.io_safe import read_json, read_tensors, write_json, write_tensors
+from pecker_fast.files import read_json, read_tensors, write_json, write_tensors
 
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
 _SIZES = ("in_channels", "sample_size", "num_classes", "width", "features")

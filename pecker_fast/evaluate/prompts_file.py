@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pecker_fast.errors import DataError
-from pecker_fast.files.io_safe import read_text
+from pecker_fast.files import read_text
 
 SEED_COLUMNS = ("evaluation_seed", "sd_seed", "seed")  # the first that is there counts
 

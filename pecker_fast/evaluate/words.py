@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pecker_fast.errors import DataError, ModelError
 from pecker_fast.evaluate.judge import CONFIG, REFERENCE, Judge, Reference, SmallClassifier, load_judge, save_judge
-from pecker_fast.files.io_safe import read_json, read_tensors, write_json, write_tensors
+from pecker_fast.files import read_json, read_tensors, write_json, write_tensors
 
 
 class WordJudge:

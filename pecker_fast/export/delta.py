@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
 
 FORMAT, VERSION = "pecker-fast delta", "1"
@@ -47,7 +47,7 @@ class DeltaStats:
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 over names, dtypes, shapes and bytes of all tensors, by name: what a delta calls its base and result."""
-    return io_safe.sha256_tensors(sorted(tensors.items()))
+    return files.sha256_tensors(sorted(tensors.items()))
 
 
 def write_delta(
@@ -81,9 +81,9 @@ def write_delta(
         "tensors": json.dumps(listed, separators=(",", ":")),
         "metadata": json.dumps(dict(sorted((metadata or {}).items()))),
     }
-    if sum(map(len, header.values())) > io_safe.MAX_HEADER_BYTES // 2:
+    if sum(map(len, header.values())) > files.MAX_HEADER_BYTES // 2:
         raise OutputError(f"{path}: names and metadata are too long for the head of a delta file; shorten the metadata")
-    io_safe.write_tensors(path, stored, header)
+    files.write_tensors(path, stored, header)
     return DeltaStats(
         tensors=len(result),
         changed_tensors=sum(entry[2] != "same" for entry in listed.values()),
@@ -143,7 +143,7 @@ class _Delta:
 
 def _read(path: Path) -> _Delta:
     """A delta file whose list of tensors is sound and names exactly the parts that are there; raises DataError."""
-    parts, header = io_safe.read_tensors(path, error=DataError)
+    parts, header = files.read_tensors(path, error=DataError)
     if header.get("format") != FORMAT:
         raise DataError(f"{path}: not a delta file; one written by pecker-fast was expected")
     if header.get("version") != VERSION:
@@ -250,12 +250,12 @@ def delta_of_folders(base: Path, result: Path, path: Path, *, metadata: Mapping[
 def _folder_unet(folder: Path) -> dict[str, Tensor]:
     if not (folder / "unet").is_dir():
         raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
-    io_safe.check_parts(folder, ("unet",))
-    return io_safe.read_weights(folder / "unet")
+    files.check_parts(folder, ("unet",))
+    return files.read_weights(folder / "unet")
 
 
 def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:
-    return unet_of(io_safe.read_tensors(path, error=ModelError)[0], unet_names(names), path)
+    return unet_of(files.read_tensors(path, error=ModelError)[0], unet_names(names), path)
 
 
 def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
@@ -272,19 +272,19 @@ def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
         raise OutputError(f"{output}: exists already; choose another output")
     read = _read(delta)
     if base.is_file():
-        tensors, metadata = io_safe.read_tensors(base, error=ModelError)
+        tensors, metadata = files.read_tensors(base, error=ModelError)
         names = unet_names(read.tensors)
         put_unet(tensors, _result(read, unet_of(tensors, names, base)), names, base)
-        io_safe.write_tensors(output, tensors, metadata)
+        files.write_tensors(output, tensors, metadata)
         return output
     unet = _result(read, _folder_unet(base))
     temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
-    with io_safe.output_errors(output):
+    with files.output_errors(output):
         try:
             _copy_model(base, temporary)
-            io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, unet, {"format": "pt"})
+            files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, unet, {"format": "pt"})
             _put_scheduler(read, temporary)
-            io_safe.replace(temporary, output)
+            files.replace(temporary, output)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -303,24 +303,24 @@ def _put_scheduler(delta: _Delta, target: Path) -> None:
     plain = isinstance(config, dict) and all(isinstance(v, str | int | float | None) for v in config.values())
     if not plain or config.get("_class_name") != "EulerDiscreteScheduler":
         raise delta.error("the scheduler in its notes is no EulerDiscreteScheduler")
-    io_safe.write_json(target / "scheduler" / "scheduler_config.json", config)
-    index = io_safe.read_json(target / "model_index.json", error=ModelError)
-    io_safe.write_json(target / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
+    files.write_json(target / "scheduler" / "scheduler_config.json", config)
+    index = files.read_json(target / "model_index.json", error=ModelError)
+    files.write_json(target / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
 
 
 def _copy_model(base: Path, target: Path) -> None:
     """Copy a diffusers folder without its UNet's weights and without pickles; raises ModelError and OSError."""
-    index = io_safe.read_json(base / "model_index.json", error=ModelError)
+    index = files.read_json(base / "model_index.json", error=ModelError)
     if not isinstance(index, dict):
         raise ModelError(f"{base / 'model_index.json'}: damaged: a JSON object was expected")
     parts = {name for name, value in index.items() if isinstance(value, list) and Path(name).name == name} | {"unet"}
     for folder in (base, *(base / name for name in sorted(parts) if (base / name).is_dir())):
-        io_safe.check_parts(base, (folder.name if folder != base else "",))
+        files.check_parts(base, (folder.name if folder != base else "",))
         for file in sorted(folder.iterdir()):
             if folder == base or folder.name == "unet":
                 wanted = file.suffix in _TEXT_FILES and not file.name.endswith(".safetensors.index.json")
             else:
-                wanted = file.suffix.lower() not in io_safe.PICKLE_SUFFIXES
+                wanted = file.suffix.lower() not in files.PICKLE_SUFFIXES
             if wanted and file.is_file() and not file.name.startswith("."):
                 _copy(file, target / file.relative_to(base))
 

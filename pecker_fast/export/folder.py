@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from pecker_fast.conditions.classes import Conditions
-from pecker_fast.files import io_safe
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe, recipe_to_yaml
+from pecker_fast import files
+from pecker_fast.conditions import Conditions
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe, recipe_to_yaml
 
 USAGE = """\
 import torch
@@ -36,9 +36,9 @@ images = scheduler.step(output, t, x).prev_sample.clamp(-1, 1)  # [N, C, H, W] i
 
 def write_unet(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """config.json and safetensors weights as diffusers lays them out, floating-point tensors stored as `dtype`."""
-    io_safe.write_json(folder / io_safe.CONFIG_NAME, unet_config(denoiser))
+    files.write_json(folder / files.CONFIG_NAME, unet_config(denoiser))
     weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
-    io_safe.write_tensors(folder / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
+    files.write_tensors(folder / files.WEIGHTS_NAME, weights, {"format": "pt"})
 
 
 def unet_config(denoiser: Denoiser) -> dict[str, Any]:
@@ -60,13 +60,13 @@ def export_pipeline(
 
     generator: θ with the weights to export; base_sha256: hash of the model it came from, for the card.
     """
-    with io_safe.whole_folder(folder) as temporary:
+    with files.whole_folder(folder) as temporary:
         write_unet(generator, temporary / "unet")
-        io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
+        files.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
         parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-        io_safe.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
-        weights_sha256 = io_safe.sha256_tensors(generator.named_parameters())
-        io_safe.write_json(
+        files.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+        weights_sha256 = files.sha256_tensors(generator.named_parameters())
+        files.write_json(
             temporary / "model.json",
             {
                 "kind": "one-step generator",
@@ -79,7 +79,7 @@ def export_pipeline(
             },
         )
         card = model_card(generator, recipe, conditions, base_sha256, weights_sha256, metrics)
-        io_safe.write_text(temporary / "README.md", card)
+        files.write_text(temporary / "README.md", card)
     return folder
 
 

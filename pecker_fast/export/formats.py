@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from pecker_fast import files
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export.delta import hash_of, write_delta
 from pecker_fast.export.folder import export_pipeline
 from pecker_fast.export.text_pipeline import as_stored, export_text_pipeline, one_step_scheduler
-from pecker_fast.files import io_safe
-from pecker_fast.loading.parts import Model
-from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.loading import Model
+from pecker_fast.networks import Denoiser
 from pecker_fast.networks.single_file import replace_unet, to_single_file
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 GRIDS = ("before", "after", "teacher")
 FORMATS = ("diffusers", "unet", "single", "delta")
@@ -43,7 +43,7 @@ def base_unet(model: Model) -> dict[str, Tensor]:
     """The UNet's tensors as the base's file has them."""
     if model.text is not None:
         return model.text.base_unet()
-    return io_safe.read_weights(io_safe.check_model_folder(model.folder))
+    return files.read_weights(files.check_model_folder(model.folder))
 
 
 def export_file(generator: Denoiser, model: Model, output: Path, form: str, t_init: int) -> Path:
@@ -60,7 +60,7 @@ def export_file(generator: Denoiser, model: Model, output: Path, form: str, t_in
     base = base_unet(model)
     unet = as_stored(generator.unet.state_dict(), base)
     if form == "unet":
-        io_safe.write_tensors(output, unet, {"format": "pt"})
+        files.write_tensors(output, unet, {"format": "pt"})
     elif form == "delta":
         facts = {"t_init": str(t_init), "scheduler": json.dumps(one_step_scheduler(generator))}
         write_delta(base, unet, output, base_sha256=hash_of(base), metadata=facts)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pecker_fast import files
 from pecker_fast.export.folder import figures_table, scheduler_config, unet_config
-from pecker_fast.files import io_safe
-from pecker_fast.loading.text_parts import TextParts
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe, recipe_to_yaml
+from pecker_fast.loading import TextParts
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe, recipe_to_yaml
 
 USAGE = """\
 import torch
@@ -62,28 +62,28 @@ def export_text_pipeline(
 
     pictures: image grids for the card, by name ("before", "after", "teacher").
     """
-    with io_safe.whole_folder(folder) as temporary:
+    with files.whole_folder(folder) as temporary:
         weights = as_stored(generator.unet.state_dict(), text.base_unet())
-        io_safe.write_json(temporary / "unet" / io_safe.CONFIG_NAME, unet_config(generator))
-        io_safe.write_tensors(temporary / "unet" / io_safe.WEIGHTS_NAME, weights, {"format": "pt"})
-        io_safe.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
+        files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(generator))
+        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt"})
+        files.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
         text.write_other_parts(temporary)
-        index = io_safe.read_json(text.configs / "model_index.json")
+        index = files.read_json(text.configs / "model_index.json")
         index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
         for part in ("safety_checker", "feature_extractor", "image_encoder"):
             if part in index:
                 index[part] = [None, None]
         if "requires_safety_checker" in index:
             index["requires_safety_checker"] = False
-        io_safe.write_json(temporary / "model_index.json", {k: v for k, v in index.items() if k != "_name_or_path"})
-        weights_sha256 = io_safe.sha256_tensors(sorted(weights.items()))
-        io_safe.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
+        files.write_json(temporary / "model_index.json", {k: v for k, v in index.items() if k != "_name_or_path"})
+        weights_sha256 = files.sha256_tensors(sorted(weights.items()))
+        files.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
         for name, path in (pictures or {}).items():
             if path.is_file():
-                io_safe.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
+                files.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
         shown = [name for name, path in (pictures or {}).items() if path.is_file()]
         card = model_card(generator, recipe, text, base_sha256, weights_sha256, metrics, shown)
-        io_safe.write_text(temporary / "README.md", card)
+        files.write_text(temporary / "README.md", card)
     return folder
 
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.networks.lora import pair_x0
+from pecker_fast.networks import Denoiser, pair_x0
 
 Prediction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [N,C,H,W], t [N], c [N]) -> [N,C,H,W]
 

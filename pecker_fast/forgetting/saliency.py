@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast import draws
-from pecker_fast.conditions.classes import Conditions
+from pecker_fast.conditions import Conditions
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.samplers import ddim
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe
 
 ForgetImages = Callable[[Tensor, int], Tensor]  # (labels [N], batch index) -> images [N, C, H, W] in [-1, 1]
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pecker_fast import draws
-from pecker_fast.files import io_safe
+from pecker_fast import draws, files
 from pecker_fast.forgetting.losses import generate
-from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks import Denoiser
 
 BATCH_SIZE = 256  # samples at a time, at most
 BATCH_NUMBERS = 1 << 18  # and no more numbers than these: 16 latents of 4×64×64
@@ -90,5 +89,5 @@ def save_grid(images: Tensor, columns: int, path: Path, scale: int | None = None
     image = Image.fromarray(canvas[0].numpy() if channels == 1 else canvas[:3].permute(1, 2, 0).contiguous().numpy())
     png = io.BytesIO()
     image.save(png, format="PNG")
-    io_safe.write_bytes(path, png.getvalue())
+    files.write_bytes(path, png.getvalue())
     return path

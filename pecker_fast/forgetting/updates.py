@@ -10,7 +10,7 @@ from typing import ClassVar
 from pecker_kernels import MaskedAdam, SaliencyMask
 from torch import Tensor, nn
 
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 Gradients = Sequence[Tensor | None]  # aligned with the parameters; None where no gradient arrives
 

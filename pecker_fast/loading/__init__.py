@@ -1,1 +1,16 @@
 """What a recipe names, loaded."""
+
+from pecker_fast.loading.parts import Model, Parts, load_model, load_parts, pick_device, start_generator
+from pecker_fast.loading.text_parts import TextParts, config_folder, plan_of
+
+__all__ = [
+    "Model",
+    "Parts",
+    "TextParts",
+    "config_folder",
+    "load_model",
+    "load_parts",
+    "pick_device",
+    "plan_of",
+    "start_generator",
+]

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.conditions.classes import Conditions, class_conditions
-from pecker_fast.engine.graph import require_gpu
+from pecker_fast import files
+from pecker_fast.conditions import Conditions, class_conditions
+from pecker_fast.engine import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.evaluate.judge import Judge, Reference, load_judge
-from pecker_fast.evaluate.words import WordJudge, load_word_judge
-from pecker_fast.files import io_safe
+from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
-from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_unet
-from pecker_fast.networks.lora import lora_score
-from pecker_fast.networks.text_denoiser import TextDenoiser
-from pecker_fast.networks.text_model import is_text_model
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.networks import Denoiser, TextDenoiser, is_text_model, load_denoiser, load_unet, lora_score
+from pecker_fast.recipe import Recipe
 
 
 @dataclass(kw_only=True)
@@ -61,7 +57,7 @@ def load_parts(recipe: Recipe) -> Parts:
     tensors += prompts_of(model)
     return Parts(
         **vars(model), score=score, generator=generator,
-        teacher_sha256=io_safe.sha256_tensors(teacher.named_parameters()), base_sha256=io_safe.sha256_tensors(tensors),
+        teacher_sha256=files.sha256_tensors(teacher.named_parameters()), base_sha256=files.sha256_tensors(tensors),
     )  # fmt: skip
 
 
@@ -79,7 +75,7 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
 
     Raises RecipeError or ModelError, one line.
     """
-    folder = io_safe.resolve_model(recipe.model, recipe.revision)
+    folder = files.resolve_model(recipe.model, recipe.revision)
     check_kind(recipe, folder)
     model: Model
     if recipe.uses_prompts:
@@ -110,7 +106,7 @@ def check_kind(recipe: Recipe, folder: Path) -> None:
     if recipe.uses_prompts and not text:
         raise RecipeError(f"forget: prompts are given, and {recipe.model} draws from classes; name class numbers")
     if folder.is_file():
-        io_safe.check_tensors(folder, error=ModelError)
+        files.check_tensors(folder, error=ModelError)
 
 
 def enable_checkpointing(unet: nn.Module) -> None:
@@ -144,7 +140,7 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
     """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
     `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
     generator = start_generator(recipe, teacher)
-    folder = io_safe.resolve_model(recipe.generator) if recipe.generator is not None else None
+    folder = files.resolve_model(recipe.generator) if recipe.generator is not None else None
     if recipe.score == "lora" or folder is None or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)
     return generator, _load_like(teacher, folder / "score")
@@ -154,9 +150,9 @@ def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     """θ as it starts."""
     if recipe.generator is None:
         return teacher.clone()
-    folder = io_safe.resolve_model(recipe.generator)
+    folder = files.resolve_model(recipe.generator)
     return _load_like(
-        teacher, folder / "generator" if (folder / "generator").is_dir() else io_safe.check_model_folder(folder)
+        teacher, folder / "generator" if (folder / "generator").is_dir() else files.check_model_folder(folder)
     )
 
 

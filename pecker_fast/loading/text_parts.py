@@ -9,14 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pecker_fast.conditions.classes import Conditions
-from pecker_fast.conditions.prompts import PromptPlan, plan_prompts
+from pecker_fast import files
+from pecker_fast.conditions import Conditions, PromptPlan, plan_prompts
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.files import io_safe
-from pecker_fast.networks import text_model
+from pecker_fast.networks import TextDenoiser, text_model
 from pecker_fast.networks.single_file import load_single_file, unet_map, unet_of
-from pecker_fast.networks.text_denoiser import TextDenoiser
-from pecker_fast.recipe.schema import RECIPES, Recipe
+from pecker_fast.recipe import RECIPES, Recipe
 
 COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 UNWANTED = (
@@ -50,9 +48,9 @@ class TextParts:
     def base_unet(self) -> dict[str, Tensor]:
         """The UNet's tensors as the base's file has them, by diffusers' names."""
         if not self.single:
-            return io_safe.read_weights(self.source / "unet")
-        names = unet_map(io_safe.read_json(self.configs / "unet" / io_safe.CONFIG_NAME, error=ModelError))
-        return unet_of(io_safe.read_tensors(self.source, error=ModelError)[0], names, self.source)
+            return files.read_weights(self.source / "unet")
+        names = unet_map(files.read_json(self.configs / "unet" / files.CONFIG_NAME, error=ModelError))
+        return unet_of(files.read_tensors(self.source, error=ModelError)[0], names, self.source)
 
     def write_other_parts(self, folder: Path) -> None:
         """The base's VAE, text encoders and tokenizers into a diffusers folder, bit for bit. Raises OutputError."""
@@ -134,7 +132,7 @@ def config_folder(recipe: Recipe, source: Path) -> Path:
             f"{source}: a single file holds neither configs nor a tokenizer; give model_config=FOLDER, a diffusers folder of "
             "the same kind of model (its weights are not needed)"
         )
-    folder = io_safe.resolve_model(recipe.config_folder)
+    folder = files.resolve_model(recipe.config_folder)
     if not folder.is_dir() or not text_model.is_text_model(folder):
         raise ModelError(
             f"model_config: {folder} is no diffusers folder of a Stable Diffusion model (model_index.json)"

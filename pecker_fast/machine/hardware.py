@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError, PeckerError
-from pecker_fast.files import io_safe
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 # distribution, what it is for, the extra that brings it (None: always installed)
 PACKAGES: tuple[tuple[str, str, str | None], ...] = (
@@ -159,14 +159,14 @@ def _disk(output: Path) -> Check:
 
 
 def _model(key: str, name: str) -> Check:
-    if io_safe.is_hub_name(name):
+    if files.is_hub_name(name):
         return Check(key, "note", name, "of the Hugging Face hub; `train` fetches it, or give a local folder")
     try:
-        folder = io_safe.resolve_model(name)
+        folder = files.resolve_model(name)
         if folder.is_file():
-            io_safe.check_tensors(folder, error=ModelError)
+            files.check_tensors(folder, error=ModelError)
         else:
-            io_safe.check_model_folder(folder)
+            files.check_model_folder(folder)
     except PeckerError as reason:
         return Check(key, "missing", str(reason))
     return Check(key, "ok", str(folder) if str(folder) == name else f"{name} ({folder})")

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.schedule import Schedule, load_schedule
 
 
@@ -141,12 +141,10 @@ class Denoiser:
 
 def load_unet(folder: Path) -> nn.Module:
     """The UNet of a folder in float32: a UNet2DModel, or another of `UNETS` if its config says so. Raises ModelError."""
-    config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
-    name = config.get("_class_name", io_safe.UNETS[0])
-    if name not in io_safe.UNETS:
-        raise ModelError(
-            f"{folder / io_safe.CONFIG_NAME}: {name} is not supported yet (only {', '.join(io_safe.UNETS)})"
-        )
+    config = files.read_json(folder / files.CONFIG_NAME, error=ModelError)
+    name = config.get("_class_name", files.UNETS[0])
+    if name not in files.UNETS:
+        raise ModelError(f"{folder / files.CONFIG_NAME}: {name} is not supported yet (only {', '.join(files.UNETS)})")
     return load_module(folder, name)
 
 
@@ -158,9 +156,9 @@ def load_module(folder: Path, class_name: str) -> nn.Module:
     import diffusers
 
     kind = getattr(diffusers, class_name)
-    config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
+    config = files.read_json(folder / files.CONFIG_NAME, error=ModelError)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    tensors = io_safe.read_weights(folder)
+    tensors = files.read_weights(folder)
     try:
         with torch.device("meta"):
             planned = kind.from_config(config)
@@ -175,7 +173,7 @@ def load_module(folder: Path, class_name: str) -> nn.Module:
         ZeroDivisionError,
     ) as error:
         raise ModelError(
-            f"{folder / io_safe.CONFIG_NAME}: not a {class_name} diffusers can build ({_one_line(error)})"
+            f"{folder / files.CONFIG_NAME}: not a {class_name} diffusers can build ({_one_line(error)})"
         ) from error
     check_weights(planned, tensors, folder)
     module: nn.Module = kind.from_config(config)
@@ -212,9 +210,9 @@ def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
     null_class: index of the label-dropout embedding; None = what the folder's model.json says, if it has one.
     Raises ModelError for unconditional models, one-step generators, and anything damaged or missing.
     """
-    unet_folder = io_safe.check_model_folder(folder)
+    unet_folder = files.check_model_folder(folder)
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    card = io_safe.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
+    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
     if card.get("kind") == "one-step generator":
         raise ModelError(
             f"{folder}: a one-step generator cannot be the teacher; give the model it came from, or use it as generator="

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -62,7 +62,7 @@ def load_schedule(folder: Path) -> Schedule:
     from diffusers import DDPMScheduler
 
     path = folder / "scheduler_config.json"
-    config = io_safe.read_json(path, error=ModelError)
+    config = files.read_json(path, error=ModelError)
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ModelError(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.denoiser import load_module, load_unet
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
@@ -42,7 +42,7 @@ def is_text_model(folder: Path) -> bool:
     index = folder / "model_index.json"
     if not index.is_file():
         return False
-    found = io_safe.read_json(index, error=ModelError)
+    found = files.read_json(index, error=ModelError)
     name = found.get("_class_name") if isinstance(found, dict) else None
     if name in ENCODERS:
         return True
@@ -57,12 +57,12 @@ def is_text_model(folder: Path) -> bool:
 def check_text_folder(folder: Path) -> str:
     """Name of the pipeline class of a text-to-image folder. Raises ModelError naming the component that is missing or
     damaged; opens no weights."""
-    pipeline: str = io_safe.read_json(folder / "model_index.json", error=ModelError)["_class_name"]
+    pipeline: str = files.read_json(folder / "model_index.json", error=ModelError)["_class_name"]
     encoders = ENCODERS[pipeline]
     tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in encoders)
-    io_safe.check_parts(folder, ("", "unet", "vae", "scheduler", *encoders, *tokenizers))
-    wanted = {"unet": io_safe.CONFIG_NAME, "vae": io_safe.CONFIG_NAME, "scheduler": "scheduler_config.json"}
-    wanted |= dict.fromkeys(encoders, io_safe.CONFIG_NAME)
+    files.check_parts(folder, ("", "unet", "vae", "scheduler", *encoders, *tokenizers))
+    wanted = {"unet": files.CONFIG_NAME, "vae": files.CONFIG_NAME, "scheduler": "scheduler_config.json"}
+    wanted |= dict.fromkeys(encoders, files.CONFIG_NAME)
     for part, file in wanted.items():
         if not (folder / part / file).is_file():
             raise ModelError(f"{folder}: the component {part}/ is missing or has no {file}; a {pipeline} needs it")
@@ -116,7 +116,7 @@ def _encode(
     import transformers
 
     pipeline = check_text_folder(folder)
-    index = io_safe.read_json(folder / "model_index.json", error=ModelError)
+    index = files.read_json(folder / "model_index.json", error=ModelError)
     parts: dict[str, Any] = {}
     for name in ENCODERS[pipeline]:
         kind = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
@@ -159,8 +159,8 @@ def _encode(
 
 def _load_encoder(kind: Any, folder: Path) -> nn.Module:
     """A text encoder in float32, every tensor accounted for."""
-    for file in io_safe.weight_files(folder, "model.safetensors"):
-        io_safe.check_tensors(file, error=ModelError)
+    for file in files.weight_files(folder, "model.safetensors"):
+        files.check_tensors(file, error=ModelError)
     try:
         encoder, info = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecker_fast import draws
+from pecker_fast import draws, files
+from pecker_fast.data import Dataset
 from pecker_fast.data import datasets as data_sets
-from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import RecipeError
-from pecker_fast.files import io_safe
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.judge import train_judge
 from pecker_fast.pretrain.settings import SETTINGS, Settings, settings_for, unet_config
@@ -85,15 +84,15 @@ def pretrain(
         "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
         "versions": _versions(),
     }
-    io_safe.write_json(folder / folders.MODEL, card)
+    files.write_json(folder / folders.MODEL, card)
     if distill_steps:
-        from pecker_fast.runs.start import distill
+        from pecker_fast.runs import distill
 
         distill(folder, steps=distill_steps, seed=seed, keys=settings.distill, dtype=getattr(torch, settings.storage))
-        card = io_safe.read_json(folder / folders.MODEL) | card
+        card = files.read_json(folder / folders.MODEL) | card
     figures = {"judge": judge_info, **measure(folder, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
-    io_safe.write_json(folder / folders.MODEL, card)
+    files.write_json(folder / folders.MODEL, card)
     folders.finish(folder)
     return folder
 
@@ -104,9 +103,8 @@ def _teacher(
     """Train the UNet, or go on training it, and write it. Returns the step an interrupted run was taken up from."""
     from diffusers import UNet2DModel
 
-    from pecker_fast.export.folder import write_unet
-    from pecker_fast.networks.denoiser import Denoiser
-    from pecker_fast.networks.schedule import load_schedule
+    from pecker_fast.export import write_unet
+    from pecker_fast.networks import Denoiser, load_schedule
 
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(seed, "init").initial_seed())
@@ -139,11 +137,10 @@ def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     against real, halves. `one_step_accuracy`, `one_step_fid`: the same of the distilled generator, where there is one.
     A FID is None where there are too few samples.
     """
-    from pecker_fast.evaluate.judge import load_judge
-    from pecker_fast.evaluate.metrics import fid, fid_floor
-    from pecker_fast.forgetting.samplers import ddim_sample, one_step_sample
-    from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_unet
-    from pecker_fast.recipe.schema import Recipe
+    from pecker_fast.evaluate import fid, fid_floor, load_judge
+    from pecker_fast.forgetting import ddim_sample, one_step_sample
+    from pecker_fast.networks import Denoiser, load_denoiser, load_unet
+    from pecker_fast.recipe import Recipe
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_denoiser(folder).to(device)

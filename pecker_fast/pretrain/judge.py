@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.data.datasets import Dataset
+from pecker_fast.data import Dataset
 from pecker_fast.errors import DataError
-from pecker_fast.machine.signals import StopFlag
+from pecker_fast.machine import StopFlag
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
 
@@ -48,7 +48,7 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, seed: int, devi
 
     Returns what is stored as the judge's `info`: its accuracy on the part it was not trained on, and how it was made.
     """
-    from pecker_fast.evaluate.judge import Reference, SmallClassifier, load_judge, save_judge
+    from pecker_fast.evaluate import Reference, SmallClassifier, load_judge, save_judge
 
     train, test = data.held_out(settings.held_out, seed)
     if not len(train) or not len(test):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pecker_fast import files
 from pecker_fast.errors import CheckpointError, OutputError
-from pecker_fast.files import io_safe
 
 PARTIAL = "partial.json"
 PARTIAL_TENSORS = "partial.safetensors"
@@ -19,7 +19,7 @@ def claim(folder: Path) -> None:
     """Make the folder, or find that it is empty or holds an interrupted run; else raise `OutputError`."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, a folder is needed")
-    with io_safe.output_errors(folder):
+    with files.output_errors(folder):
         if folder.is_dir() and not (folder / PARTIAL).is_file() and any(folder.iterdir()):
             what = "already holds a model" if (folder / MODEL).is_file() else "is not empty and not of this command"
             raise OutputError(f"{folder}: {what}; nothing is overwritten, choose another output")
@@ -29,9 +29,9 @@ def claim(folder: Path) -> None:
 def claim_for(folder: Path, identity: dict[str, Any]) -> None:
     """Mark the claimed folder as this run's; raise `OutputError` where it is another run's unfinished one."""
     if not (folder / PARTIAL).is_file():
-        io_safe.write_json(folder / PARTIAL, identity)
+        files.write_json(folder / PARTIAL, identity)
         return
-    found = io_safe.read_json(folder / PARTIAL, error=OutputError)
+    found = files.read_json(folder / PARTIAL, error=OutputError)
     if found != identity:
         known = found if isinstance(found, dict) else {}
         changed = [key for key in identity if known.get(key) != identity[key]]
@@ -41,7 +41,7 @@ def claim_for(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def save_partial(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
-    io_safe.write_tensors(folder / PARTIAL_TENSORS, tensors, {"step": str(step)})
+    files.write_tensors(folder / PARTIAL_TENSORS, tensors, {"step": str(step)})
 
 
 def load_partial(folder: Path) -> tuple[dict[str, Tensor], int] | None:
@@ -49,7 +49,7 @@ def load_partial(folder: Path) -> tuple[dict[str, Tensor], int] | None:
     path = folder / PARTIAL_TENSORS
     if not path.is_file():
         return None
-    tensors, metadata = io_safe.read_tensors(path, error=CheckpointError)
+    tensors, metadata = files.read_tensors(path, error=CheckpointError)
     if not metadata.get("step", "").isdecimal():
         raise CheckpointError(f"{path}: damaged, the step is missing; delete the file to start over")
     return tensors, int(metadata["step"])
@@ -57,7 +57,7 @@ def load_partial(folder: Path) -> tuple[dict[str, Tensor], int] | None:
 
 def finish(folder: Path) -> None:
     """Remove what an interrupted run would need; the folder is a finished model from here on."""
-    with io_safe.output_errors(folder):
+    with files.output_errors(folder):
         (folder / PARTIAL_TENSORS).unlink(missing_ok=True)
         (folder / PARTIAL).unlink(missing_ok=True)
 
@@ -72,7 +72,7 @@ def write_index(folder: Path) -> None:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    io_safe.write_json(folder / "model_index.json", index)
+    files.write_json(folder / "model_index.json", index)
 
 
 def write_scheduler(folder: Path) -> None:
@@ -82,5 +82,5 @@ def write_scheduler(folder: Path) -> None:
     scheduler: Any = DDPMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon"
     )
-    with io_safe.output_errors(folder / "scheduler"):
+    with files.output_errors(folder / "scheduler"):
         scheduler.save_pretrained(folder / "scheduler")

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.data.datasets import Dataset
+from pecker_fast.data import Dataset
 from pecker_fast.errors import CheckpointError
-from pecker_fast.machine.signals import StopFlag
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.networks.schedule import Schedule
+from pecker_fast.machine import StopFlag
+from pecker_fast.networks import Denoiser, Schedule
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
 

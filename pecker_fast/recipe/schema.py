@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pecker_fast import files
 from pecker_fast.errors import RecipeError
-from pecker_fast.files import io_safe
 from pecker_fast.recipe.errors import closest, explain, fields_of, section_type, show
 from pecker_fast.recipe.yaml import parse_yaml
 
@@ -357,7 +357,7 @@ def _read(path: Path, source: str | Path, where: str) -> dict[str, Any]:
         raise RecipeError(
             f"recipe {str(source)[:200]}: no such recipe or file{hint} (shipped recipes: {', '.join(names)})"
         )
-    text = io_safe.read_text(path, limit=MAX_RECIPE_BYTES, error=RecipeError)
+    text = files.read_text(path, limit=MAX_RECIPE_BYTES, error=RecipeError)
     data = parse_yaml(text, where)
     if not isinstance(data, dict):
         found = "it is empty" if data is None else f"it holds a {type(data).__name__}"

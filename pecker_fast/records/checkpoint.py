@@ -19,12 +19,12 @@ from pecker_kernels import SaliencyMask
 from torch import Size, Tensor
 from torch.optim import Optimizer
 
+from pecker_fast import files
 from pecker_fast.engine import TrainState
 from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError, PeckerError
-from pecker_fast.files import io_safe
 from pecker_fast.machine.ranks import ALONE, Ranks
-from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks import Denoiser
 from pecker_fast.records.shard_files import is_sharded, read_generator, read_shards, steps_of, write_shard
 
 FORMAT = "pecker-fast checkpoint"
@@ -49,23 +49,22 @@ def save_checkpoint(
 
     def begin() -> Path:
         temporary = parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
-        with io_safe.output_errors(target):
+        with files.output_errors(target):
             temporary.mkdir(parents=True)
         return temporary
 
     def write() -> None:
-        with io_safe.output_errors(target):
+        with files.output_errors(target):
             _write_files(state, temporary, ranks)
 
     def finish() -> None:
-        with io_safe.output_errors(target):
-            files = {
-                p.name: {"sha256": io_safe.sha256_file(p), "bytes": p.stat().st_size}
-                for p in sorted(temporary.iterdir())
+        with files.output_errors(target):
+            entries = {
+                p.name: {"sha256": files.sha256_file(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())
             }
-            manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": files}
-            io_safe.write_json(temporary / "manifest.json", manifest)
-            io_safe.replace_folder(temporary, target)
+            manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": entries}
+            files.write_json(temporary / "manifest.json", manifest)
+            files.replace_folder(temporary, target)
         verify_checkpoint(target)
         others = [folder for folder in list_checkpoints(run_dir) if folder != target]
         for old in others[: max(0, len(others) - keep + 1)]:  # never the one just written, whatever steps lie beside it
@@ -92,7 +91,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint. Raises CheckpointError naming the file that is missing or altered."""
-    manifest = io_safe.read_json(folder / "manifest.json", error=CheckpointError)
+    manifest = files.read_json(folder / "manifest.json", error=CheckpointError)
     if (
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
@@ -105,7 +104,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path}: missing from the checkpoint; use an older one")
-        if path.stat().st_size != entry.get("bytes") or io_safe.sha256_file(path) != entry.get("sha256"):
+        if path.stat().st_size != entry.get("bytes") or files.sha256_file(path) != entry.get("sha256"):
             raise CheckpointError(f"{path}: damaged (its sha256 is not the manifest's); use an older one")
     return manifest
 
@@ -132,7 +131,7 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], object]) -> Path | No
 
 def read_checkpoint_stage(folder: Path) -> tuple[str, SaliencyMask | None]:
     """(stage, mask) of a verified checkpoint: what is needed to build the optimizers it is then loaded into."""
-    stage = io_safe.read_json(folder / "state.json", error=CheckpointError)["counters"]["stage"]
+    stage = files.read_json(folder / "state.json", error=CheckpointError)["counters"]["stage"]
     path = folder / "mask.safetensors"
     return stage, SaliencyMask.load(path) if path.is_file() else None
 
@@ -149,17 +148,17 @@ def check_identity(folder: Path, identity: dict[str, str]) -> None:
 def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
     """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
     check_identity(folder, identity)
-    stored = io_safe.read_json(folder / "state.json", error=CheckpointError)
+    stored = files.read_json(folder / "state.json", error=CheckpointError)
     if isinstance(state, ZeroState):
         read_shards(state, folder, stored["optimizer_steps"])
     else:
         load_network(state.generator, folder / "generator.safetensors")
         load_network(state.score, folder / "score.safetensors")
         if state.ema is not None:
-            tensors, _ = io_safe.read_tensors(folder / "ema.safetensors", error=CheckpointError)
+            tensors, _ = files.read_tensors(folder / "ema.safetensors", error=CheckpointError)
             for name, average in state.ema.items():
                 average.copy_(tensors[name])
-        tensors, _ = io_safe.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
+        tensors, _ = files.read_tensors(folder / "optimizers.safetensors", error=CheckpointError)
         for name, optimizer in state.optimizers.items():
             unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
     for name in COUNTERS:
@@ -171,11 +170,11 @@ def generator_tensors(folder: Path, shapes: Mapping[str, Size], kind: str) -> di
     if is_sharded(folder):
         return read_generator(folder, shapes, kind)
     name = "generator.safetensors" if kind == "weights" else "ema.safetensors"
-    return io_safe.read_tensors(folder / name, error=CheckpointError)[0]
+    return files.read_tensors(folder / name, error=CheckpointError)[0]
 
 
 def load_network(network: Denoiser, path: Path) -> None:
-    tensors, _ = io_safe.read_tensors(path, error=CheckpointError)
+    tensors, _ = files.read_tensors(path, error=CheckpointError)
     network.load_state(tensors, path)
 
 
@@ -186,18 +185,18 @@ def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
     if isinstance(state, ZeroState):
         write_shard(state, folder, ranks.rank, ranks.world)
         if ranks.is_first:
-            io_safe.write_json(folder / "state.json", {"counters": counters, "optimizer_steps": steps_of(state)})
+            files.write_json(folder / "state.json", {"counters": counters, "optimizer_steps": steps_of(state)})
         return
-    io_safe.write_tensors(folder / "generator.safetensors", state.generator.state_dict())
-    io_safe.write_tensors(folder / "score.safetensors", state.score.state_dict())
+    files.write_tensors(folder / "generator.safetensors", state.generator.state_dict())
+    files.write_tensors(folder / "score.safetensors", state.score.state_dict())
     if state.ema is not None:
-        io_safe.write_tensors(folder / "ema.safetensors", state.ema)
+        files.write_tensors(folder / "ema.safetensors", state.ema)
     groups: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, optimizer in state.optimizers.items():
         groups[name] = pack_optimizer(optimizer, name, tensors)
-    io_safe.write_tensors(folder / "optimizers.safetensors", tensors)
-    io_safe.write_json(folder / "state.json", {"counters": counters, "optimizers": groups})
+    files.write_tensors(folder / "optimizers.safetensors", tensors)
+    files.write_json(folder / "state.json", {"counters": counters, "optimizers": groups})
 
 
 def pack_optimizer(optimizer: Optimizer, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

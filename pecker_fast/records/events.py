@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pecker_fast.errors import DataError, PeckerError
-from pecker_fast.files.io_safe import output_errors
+from pecker_fast.files import output_errors
 
 EVENTS = "run.jsonl"
 _PLAIN_STEPS, _PLAIN_S = 50, 10.0  # off a terminal: a line every so many steps, or after so many seconds

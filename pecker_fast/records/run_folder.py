@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pecker_fast import files
 from pecker_fast.errors import CheckpointError, OutputError
-from pecker_fast.files import io_safe
-from pecker_fast.recipe.schema import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
+from pecker_fast.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
 from pecker_fast.records.checkpoint import check_identity, latest_checkpoint, list_checkpoints, verify_checkpoint
 
 RECIPE, METRICS, MASK, REPORT, PIPELINE = "recipe.yaml", "metrics.json", "mask.safetensors", "report.html", "pipeline"
@@ -83,20 +83,20 @@ def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
 def is_run_folder(folder: Path) -> bool:
     """Whether `train` wrote it: its recipe.yaml begins with our mark."""
     path = folder / RECIPE
-    return path.is_file() and io_safe.read_text(path).startswith(MARK)
+    return path.is_file() and files.read_text(path).startswith(MARK)
 
 
 def open_run_folder(recipe: Recipe, plan: Plan) -> None:
     """Carry the plan out: wipe what is to go, write the resolved recipe."""
     if plan.wipe:
         _wipe(plan.run_dir)
-    io_safe.write_text(plan.run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
+    files.write_text(plan.run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder for this process; raises OutputError when another process trains in it."""
-    with io_safe.output_errors(run_dir):
+    with files.output_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK).open("w")
     with file:
@@ -110,7 +110,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(io_safe.read_json(checkpoint / "manifest.json", error=CheckpointError)["step"])
+    return int(files.read_json(checkpoint / "manifest.json", error=CheckpointError)["step"])
 
 
 def _explicit_checkpoint(path: Path) -> Path:
@@ -146,7 +146,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _wipe(run_dir: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    with io_safe.output_errors(run_dir):
+    with files.output_errors(run_dir):
         for name in OWN:
             path = run_dir / name
             if path.is_dir() and not path.is_symlink():

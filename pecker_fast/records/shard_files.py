@@ -21,9 +21,9 @@ from pecker_kernels.mask.bits import unpack_bits
 from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
+from pecker_fast import files
 from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError
-from pecker_fast.files import io_safe
 
 NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
 MOMENTS = ("exp_avg_sq", "exp_avg")
@@ -53,7 +53,7 @@ def write_shard(state: ZeroState, folder: Path, rank: int, world: int) -> None:
     if state.ema is not None:
         tensors["generator/ema"] = state.ema[PARTITION]
     path = folder / f"shard-{rank:05d}-of-{world:05d}.safetensors"
-    io_safe.write_tensors(path, tensors, {"layouts": json.dumps(layouts)})
+    files.write_tensors(path, tensors, {"layouts": json.dumps(layouts)})
 
 
 def steps_of(state: ZeroState) -> dict[str, float]:
@@ -137,7 +137,7 @@ def is_sharded(folder: Path) -> bool:
 def _files(folder: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     names = sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name))
     for name in names:
-        tensors, metadata = io_safe.read_tensors(folder / name, error=CheckpointError)
+        tensors, metadata = files.read_tensors(folder / name, error=CheckpointError)
         try:
             layouts = json.loads(metadata["layouts"])
         except (KeyError, ValueError) as error:

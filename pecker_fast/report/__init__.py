@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.files.io_safe import write_text
+from pecker_fast.files import write_text
 from pecker_fast.report.cost import of_run, parts_tables
 from pecker_fast.report.mask import Mask, MaskRow, mask_table, plot_mask
 from pecker_fast.report.text import metrics_table, section
 
-__all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "plot_mask", "run_tables", "write_report"]
+__all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "parts_tables", "plot_mask", "run_tables", "write_report"]
 
 
 def write_report(run_dir: str | Path) -> Path:

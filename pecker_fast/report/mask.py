@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from pecker_fast.files.io_safe import output_errors
+from pecker_fast.files import output_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

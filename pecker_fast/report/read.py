@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from pecker_fast.errors import DataError, PeckerError
-from pecker_fast.files.io_safe import read_json, read_text
-from pecker_fast.records.events import EVENTS, read_events
+from pecker_fast.files import read_json, read_text
+from pecker_fast.records import EVENTS, read_events
 from pecker_fast.report.mask import Mask
 
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -1,1 +1,19 @@
 """The loop, one training, judging it, and the verbs over a run."""
+
+from pecker_fast.runs.benchmark import bench
+from pecker_fast.runs.finished import apply_delta_file, evaluate_protocol, evaluate_run, export_run, sample_run
+from pecker_fast.runs.forecast import check_memory
+from pecker_fast.runs.start import distill, train, unlearn
+
+__all__ = [
+    "apply_delta_file",
+    "bench",
+    "check_memory",
+    "distill",
+    "evaluate_protocol",
+    "evaluate_run",
+    "export_run",
+    "sample_run",
+    "train",
+    "unlearn",
+]

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from pecker_kernels import SaliencyMask
 
+from pecker_fast import files
 from pecker_fast.account import Account, Clock, add_times, counted, joules, stopwatch
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import OutputError, RecipeError
-from pecker_fast.files import io_safe
-from pecker_fast.forgetting.saliency import mask_flops
-from pecker_fast.loading.parts import Parts, load_parts, pick_device
+from pecker_fast.forgetting import mask_flops
+from pecker_fast.loading import Parts, load_parts, pick_device
 from pecker_fast.machine import hardware
-from pecker_fast.recipe.schema import Recipe, recipe_from, recipe_to_dict
+from pecker_fast.recipe import Recipe, recipe_from, recipe_to_dict
 from pecker_fast.runs.loop import iteration
 
 WARM_UP = 2
@@ -93,7 +93,7 @@ def bench(recipe: Recipe, iterations: int, json_file: Path | None = None) -> dic
         "variants": accounts,
     }
     if json_file is not None:
-        io_safe.write_json(json_file, result)
+        files.write_json(json_file, result)
     return result
 
 

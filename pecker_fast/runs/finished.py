@@ -5,27 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.engine.state import blend_average
+from pecker_fast import files
+from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, OutputError, RecipeError
-from pecker_fast.evaluate.concepts import PROTOCOLS, celebrity, i2p
-from pecker_fast.evaluate.detector import load_detector
-from pecker_fast.evaluate.drawing import Prompt
-from pecker_fast.evaluate.prompts_file import read_prompts
-from pecker_fast.export.delta import apply_to_folder
-from pecker_fast.export.formats import FORMATS, export_file, export_folder
-from pecker_fast.files import io_safe
-from pecker_fast.forgetting.samplers import grid_labels, one_step_sample, save_grid
-from pecker_fast.loading.parts import Model, load_model, start_generator
-from pecker_fast.networks.denoiser import Denoiser, load_unet
-from pecker_fast.networks.text_denoiser import TextDenoiser
-from pecker_fast.recipe.schema import Recipe, load_recipe
-from pecker_fast.records.checkpoint import (
+from pecker_fast.evaluate import PROTOCOLS, Prompt, celebrity, i2p, load_detector, read_prompts
+from pecker_fast.export import FORMATS, apply_to_folder, export_file, export_folder
+from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
+from pecker_fast.loading import Model, load_model, start_generator
+from pecker_fast.networks import Denoiser, TextDenoiser, load_unet
+from pecker_fast.recipe import Recipe, load_recipe
+from pecker_fast.records import (
+    METRICS,
+    PIPELINE,
+    RECIPE,
     generator_tensors,
     latest_checkpoint,
     read_checkpoint_stage,
     verify_checkpoint,
+    warn,
 )
-from pecker_fast.records.run_folder import METRICS, PIPELINE, RECIPE, warn
 from pecker_fast.runs.judging import EVALUATION_SEED
 from pecker_fast.runs.prompt_judging import grid_rows, judging_of
 
@@ -115,7 +113,7 @@ def evaluate_run(
     after = judging.figures(
         sampler, samples or recipe.evaluate.final or 2000, EVALUATION_SEED if seed is None else seed
     )
-    recorded = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() and judge is None else {}
+    recorded = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() and judge is None else {}
     return {"before": recorded.get("before"), "after": after, "teacher": recorded.get("teacher")}
 
 
@@ -143,9 +141,9 @@ def export_run(
     generator = checkpointed_generator(model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
     if form != "diffusers":
         return export_file(generator, model, target, form, run.recipe.timesteps.init)
-    metrics = io_safe.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
+    metrics = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
     judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
-    base_sha256 = io_safe.sha256_tensors(model.teacher.named_parameters())
+    base_sha256 = files.sha256_tensors(model.teacher.named_parameters())
     return export_folder(generator, run.recipe, model, run.folder, target, metrics if judged else None, base_sha256)
 
 
@@ -161,7 +159,7 @@ def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> De
 
 def apply_delta_file(delta: str | Path, base: str, output: str | Path) -> Path:
     """Base + delta = result: a diffusers folder for a folder, a single file for a single file. See `delta.apply_to_folder`."""
-    return apply_to_folder(Path(delta), io_safe.resolve_model(base), Path(output))
+    return apply_to_folder(Path(delta), files.resolve_model(base), Path(output))
 
 
 def evaluate_protocol(
@@ -212,4 +210,4 @@ def evaluate_protocol(
 
 def _is_export(folder: Path) -> bool:
     card = folder / "model.json"
-    return card.is_file() and io_safe.read_json(card).get("kind") == "one-step generator"
+    return card.is_file() and files.read_json(card).get("kind") == "one-step generator"

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from pecker_fast import files
 from pecker_fast.account.memory import Prediction, enough, predict
-from pecker_fast.conditions.prompts import PromptPlan
+from pecker_fast.conditions import PromptPlan
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
-from pecker_fast.loading.text_parts import config_folder, plan_of
+from pecker_fast.loading import config_folder, plan_of
 from pecker_fast.machine import hardware
 from pecker_fast.networks import architectures
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 HUB = {  # hub models whose sizes are known without asking
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -47,25 +47,25 @@ def forecast(recipe: Recipe) -> Prediction | None:
 
 def configs_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None, Path | None] | None:
     """(UNet's config, VAE's, folder they lie in) of the recipe's model; None for a hub model that is not known."""
-    if io_safe.is_hub_name(recipe.model):
+    if files.is_hub_name(recipe.model):
         known = HUB.get(recipe.model)
         if known is None:
             return None
         vae = "sdxl_vae" if known == "sdxl" else "sd15_vae"
         return architectures.architecture(f"{known}_unet"), architectures.architecture(vae), None
-    source = io_safe.resolve_model(recipe.model)
+    source = files.resolve_model(recipe.model)
     folder = config_folder(recipe, source)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = io_safe.read_json(unet / io_safe.CONFIG_NAME, error=ModelError)
-    vae_file = folder / "vae" / io_safe.CONFIG_NAME
-    return config, io_safe.read_json(vae_file, error=ModelError) if vae_file.is_file() else None, folder
+    config = files.read_json(unet / files.CONFIG_NAME, error=ModelError)
+    vae_file = folder / "vae" / files.CONFIG_NAME
+    return config, files.read_json(vae_file, error=ModelError) if vae_file.is_file() else None, folder
 
 
 def _tokens(folder: Path | None) -> int:
-    path = folder / "text_encoder" / io_safe.CONFIG_NAME if folder is not None else None
+    path = folder / "text_encoder" / files.CONFIG_NAME if folder is not None else None
     if path is None or not path.is_file():
         return architectures.TOKENS
-    return int(io_safe.read_json(path, error=ModelError).get("max_position_embeddings", architectures.TOKENS))
+    return int(files.read_json(path, error=ModelError).get("max_position_embeddings", architectures.TOKENS))
 
 
 def _prompts(*plans: PromptPlan) -> int:

@@ -7,14 +7,12 @@ from typing import Any
 from pecker_kernels import SaliencyMask
 from torch import Tensor
 
-from pecker_fast.evaluate import evaluate
-from pecker_fast.evaluate.classes import Sampler
-from pecker_fast.evaluate.metrics import fid_floor
-from pecker_fast.files import io_safe
-from pecker_fast.forgetting.samplers import ddim_sample, grid_labels, one_step_sample, save_grid
-from pecker_fast.loading.parts import Model
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast import files
+from pecker_fast.evaluate import Sampler, evaluate, fid_floor
+from pecker_fast.forgetting import ddim_sample, grid_labels, one_step_sample, save_grid
+from pecker_fast.loading import Model
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe
 
 GRID_COLUMNS = 8
 GRID_SEED = 7
@@ -80,6 +78,6 @@ class Judging(BaseJudging):
 
 def outside_sha256(network: Denoiser, mask: SaliencyMask) -> str:
     """sha256 over the weights that the mask leaves out, in named_parameters order."""
-    return io_safe.sha256_tensors(
+    return files.sha256_tensors(
         (name, p.detach().cpu()[~mask.bool(name).cpu()]) for name, p in network.named_parameters()
     )

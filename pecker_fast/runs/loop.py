@@ -8,9 +8,8 @@ from torch import Tensor
 from pecker_fast.account import Accountant
 from pecker_fast.engine import Inputs, LocalEngine, TrainState
 from pecker_fast.errors import Interrupted
-from pecker_fast.machine.profile import part
-from pecker_fast.machine.signals import StopFlag
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.machine import StopFlag, part
+from pecker_fast.recipe import Recipe
 
 Losses = dict[str, Tensor]
 Callback = Callable[[TrainState, Losses], None]  # called after each iteration, with the step already counted

@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecker_fast.conditions.classes import Conditions
-from pecker_fast.evaluate.classes import Sampler
-from pecker_fast.evaluate.drawing import Prompt
-from pecker_fast.evaluate.metrics import fid, precision_recall
-from pecker_fast.evaluate.obedience import word_figures
-from pecker_fast.evaluate.words import WordJudge
-from pecker_fast.files import io_safe
-from pecker_fast.forgetting.samplers import save_grid
-from pecker_fast.loading.parts import Model
-from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast import files
+from pecker_fast.conditions import Conditions
+from pecker_fast.evaluate import Prompt, Sampler, WordJudge, fid, precision_recall, word_figures
+from pecker_fast.forgetting import save_grid
+from pecker_fast.loading import Model
+from pecker_fast.networks import TextDenoiser, TextTable
+from pecker_fast.recipe import Recipe
 from pecker_fast.runs.judging import EVALUATION_SEED, GRID_COLUMNS, GRID_SEED, BaseJudging, Judging
 
 ROWS = 3  # prompts of each kind in a grid
@@ -86,7 +82,7 @@ class PromptJudging(BaseJudging):
         rows = grid_rows(self.judged, self.table)
         labels = torch.tensor([row for row, _ in rows]).repeat_interleave(GRID_COLUMNS)
         lines = [f"{kind}: {self.table.prompts[row]}" for row, kind in rows]
-        io_safe.write_text(path.with_name("prompts.txt"), "\n".join(lines) + "\n")
+        files.write_text(path.with_name("prompts.txt"), "\n".join(lines) + "\n")
         return save_grid(sampler(labels, GRID_SEED), GRID_COLUMNS, path)
 
     def trust(self, teacher: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-from pecker_fast.engine.zero.settings import check_recipe, require_deepspeed
+from pecker_fast.engine.zero import check_recipe, require_deepspeed
 from pecker_fast.errors import ModelError, OutputError, RecipeError
-from pecker_fast.export.folder import write_unet
-from pecker_fast.files.io_safe import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
-from pecker_fast.forgetting.saliency import ForgetImages
-from pecker_fast.loading.parts import Parts, load_parts
-from pecker_fast.loading.text_parts import plan_of
+from pecker_fast.export import write_unet
+from pecker_fast.files import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
+from pecker_fast.forgetting import ForgetImages
+from pecker_fast.loading import Parts, load_parts, plan_of
+from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import ALONE, Ranks, joined
-from pecker_fast.machine.signals import StopFlag
-from pecker_fast.networks.denoiser import load_unet
-from pecker_fast.networks.text_denoiser import TextDenoiser
-from pecker_fast.recipe.schema import Recipe, load_recipe, recipe_from, recipe_to_yaml
-from pecker_fast.records.events import NoTracker, Tracker, require_tensorboard
-from pecker_fast.records.run_folder import (
+from pecker_fast.networks import TextDenoiser, load_unet
+from pecker_fast.recipe import Recipe, load_recipe, recipe_from, recipe_to_yaml
+from pecker_fast.records import (
     BASE,
+    NoTracker,
+    Tracker,
     is_run_folder,
     locked,
     open_run_folder,
     plan_run_folder,
+    require_tensorboard,
     trajectory_sha256,
 )
 from pecker_fast.runs.forecast import check_memory
@@ -196,7 +196,7 @@ def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:
     """`mask.data=PATH`: the user's own images of the forget class, dealt in order; no other data set is ever opened."""
     if not recipe.uses_mask or recipe.mask.source != "saliency" or recipe.mask.data in ("pseudo", "teacher"):
         return None
-    from pecker_fast.data.datasets import forget_images
+    from pecker_fast.data import forget_images
 
     if isinstance(parts.teacher, TextDenoiser) and parts.text is not None:
         teacher, (height, width) = parts.teacher, parts.text.pixels

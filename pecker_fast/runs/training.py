@@ -8,22 +8,27 @@ from typing import Any
 import torch
 from pecker_kernels import SaliencyMask
 
+from pecker_fast import files
 from pecker_fast.account.memory import ITERATION, Prediction, size
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.zero import ZeroEngine
 from pecker_fast.errors import CheckpointError
-from pecker_fast.export.formats import export_folder
-from pecker_fast.files import io_safe
-from pecker_fast.forgetting.saliency import ForgetImages, mask_flops
-from pecker_fast.loading.parts import Parts, pick_device, start_generator
-from pecker_fast.machine import hardware
+from pecker_fast.export import export_folder
+from pecker_fast.forgetting import ForgetImages, mask_flops
+from pecker_fast.loading import Parts, pick_device, start_generator
+from pecker_fast.machine import StopFlag, hardware
 from pecker_fast.machine.ranks import ALONE, Ranks
-from pecker_fast.machine.signals import StopFlag
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe, idle_keys
-from pecker_fast.records.checkpoint import load_checkpoint, read_checkpoint_stage, save_checkpoint
-from pecker_fast.records.events import Tracker
-from pecker_fast.records.run_folder import MASK, METRICS, PIPELINE
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe, idle_keys
+from pecker_fast.records import (
+    MASK,
+    METRICS,
+    PIPELINE,
+    Tracker,
+    load_checkpoint,
+    read_checkpoint_stage,
+    save_checkpoint,
+)
 from pecker_fast.report import write_report
 from pecker_fast.runs.judging import outside_sha256
 from pecker_fast.runs.loop import Losses, run_stage
@@ -111,7 +116,7 @@ class Training:
         """What else a resumed run needs from the folder of its checkpoint: figures and grid of `before`, the mask."""
         source = checkpoint.resolve().parents[1]
         if (source / METRICS).is_file():
-            self.metrics |= io_safe.read_json(source / METRICS)
+            self.metrics |= files.read_json(source / METRICS)
         if source != self.run_dir.resolve():
             self.metrics |= {"after": None, "teacher": None, "step": None}
             self.ranks.first(lambda: self.copy_before(source))
@@ -122,8 +127,8 @@ class Training:
     def copy_before(self, source: Path) -> None:
         grid = Path("samples") / "before.png"
         if (source / grid).is_file():
-            io_safe.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
-        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+            files.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
+        files.write_json(self.run_dir / METRICS, self.metrics)
 
     def distilled(self, checkpoint: Path | None) -> TrainState:
         """The plain distillation stage alone."""
@@ -207,7 +212,7 @@ class Training:
 
         def write() -> None:
             if mask is not None:
-                with io_safe.output_errors(self.run_dir / MASK):
+                with files.output_errors(self.run_dir / MASK):
                     mask.save(self.run_dir / MASK)
 
         self.ranks.first(write)
@@ -275,7 +280,7 @@ class Training:
             self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
             if self.judging.possible and self.recipe.evaluate.final:
                 self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
-            io_safe.write_json(self.run_dir / METRICS, self.metrics)
+            files.write_json(self.run_dir / METRICS, self.metrics)
 
         self.ranks.first(judge)
 
@@ -311,7 +316,7 @@ class Training:
         )  # fmt: skip
         self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
         self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
-        io_safe.write_json(self.run_dir / METRICS, self.metrics)
+        files.write_json(self.run_dir / METRICS, self.metrics)
         self.tracker.event("end", self.total_step(state), training_s=state.training_s, images=state.images)
         if not self.judging.possible:
             self.tracker.say(

@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.engine import TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import CheckpointError, OutputError
-from pecker_fast.files import io_safe
 from pecker_fast.forgetting.updates import Dense, adam
 from pecker_fast.loading.parts import load_parts
 from pecker_fast.records import checkpoint
@@ -41,13 +41,13 @@ def save(state, folder, step):
 
 
 def hashes(folder):
-    return {p.name: io_safe.sha256_file(p) for p in sorted(folder.iterdir())}
+    return {p.name: files.sha256_file(p) for p in sorted(folder.iterdir())}
 
 
 def test_every_fault_point_leaves_the_old_or_the_new_checkpoint(state, tmp_path, monkeypatch):
     old = hashes(save(state, tmp_path, 1))
     calls: list[str] = []
-    monkeypatch.setattr(io_safe, "fault_point", calls.append)
+    monkeypatch.setattr("pecker_fast.files.writing.fault_point", calls.append)
     new = hashes(save(state, tmp_path / "other", 2))
     assert len(calls) > 15  # a save goes through the hooks at all
     for k in range(len(calls)):
@@ -57,10 +57,10 @@ def test_every_fault_point_leaves_the_old_or_the_new_checkpoint(state, tmp_path,
             if next(left) == k:
                 raise OSError(errno.EIO, "injected")
 
-        monkeypatch.setattr(io_safe, "fault_point", fail_at_k)
+        monkeypatch.setattr("pecker_fast.files.writing.fault_point", fail_at_k)
         with pytest.raises(OutputError, match="injected"):
             save(state, tmp_path, 2)
-        monkeypatch.setattr(io_safe, "fault_point", lambda name: None)
+        monkeypatch.setattr("pecker_fast.files.writing.fault_point", lambda name: None)
         found = checkpoint.latest_checkpoint(tmp_path, warn=lambda message: pytest.fail(message))
         assert found is not None
         assert hashes(found) == (old if found.name == "step-000001" else new), calls[k]
@@ -77,7 +77,7 @@ def test_no_space_is_one_clear_line_and_the_old_checkpoint_stays(state, tmp_path
         if name.startswith("write:score"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(io_safe, "fault_point", full)
+    monkeypatch.setattr("pecker_fast.files.writing.fault_point", full)
     with pytest.raises(OutputError, match=r"No space left.*free some space"):
         save(state, tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.evaluate.words import load_word_judge
-from pecker_fast.files import io_safe
 from pecker_fast.loading.parts import load_model, load_parts
 from pecker_fast.recipe.schema import load_recipe
 from pecker_fast.runs import finished as tools
 from pecker_fast.runs.prompt_judging import grid_rows, judging_of
 from pecker_fast.runs.start import train
 
-FOLDER = io_safe.ASSETS / "shapes"
+FOLDER = files.resolve_model("shapes")
 QUICK = [
     "steps=2",
     "batch_size=8",
@@ -27,9 +27,9 @@ QUICK = [
 def test_the_shipped_model_is_small_and_stock_diffusers_loads_it():
     from diffusers import StableDiffusionPipeline
 
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8 << 20
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    paths = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in paths) <= 8 << 20
+    assert {path.suffix for path in paths} <= {".json", ".safetensors", ".txt"}
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     assert {type(part).__name__ for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {
         "UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel",

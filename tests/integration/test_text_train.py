@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_text_models import KINDS, tiny_pipeline
 
+from pecker_fast import files
 from pecker_fast.cli.app import main
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import DataError, ModelError, RecipeError
-from pecker_fast.files import io_safe
 from pecker_fast.forgetting.methods import get_method
 from pecker_fast.forgetting.samplers import one_step_sample, sample_noise
 from pecker_fast.forgetting.updates import adam
@@ -69,7 +69,7 @@ def test_a_run_of_each_kind_is_drawn_by_stock_diffusers_as_by_us(models, tmp_pat
     train(recipe(models[kind], run), quiet=True)
     model = load_model(tools.load_run(run).recipe)
     generator = tools.trained_generator(tools.load_run(run), model)
-    before, after = io_safe.read_weights(models[kind] / "unet"), io_safe.read_weights(run / "pipeline" / "unet")
+    before, after = files.read_weights(models[kind] / "unet"), files.read_weights(run / "pipeline" / "unet")
     assert not same(before, after)
     rows = torch.tensor(model.teacher.table.index(["green star"]))
     ours = one_step_sample(generator, rows, 5, 625)
@@ -88,17 +88,17 @@ def test_a_run_of_each_kind_is_drawn_by_stock_diffusers_as_by_us(models, tmp_pat
 def test_zero_steps_leave_every_format_bit_identical(models, tmp_path, kind):
     run = tmp_path / "run"
     train(recipe(models[kind], run, steps=0, ema=0.0), quiet=True)
-    base = io_safe.read_weights(models[kind] / "unet")
-    assert same(base, io_safe.read_weights(run / "pipeline" / "unet"))
+    base = files.read_weights(models[kind] / "unet")
+    assert same(base, files.read_weights(run / "pipeline" / "unet"))
     for form in ("unet", "single", "delta"):
         tools.export_run(run, form=form)
-    assert same(base, io_safe.read_tensors(run / "unet.safetensors")[0])
+    assert same(base, files.read_tensors(run / "unet.safetensors")[0])
     from pecker_fast.networks.single_file import to_single_file
 
     plain = to_single_file(models[kind], tmp_path / "plain.safetensors")
     assert plain.read_bytes() == (run / "single.safetensors").read_bytes()
     applied = tools.apply_delta_file(run / "delta.safetensors", str(models[kind]), tmp_path / "applied")
-    assert same(base, io_safe.read_weights(applied / "unet"))
+    assert same(base, files.read_weights(applied / "unet"))
 
 
 def test_half_precision_weights_keep_their_dtype_and_bits(models, tmp_path):
@@ -108,17 +108,17 @@ def test_half_precision_weights_keep_their_dtype_and_bits(models, tmp_path):
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(models["sd1"], torch_dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
-    base = io_safe.read_weights(folder / "unet")
+    base = files.read_weights(folder / "unet")
     assert base["conv_in.weight"].dtype == torch.float16
     keys = {"precision": "bf16", "engine": {"weights": "bf16"}, "update_rule": "salient_only", "ema": 0.0}
     train(recipe(folder, tmp_path / "run", **keys, lr=1e-2), quiet=True)
-    after = io_safe.read_weights(tmp_path / "run" / "pipeline" / "unet")
+    after = files.read_weights(tmp_path / "run" / "pipeline" / "unet")
     assert {t.dtype for t in after.values()} == {torch.float16}
     moved = sum(int((after[k] != base[k]).sum()) for k in base)
     total = sum(t.numel() for t in base.values())
     assert 0 < moved <= 0.1 * total + 1
     train(recipe(folder, tmp_path / "none", **keys, steps=0), quiet=True)
-    assert same(base, io_safe.read_weights(tmp_path / "none" / "pipeline" / "unet"))
+    assert same(base, files.read_weights(tmp_path / "none" / "pipeline" / "unet"))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
@@ -129,17 +129,17 @@ def test_a_single_file_is_the_same_model_as_its_folder(models, tmp_path, kind):
     configs = tmp_path / "configs"  # a user's folder of configs: no weights in it
     for path in models[kind].rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
-            io_safe.write_bytes(configs / path.relative_to(models[kind]), path.read_bytes())
+            files.write_bytes(configs / path.relative_to(models[kind]), path.read_bytes())
     train(recipe(models[kind], tmp_path / "a"), quiet=True)
     train(recipe(single, tmp_path / "b", model_config=str(configs)), quiet=True)
-    a, b = (io_safe.read_weights(tmp_path / run / "pipeline" / "unet") for run in "ab")
+    a, b = (files.read_weights(tmp_path / run / "pipeline" / "unet") for run in "ab")
     assert same(a, b)
     tools.export_run(tmp_path / "b", form="single")
     tools.export_run(tmp_path / "a", form="delta")
     applied = tools.apply_delta_file(
         tmp_path / "a" / "delta.safetensors", str(single), tmp_path / "applied.safetensors"
     )
-    assert same(io_safe.read_tensors(applied)[0], io_safe.read_tensors(tmp_path / "b" / "single.safetensors")[0])
+    assert same(files.read_tensors(applied)[0], files.read_tensors(tmp_path / "b" / "single.safetensors")[0])
     stock = stock_image(tmp_path / "b" / "pipeline", "green star", torch.zeros(1, 4, 8, 8))
     assert torch.equal(stock, stock_image(tmp_path / "a" / "pipeline", "green star", torch.zeros(1, 4, 8, 8)))
 
@@ -169,7 +169,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(models, tmp_path):
     whole, parts = (tmp_path / run / "checkpoints" / "step-000003" for run in ("whole", "parts"))
     for name in ("generator.safetensors", "score.safetensors", "ema.safetensors", "optimizers.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
-    score, _ = io_safe.read_tensors(whole / "score.safetensors")
+    score, _ = files.read_tensors(whole / "score.safetensors")
     assert all("lora_" in name for name in score)  # the adapter alone: φ is not kept twice
 
 
@@ -269,7 +269,7 @@ def broken(models, folder, change):
     """A copy of the sd1 pipeline with one thing changed."""
     for path in models["sd1"].rglob("*"):
         if path.is_file():
-            io_safe.write_bytes(folder / path.relative_to(models["sd1"]), path.read_bytes())
+            files.write_bytes(folder / path.relative_to(models["sd1"]), path.read_bytes())
     change(folder)
     return folder
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
+from pecker_fast import files
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError, PeckerError, RecipeError
-from pecker_fast.files import io_safe
 from pecker_fast.recipe.schema import recipe_to_yaml
 from pecker_fast.records import checkpoint
 from pecker_fast.runs.finished import evaluate_run, export_run, sample_run
@@ -26,8 +26,8 @@ METRICS = {"ua", "cover_rate", "retain_accuracy", "fid", "inception_score", "pre
 def final_files(run_dir):
     """sha256 of everything that decides the outcome: last checkpoint's tensors, exported weights, mask."""
     last = checkpoint.list_checkpoints(run_dir)[-1]
-    files = [*sorted(last.glob("*.safetensors")), run_dir / "pipeline" / "unet" / io_safe.WEIGHTS_NAME]
-    return {p.name: io_safe.sha256_file(p) for p in files}
+    paths = [*sorted(last.glob("*.safetensors")), run_dir / "pipeline" / "unet" / files.WEIGHTS_NAME]
+    return {p.name: files.sha256_file(p) for p in paths}
 
 
 def test_run_folder_is_complete(tiny_recipe):
@@ -122,8 +122,8 @@ def test_pipeline_draws_the_same_in_stock_diffusers(tiny_recipe, tmp_path, predi
 
 def test_zero_steps_leave_the_weights_bit_identical(tiny_recipe, tiny_model):
     run = train(tiny_recipe(steps=0, evaluate={"every": 0, "final": 0}), quiet=True).run_dir
-    base = load_file(tiny_model / "unet" / io_safe.WEIGHTS_NAME)
-    out = load_file(run / "pipeline" / "unet" / io_safe.WEIGHTS_NAME)
+    base = load_file(tiny_model / "unet" / files.WEIGHTS_NAME)
+    out = load_file(run / "pipeline" / "unet" / files.WEIGHTS_NAME)
     assert base.keys() == out.keys()
     assert all(torch.equal(base[name], out[name]) for name in base)
 
@@ -263,10 +263,10 @@ def test_sample_evaluate_export(tiny_recipe, tmp_path):
     recorded = json.loads((run / "metrics.json").read_text())
     assert again["after"] == recorded["after"]
     exported = export_run(run, tmp_path / "copy")
-    name = f"unet/{io_safe.WEIGHTS_NAME}"
-    assert io_safe.sha256_file(exported / name) == io_safe.sha256_file(run / "pipeline" / name)
+    name = f"unet/{files.WEIGHTS_NAME}"
+    assert files.sha256_file(exported / name) == files.sha256_file(run / "pipeline" / name)
     raw = export_run(run, tmp_path / "raw", weights="raw")
-    assert io_safe.sha256_file(raw / name) != io_safe.sha256_file(exported / name)
+    assert files.sha256_file(raw / name) != files.sha256_file(exported / name)
 
 
 def test_unlearn_takes_a_pipeline_object(tmp_path, tiny_model):

@@ -6,14 +6,14 @@ import os
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.errors import OutputError
-from pecker_fast.files import io_safe
 
 WRITERS = {
-    "text": lambda path, n: io_safe.write_text(path, f"value {n}"),
-    "json": lambda path, n: io_safe.write_json(path, {"value": n}),
-    "bytes": lambda path, n: io_safe.write_bytes(path, bytes([n])),
-    "tensors": lambda path, n: io_safe.write_tensors(path, {"value": torch.tensor(n)}),
+    "text": lambda path, n: files.write_text(path, f"value {n}"),
+    "json": lambda path, n: files.write_json(path, {"value": n}),
+    "bytes": lambda path, n: files.write_bytes(path, bytes([n])),
+    "tensors": lambda path, n: files.write_tensors(path, {"value": torch.tensor(n)}),
 }
 
 
@@ -40,7 +40,7 @@ def steps(monkeypatch):
         if len(seen) - 1 == seen.at:
             raise seen.error
 
-    monkeypatch.setattr(io_safe, "fault_point", point)
+    monkeypatch.setattr("pecker_fast.files.writing.fault_point", point)
     return seen
 
 
@@ -71,19 +71,19 @@ def test_every_step_of_a_write_may_fail(tmp_path, steps, kind):
 def test_a_full_disk_says_what_to_do(tmp_path, steps):
     steps.fail(0, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OutputError, match="No space left on device; free some space and try again"):
-        io_safe.write_text(tmp_path / "file", "x")
+        files.write_text(tmp_path / "file", "x")
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere/file", "/dev/null/file"])
 def test_an_impossible_place_is_an_output_error(place):
     with pytest.raises(OutputError, match="choose another output folder"):
-        io_safe.write_text(place, "x")
+        files.write_text(place, "x")
 
 
 def test_a_folder_in_the_way_is_an_output_error(tmp_path):
     (tmp_path / "file").mkdir()
     with pytest.raises(OutputError, match="cannot write"):
-        io_safe.write_text(tmp_path / "file", "x")
+        files.write_text(tmp_path / "file", "x")
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -102,12 +102,12 @@ def test_tensors_survive_in_every_form(tmp_path):
     }
     tensors["shared"] = tensors["transposed"]
     path = tmp_path / "deep" / "er" / "a.safetensors"
-    io_safe.write_tensors(path, tensors, {"b": "2", "a": "1"})
+    files.write_tensors(path, tensors, {"b": "2", "a": "1"})
     first = path.read_bytes()
-    io_safe.write_tensors(path, dict(reversed(tensors.items())), {"a": "1", "b": "2"})
+    files.write_tensors(path, dict(reversed(tensors.items())), {"a": "1", "b": "2"})
     assert path.read_bytes() == first
     stock = load_file(path)
-    ours, metadata = io_safe.read_tensors(path)
+    ours, metadata = files.read_tensors(path)
     assert metadata == {"a": "1", "b": "2"}
     assert set(ours) == set(stock) == set(tensors)
     for name, tensor in tensors.items():
@@ -117,8 +117,8 @@ def test_tensors_survive_in_every_form(tmp_path):
 
 
 def test_the_hash_of_tensors_sees_name_type_shape_and_every_byte():
-    base = io_safe.sha256_tensors([("a", torch.zeros(4)), ("b", torch.ones(2))])
-    assert base == io_safe.sha256_tensors(iter([("a", torch.zeros(8)[::2]), ("b", torch.ones(2))]))
+    base = files.sha256_tensors([("a", torch.zeros(4)), ("b", torch.ones(2))])
+    assert base == files.sha256_tensors(iter([("a", torch.zeros(8)[::2]), ("b", torch.ones(2))]))
     others = [
         [("c", torch.zeros(4)), ("b", torch.ones(2))],
         [("a", torch.zeros(2, 2)), ("b", torch.ones(2))],
@@ -127,6 +127,6 @@ def test_the_hash_of_tensors_sees_name_type_shape_and_every_byte():
         [("b", torch.ones(2)), ("a", torch.zeros(4))],
         [("a", torch.zeros(4))],
     ]
-    hashes = {io_safe.sha256_tensors(named) for named in others}
+    hashes = {files.sha256_tensors(named) for named in others}
     assert len(hashes) == len(others)
     assert base not in hashes

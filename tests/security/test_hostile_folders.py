@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 
-INDEX = f"{io_safe.WEIGHTS_NAME}.index.json"
+INDEX = f"{files.WEIGHTS_NAME}.index.json"
 
 
 def put(folder: Path, name: str, content) -> None:
@@ -30,7 +30,7 @@ def index_with(**keys):
 
 def shards(names):
     def hurt(folder):
-        (folder / "unet" / io_safe.WEIGHTS_NAME).rename(folder / "outside.safetensors")
+        (folder / "unet" / files.WEIGHTS_NAME).rename(folder / "outside.safetensors")
         put(folder, f"unet/{INDEX}", {"weight_map": names})
 
     return hurt
@@ -55,7 +55,7 @@ def without(name):
     return lambda folder: (folder / name).unlink()
 
 
-WEIGHTS = f"unet/{io_safe.WEIGHTS_NAME}"
+WEIGHTS = f"unet/{files.WEIGHTS_NAME}"
 HOSTILE = {
     "auto_map": (config_with(auto_map={"AutoModel": "evil.Model"}), "auto_map names custom code"),
     "custom_pipeline": (index_with(custom_pipeline="evil"), "custom_pipeline names custom code"),
@@ -113,14 +113,14 @@ def model(tmp_path):
     config_with()(folder)
     index_with(unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"], extra=[None, None])(folder)
     put(folder, "scheduler/scheduler_config.json", {"_class_name": "DDPMScheduler"})
-    io_safe.write_tensors(folder / WEIGHTS, {"a": torch.ones(3)})
-    io_safe.write_tensors(tmp_path / "secret.safetensors", {"a": torch.zeros(3)})
+    files.write_tensors(folder / WEIGHTS, {"a": torch.ones(3)})
+    files.write_tensors(tmp_path / "secret.safetensors", {"a": torch.zeros(3)})
     return folder
 
 
 def test_the_folder_in_order_is_accepted(model):
-    assert io_safe.check_model_folder(model) == model / "unet"
-    assert io_safe.read_weights(model / "unet")["a"].tolist() == [1, 1, 1]
+    assert files.check_model_folder(model) == model / "unet"
+    assert files.read_weights(model / "unet")["a"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -128,7 +128,7 @@ def test_a_hostile_or_damaged_folder_is_refused(model, name):
     hurt, message = HOSTILE[name]
     hurt(model)
     with pytest.raises(ModelError) as caught:
-        io_safe.check_model_folder(model)
+        files.check_model_folder(model)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -136,7 +136,7 @@ def test_a_hostile_or_damaged_folder_is_refused(model, name):
 def test_links_inside_the_folder_and_the_hub_cache_are_followed(model, tmp_path):
     (model / WEIGHTS).rename(model / "real.safetensors")
     (model / WEIGHTS).symlink_to("../real.safetensors")
-    assert io_safe.check_model_folder(model) == model / "unet"
+    assert files.check_model_folder(model) == model / "unet"
 
     cache = tmp_path / "models--owner--name"
     snapshot = cache / "snapshots" / "0123abc"
@@ -144,46 +144,46 @@ def test_links_inside_the_folder_and_the_hub_cache_are_followed(model, tmp_path)
     config_with()(snapshot)
     os.replace(model / "real.safetensors", cache / "blobs" / "sha")
     (snapshot / WEIGHTS).symlink_to("../../../blobs/sha")
-    assert io_safe.check_model_folder(snapshot) == snapshot / "unet"
+    assert files.check_model_folder(snapshot) == snapshot / "unet"
     (snapshot / "unet" / "config.json").unlink()
     (snapshot / "unet" / "config.json").symlink_to("../../../../secret.json")
     with pytest.raises(ModelError, match="a link that leaves"):
-        io_safe.check_model_folder(snapshot)
+        files.check_model_folder(snapshot)
 
 
 def test_shards_are_joined_in_order(model):
     (model / WEIGHTS).unlink()
     for number, name in enumerate("ba"):
-        io_safe.write_tensors(model / "unet" / f"part-{number}.safetensors", {name: torch.full((2,), number)})
+        files.write_tensors(model / "unet" / f"part-{number}.safetensors", {name: torch.full((2,), number)})
     put(model, f"unet/{INDEX}", {"weight_map": {"b": "part-0.safetensors", "a": "part-1.safetensors"}})
-    io_safe.check_model_folder(model)
-    assert {k: v.tolist() for k, v in io_safe.read_weights(model / "unet").items()} == {"b": [0, 0], "a": [1, 1]}
+    files.check_model_folder(model)
+    assert {k: v.tolist() for k, v in files.read_weights(model / "unet").items()} == {"b": [0, 0], "a": [1, 1]}
 
 
 def test_a_config_at_the_top_is_a_model_too(model):
-    for name in ("config.json", io_safe.WEIGHTS_NAME):
+    for name in ("config.json", files.WEIGHTS_NAME):
         (model / "unet" / name).rename(model / name)
     (model / "unet").rmdir()
-    assert io_safe.check_model_folder(model) == model
+    assert files.check_model_folder(model) == model
 
 
 @pytest.mark.parametrize(
     "name", ["digitz", "/no/such/folder", "runs/nothing-here", "../x", "a/../b", "a//b", "", "x" * 9000]
 )
 def test_a_name_of_nothing_is_refused_without_asking_the_network(monkeypatch, name):
-    monkeypatch.setattr(io_safe, "_from_hub", lambda name, revision: pytest.fail(f"asked the network for {name}"))
+    monkeypatch.setattr("pecker_fast.files.names._from_hub", lambda name, revision: pytest.fail(f"asked the network for {name}"))
     with pytest.raises(ModelError):
-        io_safe.resolve_model(name)
+        files.resolve_model(name)
 
 
 def test_local_folders_stand_before_the_hub(monkeypatch, model, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
-    monkeypatch.setattr(io_safe, "_from_hub", lambda name, revision: Path("/fetched"))
-    assert io_safe.resolve_model("model") == Path("model")
+    monkeypatch.setattr("pecker_fast.files.names._from_hub", lambda name, revision: Path("/fetched"))
+    assert files.resolve_model("model") == Path("model")
     with pytest.raises(ModelError, match="no such model folder"):
-        io_safe.resolve_model("owner/name")  # `owner` is a folder here: a local path was meant
-    assert io_safe.resolve_model("google/ddpm") == Path("/fetched")
+        files.resolve_model("owner/name")  # `owner` is a folder here: a local path was meant
+    assert files.resolve_model("google/ddpm") == Path("/fetched")
 
 
 def wanted(file, asked):
@@ -205,7 +205,7 @@ def test_the_hub_is_asked_for_json_and_safetensors_alone_and_its_failure_is_one_
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ModelError) as caught:
-        io_safe.resolve_model("nobody-owner/name")
+        files.resolve_model("nobody-owner/name")
     assert asked["name"] == "nobody-owner/name"
     for file in (
         "model_index.json",
@@ -224,6 +224,6 @@ def test_a_shipped_name_stands_before_a_local_folder(monkeypatch, tmp_path):
     (tmp_path / "assets" / "tiny").mkdir(parents=True)
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(io_safe, "ASSETS", tmp_path / "assets")
-    assert io_safe.resolve_model("tiny") == tmp_path / "assets" / "tiny"
-    assert io_safe.resolve_model("./tiny") == Path("tiny")
+    monkeypatch.setattr("pecker_fast.files.names.ASSETS", tmp_path / "assets")
+    assert files.resolve_model("tiny") == tmp_path / "assets" / "tiny"
+    assert files.resolve_model("./tiny") == Path("tiny")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from malformed import FIXED, GOOD, generated
 
+from pecker_fast import files
 from pecker_fast.errors import CheckpointError, DataError, ModelError
-from pecker_fast.files import io_safe
 
 RSS_LIMIT_BYTES = 512 << 20
 
@@ -18,7 +18,7 @@ RSS_LIMIT_BYTES = 512 << 20
 def test_the_good_file_is_good(tmp_path):
     path = tmp_path / "good.safetensors"
     path.write_bytes(GOOD)
-    tensors, metadata = io_safe.read_tensors(path)
+    tensors, metadata = files.read_tensors(path)
     assert set(tensors) == {"a", "b"}
     assert tensors["b"].tolist() == list(range(16, 24))
     assert metadata == {}
@@ -30,7 +30,7 @@ def test_fixed_damage(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(FIXED[name])
     with pytest.raises(DataError) as caught:
-        io_safe.read_tensors(path)
+        files.read_tensors(path)
     assert "bad.safetensors" in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -39,7 +39,7 @@ def test_fixed_damage(tmp_path, name):
 def test_the_caller_chooses_the_error(tmp_path, error):
     for path in (tmp_path / "missing.safetensors", tmp_path):
         with pytest.raises(error):
-            io_safe.read_tensors(path, error=error)
+            files.read_tensors(path, error=error)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
@@ -49,8 +49,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     for name in ("pipe", "zero", "gone", "loop"):
         with pytest.raises(DataError, match=name):
-            io_safe.read_tensors(tmp_path / f"{name}.safetensors")
-        for read in (io_safe.read_text, io_safe.read_json, io_safe.sha256_file):
+            files.read_tensors(tmp_path / f"{name}.safetensors")
+        for read in (files.read_text, files.read_json, files.sha256_file):
             with pytest.raises(DataError, match=name):
                 read(tmp_path / f"{name}.safetensors")
 
@@ -60,7 +60,7 @@ import sys
 from pathlib import Path
 from malformed import FIXED, generated, pack
 from pecker_fast.errors import DataError
-from pecker_fast.files.io_safe import read_tensors
+from pecker_fast.files import read_tensors
 path = Path(sys.argv[1])
 many = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_000))
 refused = read = 0
@@ -99,7 +99,7 @@ def test_generated_damage_is_not_all_alike():
 
 def test_a_file_cut_while_its_tensors_are_in_use_does_no_harm(tmp_path):
     path = tmp_path / "a.safetensors"
-    io_safe.write_tensors(path, {"a": torch.arange(1 << 16)})
-    tensors, _ = io_safe.read_tensors(path)
+    files.write_tensors(path, {"a": torch.arange(1 << 16)})
+    tensors, _ = files.read_tensors(path)
     os.truncate(path, 16)
     assert int(tensors["a"].sum()) == (1 << 16) * ((1 << 16) - 1) // 2

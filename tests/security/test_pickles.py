@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.errors import PeckerError
-from pecker_fast.files import io_safe
 from pecker_fast.recipe.schema import load_recipe
 
 NAMES = ["model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.safetensors", "model", "model.json"]
@@ -50,12 +50,12 @@ def test_every_reader_refuses_it(tmp_path, name, kind):
     path = tmp_path / name
     path.write_bytes(pickles(Canary(canary))[kind])
     with pytest.raises(PeckerError) as caught:
-        io_safe.read_tensors(path)
+        files.read_tensors(path)
     message = str(caught.value)
     assert name in message
-    if kind not in ("protocol 0",) or path.suffix in io_safe.PICKLE_SUFFIXES:
+    if kind not in ("protocol 0",) or path.suffix in files.PICKLE_SUFFIXES:
         assert "pickle" in message
-    for read in (io_safe.read_json, load_recipe, io_safe.check_model_folder):
+    for read in (files.read_json, load_recipe, files.check_model_folder):
         with pytest.raises(PeckerError):
             read(path)
     assert not canary.exists()
@@ -68,7 +68,7 @@ def test_a_folder_with_pickles_alone_is_refused_with_the_remedy(tmp_path, name):
     (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     (unet / name).write_bytes(pickles(Canary(tmp_path / "canary"))["torch zip"])
     with pytest.raises(PeckerError, match=r"holds only pickle weights; .*convert them to safetensors"):
-        io_safe.check_model_folder(tmp_path / "m")
+        files.check_model_folder(tmp_path / "m")
     assert not (tmp_path / "canary").exists()
 
 
@@ -76,11 +76,11 @@ def test_a_pickle_named_safetensors_inside_a_model_is_refused(tmp_path):
     unet = tmp_path / "m" / "unet"
     unet.mkdir(parents=True)
     (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    (unet / io_safe.WEIGHTS_NAME).write_bytes(pickles(Canary(tmp_path / "canary"))["torch zip"])
+    (unet / files.WEIGHTS_NAME).write_bytes(pickles(Canary(tmp_path / "canary"))["torch zip"])
     with pytest.raises(PeckerError, match="holds a pickle, whatever its name"):
-        io_safe.check_model_folder(tmp_path / "m")
+        files.check_model_folder(tmp_path / "m")
     with pytest.raises(PeckerError, match="pickle"):
-        io_safe.read_weights(unet)
+        files.read_weights(unet)
     assert not (tmp_path / "canary").exists()
 
 
@@ -90,4 +90,4 @@ def test_a_real_header_that_begins_like_a_pickle_is_read(tmp_path):
     header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(0x480)
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
     assert path.read_bytes()[:2] == b"\x80\x04"
-    assert io_safe.read_tensors(path)[0]["a"].tolist() == [7]
+    assert files.read_tensors(path)[0]["a"].tolist() == [7]

@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError, PeckerError
 from pecker_fast.export.delta import apply_delta, apply_to_folder, delta_of_folders, hash_of, write_delta
-from pecker_fast.files import io_safe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 SHAPES = ((), (0,), (1,), (7,), (8,), (3, 5), (4, 0, 2), (300,), (2, 16, 9))
@@ -64,7 +64,7 @@ def test_base_and_delta_make_the_result(tmp_path, data):
     assert stats.changed_weights == changes
     assert stats.changed_tensors == sum(raw(base[name]) != raw(result[name]) for name in base)
     if same_bits(base, result):
-        assert io_safe.read_tensors(tmp_path / "delta.safetensors")[0] == {}
+        assert files.read_tensors(tmp_path / "delta.safetensors")[0] == {}
 
 
 @given(st.data())
@@ -100,7 +100,7 @@ def test_the_smallest_form_is_taken(tmp_path, share, form, size):
     base = {"w": torch.zeros(80_000)}
     result = {"w": (torch.arange(80_000) < round(80_000 * share)).float()}
     stats = write(base, result, tmp_path / "delta.safetensors")
-    parts, header = io_safe.read_tensors(tmp_path / "delta.safetensors")
+    parts, header = files.read_tensors(tmp_path / "delta.safetensors")
     assert json.loads(header["tensors"])["w"][2] == form
     assert sum(part.numel() * part.element_size() for part in parts.values()) == size
     assert stats.delta_bytes == (tmp_path / "delta.safetensors").stat().st_size
@@ -110,14 +110,14 @@ def test_the_smallest_form_is_taken(tmp_path, share, form, size):
 def test_the_file_says_what_it_is(tmp_path):
     base, result = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
     write(base, result, tmp_path / "delta.safetensors", recipe="mine")
-    header = io_safe.read_tensors(tmp_path / "delta.safetensors")[1]
+    header = files.read_tensors(tmp_path / "delta.safetensors")[1]
     assert (header["format"], header["version"]) == ("pecker-fast delta", "1")
     assert (header["base_sha256"], header["result_sha256"]) == (hash_of(base), hash_of(result))
     assert json.loads(header["metadata"]) == {"recipe": "mine"}
     with pytest.raises(DataError, match="base_sha256"):
         write_delta(base, result, tmp_path / "other.safetensors", base_sha256=hash_of(result))
     with pytest.raises(OutputError, match="metadata"):
-        write(base, result, tmp_path / "other.safetensors", note="x" * (io_safe.MAX_HEADER_BYTES // 2))
+        write(base, result, tmp_path / "other.safetensors", note="x" * (files.MAX_HEADER_BYTES // 2))
     assert not (tmp_path / "other.safetensors").exists()
 
 
@@ -135,7 +135,7 @@ def delta(tmp_path):
     """(path, tensors, header, list) of a delta that uses all four forms, and a function that writes it changed."""
     path = tmp_path / "delta.safetensors"
     write(BASE, RESULT, path)
-    parts, header = io_safe.read_tensors(path)
+    parts, header = files.read_tensors(path)
     listed = json.loads(header["tensors"])
     assert {name: entry[2] for name, entry in listed.items()} == {
         "many": "mask",
@@ -147,7 +147,7 @@ def delta(tmp_path):
     def changed(new_parts=None, entries=None, drop=(), **new_header) -> Path:
         keep = {name: part for name, part in (parts | (new_parts or {})).items() if name not in drop}
         new_list = {name: entry for name, entry in (listed | (entries or {})).items() if name not in drop}
-        io_safe.write_tensors(path, keep, header | {"tensors": json.dumps(new_list)} | new_header)
+        files.write_tensors(path, keep, header | {"tensors": json.dumps(new_list)} | new_header)
         return path
 
     return path, parts, listed, changed
@@ -245,7 +245,7 @@ def test_foreign_and_damaged_files_are_refused(delta, tmp_path):
     refused(changed(tensors="{"), BASE, "no JSON")
     refused(changed(tensors="[" * 100_000), BASE, "no JSON")
     refused(changed(tensors="[]"), BASE, "no JSON object")
-    io_safe.write_tensors(path, parts)
+    files.write_tensors(path, parts)
     refused(path, BASE, "not a delta file")
     content = changed().read_bytes()
     path.write_bytes(content[:-3])
@@ -287,15 +287,15 @@ def model_folder(folder: Path, seed: int = 0) -> Path:
     unet.save_pretrained(folder / "unet")
     parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     parts |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
-    io_safe.write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **parts})
-    weights = io_safe.read_weights(folder / "unet")
+    files.write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **parts})
+    weights = files.read_weights(folder / "unet")
     for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "model.safetensors", "generator/x.safetensors"):
-        io_safe.write_tensors(folder / name, weights)
+        files.write_tensors(folder / name, weights)
     for name in ("vae/config.json", "vae/diffusion_pytorch_model-1.safetensors", "tokenizer/merges.txt", "README.md"):
-        io_safe.write_text(folder / name, "{}")
-    io_safe.write_text(folder / "vae" / "diffusion_pytorch_model.safetensors.index.json", "{}")
-    io_safe.write_text(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", '{"a": 1}')
-    io_safe.write_bytes(folder / "vae" / "weights.bin", b"x")
+        files.write_text(folder / name, "{}")
+    files.write_text(folder / "vae" / "diffusion_pytorch_model.safetensors.index.json", "{}")
+    files.write_text(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", '{"a": 1}')
+    files.write_bytes(folder / "vae" / "weights.bin", b"x")
     return folder
 
 
@@ -303,11 +303,11 @@ def model_folder(folder: Path, seed: int = 0) -> Path:
 def two(tmp_path):
     """A base folder, and one whose UNet differs in a tenth of the weights."""
     base, result = model_folder(tmp_path / "base"), model_folder(tmp_path / "result")
-    weights = io_safe.read_weights(result / "unet")
+    weights = files.read_weights(result / "unet")
     generator = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         weights[name] = torch.where(torch.rand(tensor.shape, generator=generator) < 0.1, tensor + 1, tensor)
-    io_safe.write_tensors(result / "unet" / io_safe.WEIGHTS_NAME, weights)
+    files.write_tensors(result / "unet" / files.WEIGHTS_NAME, weights)
     return base, result
 
 
@@ -315,10 +315,10 @@ def test_folder_to_folder(two, tmp_path):
     base, result = two
     stats = delta_of_folders(base, result, tmp_path / "delta.safetensors")
     assert 0.05 < stats.changed_weights / stats.weights < 0.2
-    parts, _ = io_safe.read_tensors(tmp_path / "delta.safetensors")
+    parts, _ = files.read_tensors(tmp_path / "delta.safetensors")
     assert sum(part.numel() * part.element_size() for part in parts.values()) < 0.15 * stats.result_bytes
     output = apply_to_folder(tmp_path / "delta.safetensors", base, tmp_path / "output")
-    assert same_bits(io_safe.read_weights(output / "unet"), io_safe.read_weights(result / "unet"))
+    assert same_bits(files.read_weights(output / "unet"), files.read_weights(result / "unet"))
     assert sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()) == [
         "README.md",
         "model_index.json",
@@ -347,7 +347,7 @@ def test_nothing_is_left_behind_when_applying_fails(two, tmp_path, monkeypatch):
         if name == "replace:output":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(io_safe, "fault_point", fault)
+    monkeypatch.setattr("pecker_fast.files.writing.fault_point", fault)
     with pytest.raises(OutputError, match="free some space"):
         apply_to_folder(tmp_path / "delta.safetensors", base, tmp_path / "output")
     assert sorted(tmp_path.iterdir()) == before
@@ -368,8 +368,8 @@ def test_folders_that_cannot_be_compared(two, tmp_path):
     base, result = two
     with pytest.raises(ModelError, match="no unet/"):
         delta_of_folders(base, tmp_path / "absent", tmp_path / "delta.safetensors")
-    weights = io_safe.read_weights(result / "unet")
-    io_safe.write_tensors(result / "unet" / io_safe.WEIGHTS_NAME, weights | {"conv_in.bias": torch.ones(9)})
+    weights = files.read_weights(result / "unet")
+    files.write_tensors(result / "unet" / files.WEIGHTS_NAME, weights | {"conv_in.bias": torch.ones(9)})
     with pytest.raises(ModelError, match="same architecture"):
         delta_of_folders(base, result, tmp_path / "delta.safetensors")
 
@@ -378,17 +378,17 @@ def test_single_file_takes_the_delta_of_folders_and_gives_one(two, tmp_path):
     from pecker_fast.networks.single_file import unet_map
 
     base, result = two
-    names = unet_map(io_safe.read_json(base / "unet" / "config.json"))
+    names = unet_map(files.read_json(base / "unet" / "config.json"))
     others = {"first_stage_model.x": torch.ones(2), "cond_stage_model.transformer.y": torch.arange(3)}
 
     def single(folder: Path) -> dict[str, torch.Tensor]:
-        return {names[name]: tensor for name, tensor in io_safe.read_weights(folder / "unet").items()} | others
+        return {names[name]: tensor for name, tensor in files.read_weights(folder / "unet").items()} | others
 
     file = tmp_path / "base.safetensors"
-    io_safe.write_tensors(file, single(base), {"title": "x"})
+    files.write_tensors(file, single(base), {"title": "x"})
     delta_of_folders(base, result, tmp_path / "delta.safetensors")
     output = apply_to_folder(tmp_path / "delta.safetensors", file, tmp_path / "output.safetensors")
-    tensors, metadata = io_safe.read_tensors(output)
+    tensors, metadata = files.read_tensors(output)
     assert same_bits(tensors, single(result))
     assert metadata == {"title": "x"}
     delta_of_folders(file, result, tmp_path / "again.safetensors")

@@ -11,7 +11,7 @@ from tiny_models import write_tiny_model
 from pecker_fast import draws
 from pecker_fast.conditions.classes import class_conditions
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.files.io_safe import WEIGHTS_NAME
+from pecker_fast.files import WEIGHTS_NAME
 from pecker_fast.forgetting.samplers import ddim_sample, grid_labels, one_step_sample, save_grid
 from pecker_fast.networks.denoiser import load_denoiser
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pecker_fast.errors import DataError, ModelError, PeckerError
 from pecker_fast.evaluate import Judge, Reference, SmallClassifier, load_judge, save_judge
-from pecker_fast.files.io_safe import read_tensors, write_tensors
+from pecker_fast.files import read_tensors, write_tensors
 
 
 def small(**changes):

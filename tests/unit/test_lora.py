@@ -8,8 +8,8 @@ import torch
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_weights
 from pecker_fast.networks.lora import ATTENTION, AdaptedUNet, LowRank, lora_score, pair_x0, target_layers
 
@@ -62,7 +62,7 @@ def conditional_unet(kind):
 
 
 def load_teacher(kind):
-    digits = load_denoiser(io_safe.ASSETS / "digits")
+    digits = load_denoiser(files.ASSETS / "digits")
     if kind == "digits":
         digits.null_class = digits.num_class_embeds - 1
         return digits.freeze()
@@ -321,8 +321,8 @@ def test_moving_takes_base_and_adapters_along():
 def test_adapters_are_stored_and_loaded_like_a_network(teacher, inputs, tmp_path):
     x, t, c, _ = inputs
     score, fresh = stir(lora_score(teacher, RANK)), lora_score(teacher, RANK, seed=5)
-    io_safe.write_tensors(tmp_path / "score.safetensors", score.unet.state_dict())
-    tensors, _ = io_safe.read_tensors(tmp_path / "score.safetensors", error=ModelError)
+    files.write_tensors(tmp_path / "score.safetensors", score.unet.state_dict())
+    tensors, _ = files.read_tensors(tmp_path / "score.safetensors", error=ModelError)
     load_weights(fresh.unet, tensors, tmp_path)
     with torch.no_grad():
         assert torch.equal(fresh.output(x, t, c), score.output(x, t, c))

@@ -7,18 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.account.memory import Prediction, alive, enough, measured_peak, predict
 from pecker_fast.account.memory.prediction import Settings
 from pecker_fast.account.memory.rehearsal import planned_mask
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.files import io_safe
 from pecker_fast.recipe.schema import load_recipe
 from pecker_fast.runs.benchmark import set_up
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import full_size
 
-DIGITS = io_safe.read_json(io_safe.ASSETS / "digits" / "unet" / "config.json")
+DIGITS = files.read_json(files.ASSETS / "digits" / "unet" / "config.json")
 STEPS = ("score step", "generator step", "average")
 TEXT = {
     "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,

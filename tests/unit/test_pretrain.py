@@ -14,12 +14,11 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from pecker_fast import draws
+from pecker_fast import draws, files
 from pecker_fast.data import datasets as data_sets
 from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import CheckpointError, DataError, Interrupted, OutputError, PeckerError, RecipeError
 from pecker_fast.evaluate.judge import load_judge
-from pecker_fast.files import io_safe
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.pretrain import SETTINGS, Settings, pretrain, unet_config
@@ -38,9 +37,9 @@ def run(folder: Path, settings: Settings = SHORT, seed: int = 0) -> Path:
 
 
 def weights(folder: Path) -> str:
-    files = sorted(folder.rglob("*.safetensors"))
-    assert len(files) == 3
-    return " ".join(f"{file.relative_to(folder)} {io_safe.sha256_file(file)}" for file in files)
+    paths = sorted(folder.rglob("*.safetensors"))
+    assert len(paths) == 3
+    return " ".join(f"{file.relative_to(folder)} {files.sha256_file(file)}" for file in paths)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +52,14 @@ def test_folder_loads_in_stock_diffusers(model: Path) -> None:
     assert unet.config.num_class_embeds == 11
     assert DDPMScheduler.from_pretrained(model / "scheduler").config.num_train_timesteps == 1000
     pipeline = DDPMPipeline.from_pretrained(model)
-    stored = io_safe.read_weights(model / "unet")
+    stored = files.read_weights(model / "unet")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     for name, value in pipeline.unet.state_dict().items():
         assert torch.equal(value.float(), stored[name].float())
 
 
 def test_folder_loads_in_the_engine(model: Path) -> None:
-    io_safe.check_model_folder(model)
+    files.check_model_folder(model)
     denoiser = load_denoiser(model)
     assert denoiser.null_class == 10
     assert denoiser.classes == list(range(10))
@@ -77,7 +76,7 @@ def test_folder_loads_in_the_engine(model: Path) -> None:
 
 
 def test_card_says_how_it_was_made_and_how_good_it_is(model: Path) -> None:
-    card = io_safe.read_json(model / "model.json")
+    card = files.read_json(model / "model.json")
     assert card["command"] == "pecker-fast pretrain digits --steps 4 --seed 0 --distill-steps 0"
     assert (card["null_class"], card["num_classes"], card["seed"], card["resumed_from"]) == (10, 10, 0, None)
     assert card["settings"]["steps"] == 4
@@ -112,7 +111,7 @@ def test_interrupted_run_ends_where_a_whole_one_does(
         run(cut, settings, seed=1)
     assert not (cut / "unet").exists()
     run(cut, settings)
-    assert io_safe.read_json(cut / "model.json")["resumed_from"] == 2
+    assert files.read_json(cut / "model.json")["resumed_from"] == 2
     assert weights(cut) == weights(whole)
     assert not list(cut.glob("partial*"))
 
@@ -132,7 +131,7 @@ def test_interrupted_judge_training_resumes_after_the_teacher(tmp_path: Path, mo
         run(tmp_path / "cut")
     monkeypatch.undo()
     run(tmp_path / "cut")
-    assert io_safe.read_json(tmp_path / "cut" / "model.json")["resumed_from"] == 4
+    assert files.read_json(tmp_path / "cut" / "model.json")["resumed_from"] == 4
 
 
 def test_damaged_partial_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,11 +140,11 @@ def test_damaged_partial_state_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path)
     monkeypatch.undo()
     path = tmp_path / folders.PARTIAL_TENSORS
-    tensors, metadata = io_safe.read_tensors(path)
-    io_safe.write_tensors(path, tensors)
+    tensors, metadata = files.read_tensors(path)
+    files.write_tensors(path, tensors)
     with pytest.raises(CheckpointError, match="step is missing"):
         run(tmp_path)
-    io_safe.write_tensors(path, {"unet/conv_in.weight": torch.zeros(1)}, metadata)
+    files.write_tensors(path, {"unet/conv_in.weight": torch.zeros(1)}, metadata)
     with pytest.raises(CheckpointError, match="does not fit"):
         run(tmp_path)
     path.write_bytes(path.read_bytes()[:50])
@@ -187,9 +186,9 @@ def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatc
     def distill(folder: Path, *, steps: int, seed: int, keys: dict[str, Any], dtype: torch.dtype) -> None:
         assert dtype == torch.float16
         assert keys == SHORT.distill
-        card = io_safe.read_json(folder / "model.json")
+        card = files.read_json(folder / "model.json")
         assert "figures" not in card
-        io_safe.write_json(folder / "model.json", {**card, "generator": {"t_init": 440}})
+        files.write_json(folder / "model.json", {**card, "generator": {"t_init": 440}})
         shutil.copytree(folder / "unet", folder / "generator")
         calls.append({"steps": steps, "seed": seed})
 
@@ -198,7 +197,7 @@ def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pecker_fast.runs.start", fake)
     pretrain("digits", output=tmp_path / "m", settings=SHORT, seed=5, distill_steps=7)
     assert calls == [{"steps": 7, "seed": 5}]
-    card = io_safe.read_json(tmp_path / "m" / "model.json")
+    card = files.read_json(tmp_path / "m" / "model.json")
     assert card["generator"] == {"t_init": 440}
     assert card["figures"]["one_step_fid"] > 0
     assert 0 <= card["figures"]["one_step_accuracy"] <= 1

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.data.shapes import ATTRIBUTES, captions, combinations, random_words
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from pecker_fast.evaluate.words import WordJudge, load_word_judge
-from pecker_fast.files import io_safe
 from pecker_fast.networks.schedule import Schedule
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain import pretrain
@@ -47,7 +47,7 @@ def run(folder: Path, seed: int = 0) -> Path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): io_safe.sha256_file(f) for f in sorted(folder.rglob("*.safetensors"))}
+    return {str(f.relative_to(folder)): files.sha256_file(f) for f in sorted(folder.rglob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,11 +68,11 @@ def test_stock_diffusers_draws_from_the_folder_with_the_stored_weights(model: Pa
     pipeline: Any = StableDiffusionPipeline.from_pretrained(model, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     for part, file in (
-        ("unet", io_safe.WEIGHTS_NAME),
-        ("vae", io_safe.WEIGHTS_NAME),
+        ("unet", files.WEIGHTS_NAME),
+        ("vae", files.WEIGHTS_NAME),
         ("text_encoder", "model.safetensors"),
     ):
-        stored, _ = io_safe.read_tensors(model / part / file)
+        stored, _ = files.read_tensors(model / part / file)
         loaded = getattr(pipeline, part).state_dict()
         assert set(stored) == set(loaded)
         assert {value.dtype for value in stored.values()} == {torch.float16}
@@ -88,7 +88,7 @@ def test_stock_diffusers_draws_from_the_folder_with_the_stored_weights(model: Pa
 
 
 def test_the_folder_is_whole_and_says_how_it_was_made(model: Path) -> None:
-    card = io_safe.read_json(model / "model.json")
+    card = files.read_json(model / "model.json")
     assert card["command"] == "pecker-fast pretrain shapes --steps 4 --seed 0 --distill-steps 0"
     assert card["settings"] == json.loads(json.dumps(card["settings"]))
     assert set(card["figures"]["teacher"]["guidance 2"]) == {*ATTRIBUTES, "all", "fid"}
@@ -141,7 +141,7 @@ def test_an_interrupted_teacher_ends_where_a_whole_one_does(
     run(tmp_path / "run")
     assert len(drawn) == len(set(drawn)) == 4  # no step twice, no batch twice
     assert hashes(tmp_path / "run") == hashes(model)
-    assert io_safe.read_json(tmp_path / "run" / "model.json")["resumed_from"] == at
+    assert files.read_json(tmp_path / "run" / "model.json")["resumed_from"] == at
 
 
 def test_the_tokenizer_has_the_captions_words_and_takes_any_text(tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def test_wrong_numbers_are_one_line_and_write_nothing(tmp_path: Path) -> None:
 def test_a_damaged_part_of_an_unfinished_run_is_refused(model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "run"))
     folders.claim_for(
-        folder, {"name": "shapes", "seed": 0, "settings": io_safe.read_json(model / "model.json")["settings"]}
+        folder, {"name": "shapes", "seed": 0, "settings": files.read_json(model / "model.json")["settings"]}
     )
-    file = folder / "vae" / io_safe.WEIGHTS_NAME
+    file = folder / "vae" / files.WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"damaged|cut short"):
         run(folder)

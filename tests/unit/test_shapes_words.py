@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError
 from pecker_fast.evaluate.judge import Judge, SmallClassifier, load_judge, save_judge
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
-from pecker_fast.files import io_safe
 
 ATTRIBUTES = {"animal": ("cat", "polar bear", "bear"), "tone": ("green", "green glass")}
 
@@ -83,7 +83,7 @@ def test_a_stored_judge_comes_back(tmp_path: Path) -> None:
     assert reference is not None
     assert reference.labels.tolist() == [0, 2, 1]
     assert torch.equal(back.features(images), plain.judge(images)[0])
-    assert io_safe.read_tensors(tmp_path / "reference.safetensors")[0]["words"].dtype == torch.uint8
+    assert files.read_tensors(tmp_path / "reference.safetensors")[0]["words"].dtype == torch.uint8
 
 
 def test_a_judge_of_classes_is_no_judge_of_words(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_judge_of_classes_is_no_judge_of_words(tmp_path: Path) -> None:
 def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, attributes: object, message: str) -> None:
     network = SmallClassifier(3, 8, 5, width=4, features=6)
     save_word_judge(tmp_path, network, ATTRIBUTES, torch.rand(3, 6), torch.tensor([[0, 1], [2, 0], [1, 1]]))
-    config = io_safe.read_json(tmp_path / "config.json")
+    config = files.read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(config | {"attributes": attributes}))
     with pytest.raises(ModelError, match=message) as caught:
         load_word_judge(tmp_path)
@@ -119,8 +119,8 @@ def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, attributes: obje
 def test_a_reference_without_words_is_refused(tmp_path: Path) -> None:
     network = SmallClassifier(3, 8, 5, width=4, features=6)
     save_word_judge(tmp_path, network, ATTRIBUTES, torch.rand(3, 6), torch.tensor([[0, 1], [2, 0], [1, 1]]))
-    tensors, _ = io_safe.read_tensors(tmp_path / "reference.safetensors")
+    tensors, _ = files.read_tensors(tmp_path / "reference.safetensors")
     tensors.pop("words")
-    io_safe.write_tensors(tmp_path / "reference.safetensors", tensors)
+    files.write_tensors(tmp_path / "reference.safetensors", tensors)
     with pytest.raises(ModelError, match="words is missing"):
         load_word_judge(tmp_path)

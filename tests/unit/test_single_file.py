@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.single_file import (
     kind_of_single_file,
     load_single_file,
@@ -133,14 +133,14 @@ def singles(folders, tmp_path_factory) -> dict[str, Path]:
 
 def stored(folder: Path, part: str) -> dict[str, torch.Tensor]:
     (file,) = (folder / part).glob("*.safetensors")
-    return io_safe.read_tensors(file)[0]
+    return files.read_tensors(file)[0]
 
 
 def assert_same(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert given.keys() == expected.keys()
     for name, tensor in expected.items():
         assert given[name].dtype == tensor.dtype, name
-        assert io_safe.sha256_tensors([(name, given[name])]) == io_safe.sha256_tensors([(name, tensor)]), name
+        assert files.sha256_tensors([(name, given[name])]) == files.sha256_tensors([(name, tensor)]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,13 +182,13 @@ def test_dtypes_shards_and_old_names_survive(folders, singles, tmp_path):
     vae = stored(folder, "vae")
     for new, name in old.items():
         vae = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): t.half() for key, t in vae.items()}
-    io_safe.write_tensors(folder / "vae" / io_safe.WEIGHTS_NAME, vae)
+    files.write_tensors(folder / "vae" / files.WEIGHTS_NAME, vae)
     text = {f"text_model.{name}": tensor for name, tensor in stored(folder, "text_encoder").items()}
     text["text_model.embeddings.position_ids"] = torch.arange(6)[None]
-    io_safe.write_tensors(folder / "text_encoder" / "model.safetensors", text)
+    files.write_tensors(folder / "text_encoder" / "model.safetensors", text)
 
-    single, _ = io_safe.read_tensors(to_single_file(folder, tmp_path / "single.safetensors"))
-    plain, _ = io_safe.read_tensors(singles["sd1"])
+    single, _ = files.read_tensors(to_single_file(folder, tmp_path / "single.safetensors"))
+    plain, _ = files.read_tensors(singles["sd1"])
     assert single.keys() == plain.keys()
     casts = {"model.diffusion_model.": torch.bfloat16, "first_stage_model.": torch.float16}
     for name, tensor in plain.items():
@@ -264,24 +264,24 @@ def test_any_layout_maps_to_the_names_that_diffusers_knows(config):
 
 
 def test_replace_unet_leaves_all_else_alone(folders, singles, tmp_path):
-    tensors, _ = io_safe.read_tensors(singles["sdxl"])
+    tensors, _ = files.read_tensors(singles["sdxl"])
     tensors |= {"alphas_cumprod": torch.rand(3), "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6)}
-    io_safe.write_tensors(tmp_path / "base.safetensors", tensors, {"modelspec.title": "a title"})
+    files.write_tensors(tmp_path / "base.safetensors", tensors, {"modelspec.title": "a title"})
     unet = {name: torch.randn_like(tensor) for name, tensor in stored(folders["sdxl"], "unet").items()}
-    config = io_safe.read_json(folders["sdxl"] / "unet" / "config.json")
+    config = files.read_json(folders["sdxl"] / "unet" / "config.json")
     output = replace_unet(tmp_path / "base.safetensors", tmp_path / "new.safetensors", unet, config)
-    new, metadata = io_safe.read_tensors(output)
+    new, metadata = files.read_tensors(output)
     names = unet_map(config)
     assert_same(new, tensors | {names[name]: tensor for name, tensor in unet.items()})
     assert metadata == {"modelspec.title": "a title"}
     assert_same(load_single_file(output, folders["sdxl"])["unet"].state_dict(), unet)
     whole = to_single_file(folders["sdxl"], tmp_path / "whole.safetensors", unet=unet)
-    assert_same({**new, **io_safe.read_tensors(whole)[0]}, new)
+    assert_same({**new, **files.read_tensors(whole)[0]}, new)
 
 
 def test_replace_unet_refuses_what_is_not_its_unet(folders, singles, tmp_path):
     unet = stored(folders["sd1"], "unet")
-    config = io_safe.read_json(folders["sd1"] / "unet" / "config.json")
+    config = files.read_json(folders["sd1"] / "unet" / "config.json")
 
     def refused(single: Path, tensors: dict, match: str) -> None:
         with pytest.raises(ModelError, match=match):
@@ -292,13 +292,13 @@ def test_replace_unet_refuses_what_is_not_its_unet(folders, singles, tmp_path):
     refused(singles["sd1"], {**unet, "extra": torch.ones(1)}, "has no place for extra")
     refused(singles["sd1"], {**unet, "conv_in.bias": torch.ones(1)}, r"conv_in.bias has shape \[1\]")
     refused(singles["sd1"], {name: unet[name] for name in list(unet)[1:]}, "lacks")
-    averaged = io_safe.read_tensors(singles["sd1"])[0] | {"model_ema.diffusion_modelconv": torch.ones(1)}
-    io_safe.write_tensors(tmp_path / "ema.safetensors", averaged)
+    averaged = files.read_tensors(singles["sd1"])[0] | {"model_ema.diffusion_modelconv": torch.ones(1)}
+    files.write_tensors(tmp_path / "ema.safetensors", averaged)
     refused(tmp_path / "ema.safetensors", unet, "averaged copy")
 
 
 def test_loading_is_strict(folders, singles, tmp_path):
-    tensors, _ = io_safe.read_tensors(singles["sd2"])
+    tensors, _ = files.read_tensors(singles["sd2"])
     prefix = "cond_stage_model.model."
     spare = {f"{prefix}transformer.resblocks.2.ln_1.bias": torch.ones(16), f"{prefix}text_projection": torch.ones(2, 2)}
     spare |= {
@@ -308,7 +308,7 @@ def test_loading_is_strict(folders, singles, tmp_path):
     }
 
     def load(changed: dict):
-        io_safe.write_tensors(tmp_path / "file.safetensors", changed)
+        files.write_tensors(tmp_path / "file.safetensors", changed)
         return load_single_file(tmp_path / "file.safetensors", folders["sd2"])
 
     for part, module in load(tensors | spare).items():
@@ -322,9 +322,9 @@ def test_loading_is_strict(folders, singles, tmp_path):
             break
     for name in ("in_proj_weight", "text_projection", "attn_1.q.weight", "positional_embedding"):
         kind = "sdxl" if name == "text_projection" else "sd2"
-        held = io_safe.read_tensors(singles[kind])[0]
+        held = files.read_tensors(singles[kind])[0]
         (found, *_) = [key for key in held if key.endswith(name)]
-        io_safe.write_tensors(tmp_path / "file.safetensors", held | {found: torch.ones(5, 7)})
+        files.write_tensors(tmp_path / "file.safetensors", held | {found: torch.ones(5, 7)})
         with pytest.raises(ModelError, match="shape"):
             load_single_file(tmp_path / "file.safetensors", folders[kind])
     for name in (
@@ -384,4 +384,4 @@ def test_a_folder_that_is_damaged_or_of_another_kind_is_refused(folders, tmp_pat
     broken(edit("text_encoder", auto_map={"AutoModel": "x.py"}), "custom code")
     broken(lambda folder: shutil.rmtree(folder / "vae"), "vae")
     broken(lambda folder: (folder / "text_encoder" / "model.safetensors").unlink(), "model.safetensors")
-    broken(lambda folder: (folder / "unet" / io_safe.WEIGHTS_NAME).write_bytes(b"\x80\x04pickle"), "pickle")
+    broken(lambda folder: (folder / "unet" / files.WEIGHTS_NAME).write_bytes(b"\x80\x04pickle"), "pickle")

@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pecker_fast.errors import ModelError
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.networks.schedule import Schedule
+from pecker_fast.networks import Denoiser, Schedule
 
 TIMESTEPS = 1000
 TIME_IDS = 6  # SDXL: original size, crop, target size

@@ -16,12 +16,10 @@ from pecker_fast.account.iteration import optimizer_bytes, unique_bytes
 from pecker_fast.account.memory.measured import LiveMode, alive
 from pecker_fast.account.memory.networks import Adapted, Blank, Kernels, blank_schedule, build
 from pecker_fast.account.memory.rehearsal import Rehearsal, planned_mask
-from pecker_fast.engine import TrainState
-from pecker_fast.engine.state import start_ema
+from pecker_fast.engine import TrainState, start_ema
 from pecker_fast.errors import RecipeError
-from pecker_fast.forgetting.methods import get_method
-from pecker_fast.forgetting.updates import Dense, UpdateRule, adam
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.forgetting import Dense, UpdateRule, adam, get_method
+from pecker_fast.recipe import Recipe
 
 DECODED_AT_ONCE = 1  # latents that pass through the VAE together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from pecker_fast.account.iteration import unique_bytes
 from pecker_fast.account.memory.measured import LiveMode
-from pecker_fast.conditions.classes import Conditions
-from pecker_fast.engine import LocalEngine, TrainState
-from pecker_fast.engine.finite import FiniteGuard
-from pecker_fast.engine.inputs import Batch
-from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.conditions import Conditions
+from pecker_fast.engine import Batch, FiniteGuard, LocalEngine, TrainState
+from pecker_fast.forgetting import generate, generator_loss, noise_loss
+from pecker_fast.recipe import Recipe
 
 Gradients = Any
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast.engine.zero.network import Gradient, Sharded
-from pecker_fast.forgetting.updates import Gradients
+from pecker_fast.forgetting import Gradients
 from pecker_fast.machine.ranks import Ranks
 
 

@@ -11,7 +11,7 @@ from pecker_kernels import SaliencyMask, all_finite
 from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
-from pecker_fast.conditions.classes import Conditions
+from pecker_fast.conditions import Conditions
 from pecker_fast.engine.finite import non_finite
 from pecker_fast.engine.inputs import Batch, Inputs
 from pecker_fast.engine.live import LiveBackward
@@ -22,13 +22,11 @@ from pecker_fast.engine.zero.masks import make_sharded_mask
 from pecker_fast.engine.zero.network import Gradient, Sharded
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, initialize, require_deepspeed
 from pecker_fast.engine.zero.state import ZeroState, partition_average, take_average
-from pecker_fast.forgetting.methods import get_method
-from pecker_fast.forgetting.saliency import ForgetImages
-from pecker_fast.forgetting.updates import Dense, adam
-from pecker_fast.machine.profile import part
+from pecker_fast.forgetting import Dense, ForgetImages, adam, get_method
+from pecker_fast.machine import part
 from pecker_fast.machine.ranks import Ranks
-from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.networks import Denoiser
+from pecker_fast.recipe import Recipe
 
 
 class ZeroEngine(LocalEngine):

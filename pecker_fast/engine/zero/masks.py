@@ -11,11 +11,11 @@ from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast import draws
-from pecker_fast.conditions.classes import Conditions
+from pecker_fast.conditions import Conditions
 from pecker_fast.engine.zero.state import ZeroState
-from pecker_fast.forgetting.saliency import ForgetImages, batch_loss, batches_of
+from pecker_fast.forgetting import ForgetImages, batch_loss, batches_of
 from pecker_fast.machine.ranks import Ranks
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 BUCKET = 1 << 24  # elements that travel at once
 

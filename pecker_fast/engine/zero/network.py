@@ -12,7 +12,7 @@ from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor, nn
 
 from pecker_fast.engine.zero.settings import initialize
-from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks import Denoiser
 
 Gradient = tuple[str, Tensor]  # what it is called, its values
 

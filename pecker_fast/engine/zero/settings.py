@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from pecker_fast import files
 from pecker_fast.errors import RecipeError
-from pecker_fast.files import io_safe
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 LEAST = (0, 19)
 # Keys that change how fast bytes travel and what is logged, never what is computed.
@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, world: int) -> None:
 
 def read_user_settings(path: Path) -> dict[str, Any]:
     """The user's DeepSpeed JSON. Raises RecipeError naming the first key that would change what is computed."""
-    given = io_safe.read_json(path, error=RecipeError)
+    given = files.read_json(path, error=RecipeError)
     if not isinstance(given, dict):
         raise RecipeError(f"{path}: a DeepSpeed configuration is a mapping")
     for key, value in given.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pecker_fast.engine.state import TrainState
 from pecker_fast.engine.zero.network import Sharded
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 
 @dataclass

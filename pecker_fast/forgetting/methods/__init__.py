@@ -4,7 +4,7 @@ from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.methods.pecker import Pecker
 from pecker_fast.forgetting.methods.sfd import SFD
 from pecker_fast.forgetting.updates import UpdateRule
-from pecker_fast.recipe.schema import closest
+from pecker_fast.recipe import closest
 
 METHODS: dict[str, type[Pecker] | type[SFD]] = {"pecker": Pecker, "sfd": SFD}
 

@@ -4,7 +4,7 @@ from pecker_kernels import SaliencyMask
 from torch import nn
 
 from pecker_fast.forgetting.updates import RULES, Dense, DifferentiatedSum, UpdateRule
-from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe import Recipe
 
 
 class Pecker:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 
 FOLDER = Path(__file__).parent
 PREDICTION_TYPES = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}  # sd21: the 768-v model
@@ -20,4 +20,4 @@ def architecture(name: str) -> dict[str, Any]:
     """The diffusers config of a network; `_class_name` tells its class. Raises ModelError naming those there are."""
     if name not in names():
         raise ModelError(f"architecture {name[:80]!r} is unknown (one of {', '.join(names())})")
-    return io_safe.read_json(FOLDER / f"{name}.json", error=ModelError)
+    return files.read_json(FOLDER / f"{name}.json", error=ModelError)

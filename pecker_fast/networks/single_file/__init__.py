@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.single_file import parts
 from pecker_fast.networks.single_file.names import UNET_PREFIX, kind_of_single_file, modern_vae_name, unet_plan
 
@@ -49,7 +49,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
 
 def kind_of_folder(folder: Path) -> str:
     """ "sd1" | "sd2" | "sdxl" of a diffusers folder; raises ModelError for any other pipeline."""
-    index = io_safe.read_json(folder / "model_index.json", error=ModelError)
+    index = files.read_json(folder / "model_index.json", error=ModelError)
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in _PIPELINES:
         raise ModelError(f"{folder}: a single file of a {name!r} is not supported yet; only {' and '.join(_PIPELINES)}")
@@ -80,7 +80,7 @@ def to_single_file(folder: Path, output: Path, *, unet: Mapping[str, Tensor] | N
         weights = dict(unet) if part == "unet" and unet is not None else _read_part(folder, part)
         parts.check_tensors(f"{folder / part}", weights, shapes)
         tensors |= parts.to_original(parts.plan_of(part, kind, weights), weights)
-    io_safe.write_tensors(output, tensors, {"format": "pt"})
+    files.write_tensors(output, tensors, {"format": "pt"})
     return Path(output)
 
 
@@ -88,13 +88,13 @@ def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
     """Weights of one part under today's names."""
     if not (folder / part).is_dir():
         raise ModelError(f"{folder / part}: no such folder, although model_index.json promises this part")
-    io_safe.check_parts(folder, (part,))
+    files.check_parts(folder, (part,))
     if part in ("unet", "vae"):
-        weights = io_safe.read_weights(folder / part)
+        weights = files.read_weights(folder / part)
         return {modern_vae_name(name): tensor for name, tensor in weights.items()} if part == "vae" else weights
     weights = {}
-    for file in io_safe.weight_files(folder / part, _TEXT_WEIGHTS):
-        weights |= io_safe.read_tensors(file, error=ModelError)[0]
+    for file in files.weight_files(folder / part, _TEXT_WEIGHTS):
+        weights |= files.read_tensors(file, error=ModelError)[0]
     named = {parts.canonical(part, name): tensor for name, tensor in weights.items()}
     named.pop(_POSITION_IDS, None)
     return named
@@ -111,9 +111,9 @@ def replace_unet(
     of its UNet beside it (`model_ema.*`), which would go on knowing what was forgotten; and OutputError.
     """
     names = unet_map(config) if config is not None else unet_names(unet)
-    tensors, metadata = io_safe.read_tensors(single, error=ModelError)
+    tensors, metadata = files.read_tensors(single, error=ModelError)
     put_unet(tensors, unet, names, single)
-    io_safe.write_tensors(output, tensors, metadata)
+    files.write_tensors(output, tensors, metadata)
     return Path(output)
 
 
@@ -143,7 +143,7 @@ def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
     (PART/config.json) says, and none may be left over. Raises ModelError. Memory: the tensors once.
     """
     path, config_folder = Path(path), Path(config_folder)
-    tensors, _ = io_safe.read_tensors(path, error=ModelError)
+    tensors, _ = files.read_tensors(path, error=ModelError)
     kind = kind_of_single_file(tensors)
     modules = {}
     for part in parts.parts_of(kind):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
-from pecker_fast.files import io_safe
 from pecker_fast.networks.single_file.names import (
     CLIP,
     TEXT_ENCODERS,
@@ -45,11 +45,11 @@ def prefix_of(part: str, kind: str) -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of one part; raises ModelError when it is missing, damaged or names code."""
-    config = io_safe.read_json(folder / io_safe.CONFIG_NAME, error=ModelError)
+    config = files.read_json(folder / files.CONFIG_NAME, error=ModelError)
     if not isinstance(config, dict):
-        raise ModelError(f"{folder / io_safe.CONFIG_NAME}: damaged: a JSON object was expected")
+        raise ModelError(f"{folder / files.CONFIG_NAME}: damaged: a JSON object was expected")
     if config.get("auto_map"):
-        raise ModelError(f"{folder / io_safe.CONFIG_NAME}: auto_map names custom code, which is never run")
+        raise ModelError(f"{folder / files.CONFIG_NAME}: auto_map names custom code, which is never run")
     return config
 
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from pecker_fast import draws
-from pecker_fast.data.shapes import captions, random_words, render
+from pecker_fast import draws, files
+from pecker_fast.data import captions, random_words, render
 from pecker_fast.errors import RecipeError
-from pecker_fast.evaluate.metrics import fid, fid_floor
-from pecker_fast.evaluate.words import WordJudge
-from pecker_fast.files import io_safe
-from pecker_fast.networks.schedule import load_schedule
+from pecker_fast.evaluate import WordJudge, fid, fid_floor
+from pecker_fast.networks import load_schedule
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.shapes.folder import write_pipeline
 from pecker_fast.pretrain.shapes.judge import quantise, train_judge
@@ -67,7 +65,7 @@ def pretrain_shapes(
     folders.claim_for(folder, identity)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, split in ((CAPTIONS, "train"), (HELD_OUT, "held_out")):
-        io_safe.write_text(folder / name, "\n".join(captions(split)) + "\n")
+        files.write_text(folder / name, "\n".join(captions(split)) + "\n")
     tokenizer = build_tokenizer(caption_words(), LENGTH)
     write_pipeline(folder, tokenizer)
 
@@ -93,17 +91,17 @@ def pretrain_shapes(
         distil(folder, settings, distill_steps, seed)
     figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
-    io_safe.write_json(folder / folders.MODEL, card)
+    files.write_json(folder / folders.MODEL, card)
     folders.finish(folder)
     return folder
 
 
 def distil(folder: Path, settings: ShapesSettings, steps: int, seed: int) -> None:
     """Put `generator/` and `score/` beside the teacher. A round that an interrupted run has finished is not done again."""
-    from pecker_fast.runs.start import distill
+    from pecker_fast.runs import distill
 
     done = folder / "distilled.json"
-    first = io_safe.read_json(done)["rounds"] if done.is_file() else 0
+    first = files.read_json(done)["rounds"] if done.is_file() else 0
     for number, given in enumerate(settings.distill):
         keys = {key: value for key, value in given.items() if key != "share"}
         keys |= {"generator": str(folder)} if number else {}
@@ -111,7 +109,7 @@ def distil(folder: Path, settings: ShapesSettings, steps: int, seed: int) -> Non
             distill(
                 folder, steps=max(1, round(given["share"] * steps)), seed=seed + number, keys=keys, dtype=torch.float16
             )
-            io_safe.write_json(done, {"rounds": number + 1})
+            files.write_json(done, {"rounds": number + 1})
     done.unlink()
 
 

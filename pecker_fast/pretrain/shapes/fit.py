@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.machine.signals import StopFlag
+from pecker_fast.machine import StopFlag
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
 from pecker_fast.pretrain.train import TrainState

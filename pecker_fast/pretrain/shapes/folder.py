@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pecker_fast import files
 from pecker_fast.errors import CheckpointError
-from pecker_fast.files import io_safe
-from pecker_fast.networks.denoiser import load_weights
+from pecker_fast.networks import load_weights
 from pecker_fast.pretrain.shapes.settings import SCHEDULER
 
 TEXT_WEIGHTS = "model.safetensors"
 
 
-def write_network(network: nn.Module, folder: Path, weights_name: str = io_safe.WEIGHTS_NAME) -> None:
+def write_network(network: nn.Module, folder: Path, weights_name: str = files.WEIGHTS_NAME) -> None:
     """config.json and the weights as float16; the weights last, so that a folder that has them is whole."""
     source: Any = network.config if weights_name == TEXT_WEIGHTS else network
     config = {key: value for key, value in json.loads(source.to_json_string()).items() if key != "_name_or_path"}
     if weights_name == TEXT_WEIGHTS:
         # transformers reads in the dtype named here: in float32, as diffusers reads the others
         config |= {"architectures": [type(network).__name__], "dtype": "float32"}
-    io_safe.write_json(folder / io_safe.CONFIG_NAME, config)
+    files.write_json(folder / files.CONFIG_NAME, config)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    io_safe.write_tensors(folder / weights_name, weights, {"format": "pt"})
+    files.write_tensors(folder / weights_name, weights, {"format": "pt"})
 
 
-def read_network(network: nn.Module, folder: Path, weights_name: str = io_safe.WEIGHTS_NAME) -> bool:
+def read_network(network: nn.Module, folder: Path, weights_name: str = files.WEIGHTS_NAME) -> bool:
     """Take over the stored weights; False where none are stored. Raises `ModelError` where they are another network's."""
     if not (folder / weights_name).is_file():
         return False
-    tensors, _ = io_safe.read_tensors(folder / weights_name, error=CheckpointError)
+    tensors, _ = files.read_tensors(folder / weights_name, error=CheckpointError)
     load_weights(network, {name: _wide(value) for name, value in tensors.items()}, folder)
     network.eval().requires_grad_(False)
     return True
@@ -47,7 +47,7 @@ def write_pipeline(folder: Path, tokenizer: Any) -> None:
     """`tokenizer/`, `scheduler/` and `model_index.json`: what makes the folder a StableDiffusionPipeline."""
     import diffusers
 
-    with io_safe.output_errors(folder):
+    with files.output_errors(folder):
         tokenizer.save_pretrained(folder / "tokenizer")
         tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json, merges.txt: for older readers
         diffusers.DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")  # type: ignore[attr-defined]
@@ -64,4 +64,4 @@ def write_pipeline(folder: Path, tokenizer: Any) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    io_safe.write_json(folder / "model_index.json", index)
+    files.write_json(folder / "model_index.json", index)

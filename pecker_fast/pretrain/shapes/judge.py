@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.data.shapes import ATTRIBUTES, random_words, render
-from pecker_fast.evaluate.judge import SmallClassifier
-from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
+from pecker_fast.data import ATTRIBUTES, random_words, render
+from pecker_fast.evaluate import SmallClassifier, WordJudge, load_word_judge, save_word_judge
 from pecker_fast.pretrain.shapes.fit import fit
 from pecker_fast.pretrain.shapes.settings import SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.vae import as_floats, decode, encode

@@ -6,7 +6,7 @@ import itertools
 import re
 from typing import Any
 
-from pecker_fast.data.shapes import ATTRIBUTES, TEMPLATES
+from pecker_fast.data import ATTRIBUTES, TEMPLATES
 
 START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import draws
-from pecker_fast.data.shapes import TEMPLATES, caption
-from pecker_fast.networks.schedule import Schedule
+from pecker_fast.data import TEMPLATES, caption
+from pecker_fast.networks import Schedule
 from pecker_fast.pretrain.output import load_partial, save_partial
 from pecker_fast.pretrain.settings import Settings
 from pecker_fast.pretrain.shapes.fit import fit

@@ -72,9 +72,9 @@ def train_vae(folder: Path, pool: Tensor, settings: ShapesSettings, seed: int, d
         write_network(vae, folder)
         vae = build_vae(settings, seed)
         read_network(vae, folder)
-    from pecker_fast.files import io_safe
+    from pecker_fast import files
 
-    vae.register_to_config(scaling_factor=io_safe.read_json(folder / io_safe.CONFIG_NAME)["scaling_factor"])
+    vae.register_to_config(scaling_factor=files.read_json(folder / files.CONFIG_NAME)["scaling_factor"])
     return vae.to(device)
 
 

@@ -1,0 +1,70 @@
+"""Which folder or file the name of a model means: a shipped model, a local path, a model of the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pecker_fast.errors import ModelError
+from pecker_fast.files.reading import first_line, reason_of
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.name for path in ASSETS.iterdir() if path.is_dir()) if ASSETS.is_dir() else []
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """Folder or single file of a model: a shipped name, else a local path, else (owner/name) fetched from the Hugging Face hub.
+
+    revision: commit, branch or tag of a hub model. Only configs, tokenizers and safetensors of a diffusers folder are ever
+    fetched. Raises ModelError when there is nothing of that name.
+    """
+    if name in shipped_models():
+        return ASSETS / name
+    path = Path(name or "(empty name)")
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as reason:
+        raise ModelError(f"{name[:80]}: not a folder name: {reason_of(reason)}") from None
+    if is_hub_name(name):
+        return _from_hub(name, revision)
+    shipped = ", ".join(shipped_models()) or "none"
+    if path.suffix == "" and len(path.parts) > 1:
+        shipped += "; `pecker-fast pretrain` makes others"
+    raise ModelError(f"{name}: no such model folder; shipped models: {shipped}")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is one of the hub (owner/name), and no local path or shipped name."""
+    path = Path(name)
+    local = name in shipped_models() or path.exists() or _local_owner(path)
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and ".." not in name and not local
+
+
+def _local_owner(path: Path) -> bool:
+    return path.parts[0] == "runs" or Path(path.parts[0]).is_dir()
+
+
+def revision_of(folder: Path) -> str | None:
+    """Commit of a model folder in the hub's cache (snapshots/COMMIT); None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # of the weights at the top a diffusers folder has no need (single files of many gigabytes lie there); variants neither
+    wanted = ["*.json", "*/*.json", "*/*.txt", "diffusion_pytorch_model*.safetensors", "*/*.safetensors"]
+    unwanted = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.bf16.safetensors", "safety_checker/*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+    except Exception as reason:  # the client raises a wide family: HTTP, cache, offline, validation
+        why = f"{type(reason).__name__}: {first_line(reason)}"
+        raise ModelError(
+            f"{name}: no such local folder, and the Hugging Face hub did not give it ({why}); "
+            f"give a local folder or a shipped model ({', '.join(shipped_models())})"
+        ) from None

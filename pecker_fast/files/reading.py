@@ -1,0 +1,108 @@
+"""Reading foreign files: safetensors, JSON and UTF-8 text; never a pickle, never code."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pecker_fast.errors import DataError, PeckerError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
+MAX_TEXT_BYTES = 8 << 20
+MAX_HEADER_BYTES = 8 << 20
+NO_PICKLE = "pickle weights are never opened; convert them to safetensors"
+
+
+def size_of(path: Path, what: str, error: type[PeckerError]) -> int:
+    """Size of a regular file in bytes; anything else (folder, pipe, device, nothing) raises `error`."""
+    try:
+        info = path.stat()
+    except (OSError, ValueError) as reason:
+        raise error(f"{path}: cannot open the {what}: {reason_of(reason)}") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise error(f"{path}: not a regular file; a {what} was expected")
+    return info.st_size
+
+
+def reason_of(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def first_line(reason: BaseException) -> str:
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
+
+
+def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES, error: type[PeckerError] = DataError) -> str:
+    """The UTF-8 text of a file of at most `limit` bytes; raises `error` for everything else."""
+    path = Path(path)
+    size = size_of(path, "text file", error)
+    if size > limit:
+        raise error(f"{path}: {size} bytes is too long for a text file here (at most {limit})")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason_of(reason)}") from None
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: not UTF-8 text (byte {reason.start}); was a binary file given?") from None
+    if "\0" in text:
+        raise error(f"{path}: not text (it holds zero bytes); was a binary file given?")
+    return text
+
+
+def read_json(path: str | Path, *, error: type[PeckerError] = DataError) -> Any:
+    """The value in a JSON file; raises `error`, with line and column, when it is damaged."""
+    text = read_text(path, error=error)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as reason:
+        raise error(f"{path}: damaged JSON, line {reason.lineno} column {reason.colno}: {reason.msg}") from None
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: damaged JSON: {type(reason).__name__}") from None
+
+
+def check_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> None:
+    """Look at the first bytes of a tensor file; raises `error` unless it can be a safetensors file.
+
+    A pickle is refused under any name, and a header larger than `MAX_HEADER_BYTES` or than the file is never parsed.
+    """
+    path = Path(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise error(f"{path}: {NO_PICKLE}")
+    size = size_of(path, "safetensors file", error)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason_of(reason)}") from None
+    header = int.from_bytes(head[:8], "little")
+    if len(head) == 9 and head[8:] == b"{" and header <= min(size - 8, MAX_HEADER_BYTES):
+        return
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise error(f"{path}: holds a pickle, whatever its name; {NO_PICKLE}")
+    if len(head) == 9 and head[8:] == b"{" and MAX_HEADER_BYTES < header <= size - 8:
+        raise error(f"{path}: safetensors header of {header} bytes is too long (at most {MAX_HEADER_BYTES})")
+    raise error(f"{path}: not a safetensors file, or cut short ({size} bytes); fetch or write it again")
+
+
+def read_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU, owning their memory) and metadata of a safetensors file.
+
+    Raises `error` for a pickle under any name and for a missing, malformed or truncated file.
+    """
+    check_tensors(path, error=error)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            # a copy, so that a file shortened later cannot fault the process through its memory map
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as reason:
+        text = f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again"
+        raise error(text) from None
+    except MemoryError:
+        raise error(f"{path}: not enough memory to read {size_of(Path(path), 'file', error)} bytes") from None
