@@ -54,7 +54,7 @@ def networks() -> dict[str, Denoiser]:
     """The teacher of the digits, and text-to-image networks on 8×8 latents: a million weights, and layers as wide as SD's first."""
     from diffusers import UNet2DConditionModel
 
-    digits = load_denoiser(files.ASSETS / "digits")
+    digits = load_denoiser(files.resolve_model("digits"))
     found: dict[str, Denoiser] = {"digits": digits}
     for name, widths in (("text", (32, 64)), ("text, wide", (160, 320))):
         torch.manual_seed(0)

@@ -7,7 +7,8 @@ from typing import Any
 
 from pecker_fast.files import write_text
 from pecker_fast.report.cost import of_run, parts_tables
-from pecker_fast.report.mask import Mask, MaskRow, mask_table, plot_mask
+from pecker_fast.report.mask import Mask, MaskRow, mask_table
+from pecker_fast.report.mask_plot import plot_mask
 from pecker_fast.report.text import metrics_table, section
 
 __all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "parts_tables", "plot_mask", "run_tables", "write_report"]

@@ -1,16 +1,10 @@
-"""Where a mask lets the forget gradient through: a table and a plot, layer by layer."""
+"""Where a mask lets the forget gradient through: a table, layer by layer and block by block."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-from pecker_fast.files import output_errors
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import NamedTuple, Protocol
 
 
 class Mask(Protocol):
@@ -61,29 +55,3 @@ def by_block(rows: Sequence[MaskRow]) -> list[MaskRow]:
         total[0] += row.weights
         total[1] += row.kept
     return [MaskRow(key, (), n, kept, kept / n if n else 0.0) for key, (n, kept) in blocks.items()]
-
-
-def plot_mask(mask: Mask, path_png: str | Path) -> Path:
-    """Draw the density of each block and of each layer into a PNG; returns its path.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    from matplotlib import rc_context
-
-    from pecker_fast.report.figures import STYLE, draw_blocks, draw_layers, new_figure
-
-    rows, path = mask_table(mask), Path(path_png)
-    blocks = by_block(rows)
-    with rc_context(STYLE), output_errors(path):
-        height = 1.2 + 0.26 * len(blocks)
-        figure: Figure = new_figure(8.0, height + 2.6)
-        top, bottom = figure.subplots(2, 1, height_ratios=[height, 2.2])
-        draw_blocks(top, blocks, mask.density)
-        draw_layers(bottom, rows, mask.density)
-        figure.suptitle(
-            f"{mask.count:,} of {mask.total:,} weights ({mask.density:.1%}), structure {mask.structure}", fontsize=11
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=120)
-    return path

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pecker_kernels as pk
 import torch
-from pecker_kernels import gpu
+from pecker_kernels import dispatch
 from torch import Tensor
 
 RAGGED = (0, 1, 7, 8, 9, 63, 64, 65, 513, 1_000_003)
@@ -14,7 +14,7 @@ RAGGED = (0, 1, 7, 8, 9, 63, 64, 65, 513, 1_000_003)
 
 def block_sizes() -> list[str]:
     """Block sizes that the Triton cases run with; the interpreter takes its time over each."""
-    return ["small blocks"] if gpu.interpreted() else ["small blocks", "as launched"]
+    return ["small blocks"] if dispatch.interpreted() else ["small blocks", "as launched"]
 
 
 def ulp(x: Tensor) -> Tensor:

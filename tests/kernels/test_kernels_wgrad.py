@@ -476,7 +476,7 @@ def test_refusals():
     ):
         with pytest.raises(error, match=match):
             pk.skip_weight_gradients(*arguments, **more)
-    if not torch.cuda.is_available() and not pk.gpu.interpreted():
+    if not torch.cuda.is_available() and not pk.dispatch.interpreted():
         with pytest.raises(pk.PeckerKernelsError, match=r"takes CUDA tensors, got cpu|not installed"):
             pk.skip_weight_gradients(model, mask, impl="triton")
     assert all("forward" not in vars(m) for m in model.modules())

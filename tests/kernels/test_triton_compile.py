@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from pecker_kernels import gpu
+from pecker_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "triton_kernels.py"
 TABLE = ROOT / "bench" / "results" / "triton_kernels.json"
 
-pytestmark = pytest.mark.skipif(not gpu.available(), reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not dispatch.triton_available(), reason="triton is not installed")
 
 
 def compiled(*arguments):

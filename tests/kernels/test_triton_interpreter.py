@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pecker_kernels import gpu
+from pecker_kernels import dispatch
 
 CASES = Path(__file__).parent / "triton_cases"
 
 
-@pytest.mark.skipif(not gpu.available(), reason="triton is not installed")
+@pytest.mark.skipif(not dispatch.triton_available(), reason="triton is not installed")
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(CASES), "-p", "no:cacheprovider", "--timeout=120"]

@@ -171,7 +171,9 @@ def test_a_config_at_the_top_is_a_model_too(model):
     "name", ["digitz", "/no/such/folder", "runs/nothing-here", "../x", "a/../b", "a//b", "", "x" * 9000]
 )
 def test_a_name_of_nothing_is_refused_without_asking_the_network(monkeypatch, name):
-    monkeypatch.setattr("pecker_fast.files.names._from_hub", lambda name, revision: pytest.fail(f"asked the network for {name}"))
+    monkeypatch.setattr(
+        "pecker_fast.files.names._from_hub", lambda name, revision: pytest.fail(f"asked the network for {name}")
+    )
     with pytest.raises(ModelError):
         files.resolve_model(name)
 

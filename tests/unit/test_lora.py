@@ -62,7 +62,7 @@ def conditional_unet(kind):
 
 
 def load_teacher(kind):
-    digits = load_denoiser(files.ASSETS / "digits")
+    digits = load_denoiser(files.resolve_model("digits"))
     if kind == "digits":
         digits.null_class = digits.num_class_embeds - 1
         return digits.freeze()

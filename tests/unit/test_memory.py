@@ -18,7 +18,7 @@ from pecker_fast.runs.benchmark import set_up
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import full_size
 
-DIGITS = files.read_json(files.ASSETS / "digits" / "unet" / "config.json")
+DIGITS = files.read_json(files.resolve_model("digits") / "unet" / "config.json")
 STEPS = ("score step", "generator step", "average")
 TEXT = {
     "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve
+from ..dispatch import resolve, triton_kernels
 from ..errors import PeckerKernelsError
 from . import cpu, torch_ops
 from .jobs import AdamJob, AdamStep
@@ -20,9 +20,7 @@ def _refusal(which: str, jobs: Sequence[AdamJob]) -> str | None:
     if which == "cpu":
         reason = cpu.refusal(jobs)
         return None if reason is None else f"the C++ Adam {reason}"
-    from ..gpu import adam_plan
-
-    return adam_plan.refusal(jobs)
+    return triton_kernels("adam_plan").refusal(jobs)
 
 
 def choose(impl: str, jobs: Sequence[AdamJob]) -> str:
@@ -79,9 +77,7 @@ class AdamPlan:
         if self.which == "cpu":
             cpu.step(self.jobs, settings, self.cache)
         elif self.which == "triton":
-            from ..gpu import adam
-
-            adam.step(self.jobs, settings, self.cache)
+            triton_kernels("adam").step(self.jobs, settings, self.cache)
         else:
             assert self.which is not None
             torch_ops.step(self.jobs, settings, self.which)
@@ -91,9 +87,7 @@ class AdamPlan:
         if self.which == "cpu":
             return torch.tensor(not cpu.grad_stats(self.jobs, settings, self.cache)[1])
         if self.which == "triton":
-            from ..gpu import gradstats
-
-            return gradstats.gradstats(self.jobs, settings, self.cache)[1] > 0
+            return triton_kernels("gradstats").gradstats(self.jobs, settings, self.cache)[1] > 0
         return torch_ops.grad_stats(self.jobs, settings)
 
 
@@ -140,7 +134,5 @@ def square_sum(grads: Sequence[Tensor], bits: Sequence[Tensor], clip_value: floa
     if which == "cpu":
         return torch.tensor(cpu.grad_stats(jobs, settings, {})[0], dtype=torch.float64)
     if which == "triton":
-        from ..gpu import gradstats
-
-        return gradstats.gradstats(jobs, settings, {})[0]
+        return triton_kernels("gradstats").gradstats(jobs, settings, {})[0]
     return torch_ops.square_sum(jobs, settings)

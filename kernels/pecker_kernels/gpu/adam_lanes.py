@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from . import interpreted
+from ..dispatch import interpreted
 
 # The interpreter runs block after block in Python: small blocks keep several of them in small tests.
 BLOCK = 64 if interpreted() else 1024

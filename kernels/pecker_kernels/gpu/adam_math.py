@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import interpreted
+from ..dispatch import interpreted
 
 FUSED = tl.constexpr(not interpreted())
 

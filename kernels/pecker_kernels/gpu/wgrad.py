@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import interpreted
 from ..errors import PeckerKernelsError
-from . import interpreted
 from .registry import KernelBuild
 from .table import TRITON_TYPES, on_device_of
 

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import native, reference
-from ..dispatch import resolve
+from ..dispatch import resolve, triton_kernels
 from ..errors import MaskError
 
 BUILT = ("auto", "triton", "cpu", "reference")
 
 
 def _kernels(impl: str) -> ModuleType:
-    """The module of a resolved implementation. Triton is imported by the first call that needs it."""
+    """The module of a resolved implementation."""
     if impl == "triton":
-        from ..gpu import bits
-
-        return bits
+        return triton_kernels("bits")
     return native if impl == "cpu" else reference
 
 

@@ -6,16 +6,15 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import MaskError
 from . import bits as bitmask
-
-if TYPE_CHECKING:
-    from .saliency import SaliencyMask
 
 FORMAT = "pecker_mask"
 VERSION = "1"
@@ -34,28 +33,40 @@ _KEYS = (
 )
 
 
-def save(mask: SaliencyMask, path: Path) -> None:
-    """Write beside `path` first, then rename: a reader never sees half a file."""
+def save(
+    path: Path,
+    *,
+    bits: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    count: int,
+    structure: str,
+    scope: str,
+    tile: tuple[int, int],
+    threshold: float | None,
+    provenance: Mapping[str, str],
+) -> None:
+    """Write beside `path` first, then rename: a reader never sees half a file. Arguments as SaliencyMask's; count: ones."""
     # Not needed to use the kernels, so not imported with them.
     from safetensors.torch import save as to_bytes
 
+    total = sum(shape.numel() for shape in shapes.values())
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "structure": mask.structure,
-        "scope": mask.scope,
-        "tile": json.dumps(list(mask.tile)),
-        "threshold": json.dumps(mask.threshold),
-        "count": str(mask.count),
-        "total": str(mask.total),
-        "density": repr(mask.density),
+        "structure": structure,
+        "scope": scope,
+        "tile": json.dumps(list(tile)),
+        "threshold": json.dumps(threshold),
+        "count": str(count),
+        "total": str(total),
+        "density": repr(count / total if total else 0.0),
         # A list, because its order is the order of the weights.
-        "shapes": json.dumps([[name, list(shape)] for name, shape in mask.shapes.items()]),
-        "provenance": json.dumps({str(key): str(value) for key, value in mask.provenance.items()}),
+        "shapes": json.dumps([[name, list(shape)] for name, shape in shapes.items()]),
+        "provenance": json.dumps({str(key): str(value) for key, value in provenance.items()}),
     }
     # One metadata key: the writer orders several by chance, and equal masks are to make equal files.
     data = to_bytes(
-        {name: packed.cpu().contiguous() for name, packed in mask.bits.items()},
+        {name: packed.cpu().contiguous() for name, packed in bits.items()},
         metadata={"pecker": json.dumps(metadata)},
     )
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

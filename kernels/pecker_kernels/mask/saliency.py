@@ -252,15 +252,18 @@ class SaliencyMask:
         """A mask whose bits lie on `device`."""
         return self._like({name: packed.to(device) for name, packed in self.bits.items()})
 
-    def _like(self, bits: Mapping[str, Tensor], **changes: Any) -> SaliencyMask:
-        settings: dict[str, Any] = {
+    def _made(self) -> dict[str, Any]:
+        """How it was made, as the keyword arguments of a mask like it."""
+        return {
             "structure": self.structure,
             "scope": self.scope,
             "tile": self.tile,
             "threshold": self.threshold,
             "provenance": self.provenance,
         }
-        return SaliencyMask(bits, self.shapes, **(settings | changes))
+
+    def _like(self, bits: Mapping[str, Tensor], **changes: Any) -> SaliencyMask:
+        return SaliencyMask(bits, self.shapes, **(self._made() | changes))
 
     def _combine(self, other: SaliencyMask, operation: Any) -> SaliencyMask:
         other.check({name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()})
@@ -293,7 +296,7 @@ class SaliencyMask:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file of 1 bit per weight; an older file at `path` is replaced whole or not at all."""
-        maskfile.save(self, Path(path))
+        maskfile.save(Path(path), bits=self.bits, shapes=self.shapes, count=self.count, **self._made())
 
     @classmethod
     def load(cls, path: str | Path) -> SaliencyMask:

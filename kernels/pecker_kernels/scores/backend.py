@@ -12,15 +12,13 @@ the reference; results stay there. Nothing needs to wait for the device: callers
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from torch import Tensor, float64
 
-from .. import gpu
-from ..dispatch import resolve
+from ..dispatch import resolve, triton_kernels
 from ..errors import PeckerKernelsError
 
 FIRST_BITS, SECOND_BITS, THIRD_BITS = 11, 10, 10
@@ -105,25 +103,19 @@ class Backend(Protocol):
 
 
 def serving(impl: str, *tensors: Tensor) -> Backend:
-    """The functions that serve a call on these tensors; `impl` as in dispatch.resolve.
-
-    "auto" turns to torch for what the others do not take: float64, and CUDA tensors where their kernels are absent.
-    """
+    """The functions that serve a call on these tensors; `impl` as in dispatch.resolve. "auto" turns to torch for float64,
+    which the others do not take."""
     name = resolve(impl, *tensors)
-    if impl == "auto" and (
-        any(t.dtype == float64 for t in tensors)
-        or (name == "triton" and importlib.util.find_spec(f"{gpu.__name__}.select") is None)
-    ):
-        name = "reference"
-    return backend(name)
+    return backend("reference" if impl == "auto" and any(t.dtype == float64 for t in tensors) else name)
 
 
 def backend(name: str) -> Backend:
     """The functions of "triton", "cpu" or "reference" (a name from dispatch.resolve)."""
-    # By name at the first call: the kernels of another device may not be importable here.
-    module = {"triton": "..gpu.select", "cpu": ".cpu", "reference": ".torch_ops"}[name]
     try:
-        return cast(Backend, importlib.import_module(module, __package__))
+        if name == "triton":
+            return cast(Backend, triton_kernels("select"))
+        # by name as well: both back ends look at the constants and types of this file
+        return cast(Backend, importlib.import_module({"cpu": ".cpu", "reference": ".torch_ops"}[name], __package__))
     except ImportError as error:
         raise PeckerKernelsError(f"impl={name!r} has no selection kernels here: {error}") from error
 

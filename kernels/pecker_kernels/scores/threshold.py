@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..errors import PeckerKernelsError, ScoreError
-from ..mask import bits as bitmask
 from .backend import ALL_TIES, NOT_FINITE, SECOND_BITS, THIRD_BITS, Backend, Census, serving
 
 
@@ -196,4 +196,4 @@ def keep_top_k(
     """
     tensors = list(tensors)
     bits, _, threshold = keep_bits(serving(impl, *tensors), tensors, k, group, names, offsets)
-    return [bitmask.unpack_bits(b, t.numel()).view(t.shape) for b, t in zip(bits, tensors)], threshold
+    return [reference.unpack_bits(b, t.numel()).view(t.shape) for b, t in zip(bits, tensors)], threshold

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mask import bits as bitmask
+from .. import reference
 from .backend import ALL_TIES, FIRST_BITS, FIRST_SHIFT, NEGATIVE, NOT_FINITE, SECOND_BITS, SECOND_SHIFT, Census
 from .backend import grid as grid_of
 
@@ -122,7 +122,7 @@ def keep_bits(
                 keep[(values == threshold).nonzero().view(-1)[:room]] = True
         counts[i] = keep.sum()
         faults[i] = ~values.isfinite().all() * NOT_FINITE + (values < 0).any() * NEGATIVE
-        bits.append(bitmask.pack_bits(keep))
+        bits.append(reference.pack_bits(keep))
     return bits, counts, faults
 
 
@@ -143,4 +143,4 @@ def block_bits(kept: Tensor, shape: Sequence[int], height: int, width: int) -> T
     matrix = kept.view(-(-rows // height), -(-columns // width))
     matrix = matrix.repeat_interleave(height, 0)[:rows] if height > 1 else matrix
     matrix = matrix.repeat_interleave(width, 1)[:, :columns] if width > 1 else matrix
-    return bitmask.pack_bits(matrix.reshape(-1).contiguous())
+    return reference.pack_bits(matrix.reshape(-1).contiguous())

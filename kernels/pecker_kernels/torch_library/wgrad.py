@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..dispatch import resolve
+from ..dispatch import resolve, triton_kernels
 from ..errors import PeckerKernelsError
 
 BUILT = ("auto", "triton", "reference")
@@ -29,9 +29,7 @@ def tile_weight_grad(
     _check(grad_out, x, tiles, height, width)
     served = (torch.float32, torch.bfloat16, torch.float16)
     if resolve(impl, grad_out, x, tiles, built=BUILT) == "triton" and (impl == "triton" or x.dtype in served):
-        from ..gpu import wgrad
-
-        return wgrad.tile_weight_grad(grad_out, x, tiles, count, height, width)
+        return triton_kernels("wgrad").tile_weight_grad(grad_out, x, tiles, count, height, width)
     strips: list[tuple[slice, Tensor]] = []
     ends, listed = (grad_out.shape[1], x.shape[1]), tiles.tolist()
     for top in dict.fromkeys(tile[0] for tile in listed):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import gpu
 from ..adam.lanes import Lanes
+from ..dispatch import triton_takes, why_not_triton
 from ..errors import PeckerKernelsError
 from ..mask import bits as bitmask
 from ..mask.saliency import SaliencyMask
@@ -57,8 +57,8 @@ def products_of(module: nn.Module, triton: bool) -> Linear | Convolution:
 
 def triton_refuses(weight: Tensor, tile: tuple[int, int]) -> str | None:
     """Why the grouped product cannot serve the weight, to follow "impl='triton'"; None where it can."""
-    if not gpu.runs_on(weight):
-        return gpu.missing(weight)
+    if not triton_takes(weight):
+        return why_not_triton(weight)
     if min(tile) < SMALLEST_TILE:
         return f"takes tiles from {SMALLEST_TILE}x{SMALLEST_TILE} on, got {tile[0]}x{tile[1]}"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

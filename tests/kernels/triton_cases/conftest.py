@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from pecker_kernels import gpu
+from pecker_kernels import dispatch
 
 # kernel_gates.py, whichever folder pytest was started on
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if not (gpu.available() and (gpu.interpreted() or torch.cuda.is_available())):
+if not (dispatch.triton_available() and (dispatch.interpreted() or torch.cuda.is_available())):
     collect_ignore_glob = ["test_*.py"]
-elif gpu.interpreted():
+elif dispatch.interpreted():
     collect_ignore = ["test_gpu_large.py"]
 
 
 @pytest.fixture(scope="session")
 def device():
-    return "cpu" if gpu.interpreted() else "cuda"
+    return "cpu" if dispatch.interpreted() else "cuda"
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import torch
 from adam_rig import with_settings
-from pecker_kernels import gpu, reference
+from pecker_kernels import dispatch, reference
 from pecker_kernels.adam.jobs import AdamJob
 from pecker_kernels.gpu import adam
 
@@ -54,7 +54,7 @@ def train(masked, graphed, steps=6):
     return weights
 
 
-if not gpu.interpreted():
+if not dispatch.interpreted():
 
     def test_replays_are_steps():
         for masked in (False, True):
