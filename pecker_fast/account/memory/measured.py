@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pecker_fast.account.live import LiveBytes
 from pecker_fast.account.iteration import state_tensors
+from pecker_fast.account.live import LiveBytes
 from pecker_fast.engine import TrainState
 
 
