@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pecker_fast.account import counted
 from pecker_fast.machine.hardware import environment
-from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.recipe import load_recipe
 from pecker_fast.runs.benchmark import Setup, set_up
 
 ROOT = Path(__file__).resolve().parent.parent

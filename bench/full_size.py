@@ -37,7 +37,7 @@ from pecker_fast.networks.architectures import PREDICTION_TYPES, TOKENS, archite
 from pecker_fast.networks.denoiser import Denoiser
 from pecker_fast.networks.schedule import Schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
-from pecker_fast.recipe.schema import Recipe, load_recipe
+from pecker_fast.recipe import Recipe, load_recipe
 from pecker_fast.runs.loop import iteration
 
 ROOT = Path(__file__).resolve().parent.parent

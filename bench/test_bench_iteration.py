@@ -12,7 +12,7 @@ import os
 import pytest
 from baselines import BASELINES, RULES, step_difference
 
-from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.recipe import load_recipe
 from pecker_fast.runs.benchmark import Setup, set_up
 
 TINY = os.environ.get("BENCH_SCALE", "full") == "tiny"

@@ -56,7 +56,7 @@ class Update:
         from pecker_fast.forgetting.methods import get_method
         from pecker_fast.machine.ranks import Group
         from pecker_fast.networks.denoiser import Denoiser
-        from pecker_fast.recipe.schema import recipe_from
+        from pecker_fast.recipe import recipe_from
 
         torch.manual_seed(0)
         network: Any = UNet2DModel(
@@ -105,7 +105,7 @@ class Iteration:
     def __init__(self, plan: Plan) -> None:
         from pecker_fast.loading.parts import load_parts
         from pecker_fast.machine.ranks import Group
-        from pecker_fast.recipe.schema import load_recipe
+        from pecker_fast.recipe import load_recipe
         from pecker_fast.runs.training import engine_of
 
         settings = Path(tempfile.mkdtemp()) / "deepspeed.json"

@@ -24,7 +24,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_model, tmp_path):
     """make(**keys) -> a Recipe over the tiny model with a fresh output folder; sections are merged."""
-    from pecker_fast.recipe.schema import recipe_from
+    from pecker_fast.recipe import recipe_from
 
     def make(**keys):
         data = {**TINY_KEYS, "model": str(tiny_model), "output": str(tmp_path / "run")}

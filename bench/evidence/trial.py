@@ -22,7 +22,7 @@ from pecker_fast.forgetting.samplers import one_step_sample
 from pecker_fast.forgetting.updates import Dense, adam
 from pecker_fast.loading.parts import Parts, load_parts
 from pecker_fast.networks.denoiser import Denoiser
-from pecker_fast.recipe.schema import Recipe, load_recipe
+from pecker_fast.recipe import Recipe, load_recipe
 from pecker_fast.runs.loop import iteration
 
 FORGET_SAMPLES, RETAIN_SAMPLES = 500, 1000

@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pecker_fast.errors import RecipeError
+from pecker_fast.recipe import check_classes, class_list
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,21 @@ def class_conditions(forget: object, cover: object, retain: object, classes: Seq
 
     forget: class or list; cover: one class for all of them, or a list as long; retain: None = every other class, or a list.
     """
-    forget_list = _class_list("forget", forget, classes)
-    cover_list = _class_list("cover", cover, classes)
-    if len(cover_list) == 1:
-        cover_list *= len(forget_list)
-    if len(cover_list) != len(forget_list):
-        raise RecipeError(
-            f"cover: {len(cover_list)} classes for {len(forget_list)} forget classes; give one, or one for each"
-        )
-    for c in cover_list:
-        if c in forget_list:
-            raise RecipeError(f"cover: class {c} is to be forgotten itself; choose a cover class outside forget")
-    if retain is None:
-        retain_list = [c for c in classes if c not in forget_list]
-    else:
-        retain_list = _class_list("retain", retain, classes)
-        for c in retain_list:
-            if c in forget_list:
-                raise RecipeError(f"retain: class {c} is to be forgotten; take it out of retain or out of forget")
-    if not retain_list:
+    forgotten, covers = _in_model("forget", forget, classes), _in_model("cover", cover, classes)
+    kept = [c for c in classes if c not in forgotten] if retain is None else _in_model("retain", retain, classes)
+    try:
+        check_classes(forgotten, covers, kept)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    if not kept:
         raise RecipeError("retain: no class is left to keep; forget fewer classes")
-    return Conditions(tuple(forget_list), tuple(cover_list), tuple(retain_list), tuple(classes))
+    covers = covers * len(forgotten) if len(covers) == 1 else covers
+    return Conditions(tuple(forgotten), tuple(covers), tuple(kept), tuple(classes))
 
 
-def _class_list(key: str, value: object, classes: Sequence[int]) -> list[int]:
-    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-    if not values:
-        raise RecipeError(f"{key}: the list is empty; name at least one class")
+def _in_model(key: str, value: object, classes: Sequence[int]) -> list[int]:
+    """A key's classes as a list; raises RecipeError where one is none, or none of the model's."""
+    values = value if isinstance(value, list | tuple) else [value]
     for v in values:
         if isinstance(v, bool) or not isinstance(v, int):
             raise RecipeError(
@@ -73,9 +61,10 @@ def _class_list(key: str, value: object, classes: Sequence[int]) -> list[int]:
             )
         if v not in classes:
             raise RecipeError(f"{key}: class {v} is out of range; the model's classes are {_range(classes)}")
-    if len(set(values)) != len(values) and key != "cover":
-        raise RecipeError(f"{key}: a class is named twice in {values}")
-    return values
+    try:
+        return class_list(value, distinct=key != "cover")
+    except ValueError as error:
+        raise RecipeError(f"{key}: {error}") from None
 
 
 def _range(classes: Sequence[int]) -> str:

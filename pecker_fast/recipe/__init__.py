@@ -1,25 +1,21 @@
 """What a run is asked to do: the keys, their YAML, errors in one line, the shipped recipes and prompt texts."""
 
+from pecker_fast.recipe.classes import check_classes, class_list
 from pecker_fast.recipe.errors import closest, show
-from pecker_fast.recipe.schema import (
-    RECIPES,
-    LearningRates,
-    Recipe,
-    idle_keys,
-    load_recipe,
-    recipe_from,
-    recipe_help,
-    recipe_to_dict,
-    recipe_to_yaml,
-    shipped_recipes,
-)
+from pecker_fast.recipe.keys import idle_keys, recipe_help
+from pecker_fast.recipe.load import RECIPES, load_recipe, recipe_from, recipe_to_dict, recipe_to_yaml, shipped_recipes
+from pecker_fast.recipe.schema import Recipe, is_text
+from pecker_fast.recipe.sections import LearningRates
 
 __all__ = [
     "RECIPES",
     "LearningRates",
     "Recipe",
+    "check_classes",
+    "class_list",
     "closest",
     "idle_keys",
+    "is_text",
     "load_recipe",
     "recipe_from",
     "recipe_help",

@@ -25,7 +25,7 @@ TEXT: dict[str, Any] = {
 
 def recipe_of(model: Path | str, keys: dict[str, Any], zero: int):
     """A recipe over a model folder, or the shipped recipe of that name with its own settings but for size, rate and eps."""
-    from pecker_fast.recipe.schema import load_recipe, recipe_from, recipe_to_dict
+    from pecker_fast.recipe import load_recipe, recipe_from, recipe_to_dict
 
     data = {**KEYS, "model": str(model)}
     if isinstance(model, str):

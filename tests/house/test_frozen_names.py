@@ -7,7 +7,7 @@ import typer
 
 import pecker_fast
 from pecker_fast.cli.app import app
-from pecker_fast.recipe.schema import Recipe, recipe_help
+from pecker_fast.recipe import Recipe, recipe_help
 
 KEYS_TEXT = """
 model revision model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score

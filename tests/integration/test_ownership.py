@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from tiny_models import write_tiny_model
 
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
-from pecker_fast.recipe.schema import idle_keys, load_recipe, recipe_from, recipe_to_yaml
+from pecker_fast.recipe import idle_keys, load_recipe, recipe_from, recipe_to_yaml
 from pecker_fast.records import checkpoint
 from pecker_fast.records.run_folder import locked
 from pecker_fast.runs.finished import export_run

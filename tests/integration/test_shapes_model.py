@@ -8,7 +8,7 @@ import torch
 from pecker_fast import files
 from pecker_fast.evaluate.words import load_word_judge
 from pecker_fast.loading.parts import load_model, load_parts
-from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.recipe import load_recipe
 from pecker_fast.runs import finished as tools
 from pecker_fast.runs.prompt_judging import grid_rows, judging_of
 from pecker_fast.runs.start import train

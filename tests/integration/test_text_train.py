@@ -19,7 +19,7 @@ from pecker_fast.forgetting.methods import get_method
 from pecker_fast.forgetting.samplers import one_step_sample, sample_noise
 from pecker_fast.forgetting.updates import adam
 from pecker_fast.loading.parts import load_model, load_parts
-from pecker_fast.recipe.schema import recipe_from
+from pecker_fast.recipe import recipe_from
 from pecker_fast.runs import finished as tools
 from pecker_fast.runs.start import train
 

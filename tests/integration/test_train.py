@@ -15,7 +15,7 @@ from tiny_models import write_tiny_model
 
 from pecker_fast import files
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError, PeckerError, RecipeError
-from pecker_fast.recipe.schema import recipe_to_yaml
+from pecker_fast.recipe import recipe_to_yaml
 from pecker_fast.records import checkpoint
 from pecker_fast.runs.finished import evaluate_run, export_run, sample_run
 from pecker_fast.runs.start import train, unlearn

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pecker_fast.conditions.prompts import PromptPlan, plan_prompts
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.schema import is_text
+from pecker_fast.recipe import is_text
 
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 WORDS = [

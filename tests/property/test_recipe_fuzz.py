@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.schema import Recipe, load_recipe, recipe_from, recipe_help, recipe_to_dict, recipe_to_yaml
+from pecker_fast.recipe import Recipe, load_recipe, recipe_from, recipe_help, recipe_to_dict, recipe_to_yaml
 
 KEYS = [key for key, *_ in recipe_help()]
 WORDS = sorted({part for key in KEYS for part in key.split(".")})

@@ -10,7 +10,7 @@ import torch
 
 from pecker_fast import files
 from pecker_fast.errors import PeckerError
-from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.recipe import load_recipe
 
 NAMES = ["model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.safetensors", "model", "model.json"]
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from pecker_fast.cli import app as cli
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError
-from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "pretrain", "sample", "evaluate", "report", "mask", "export", "doctor", "bench", "recipes"]

@@ -5,8 +5,7 @@ import math
 import pytest
 
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.errors import closest, suggest_key
-from pecker_fast.recipe.schema import (
+from pecker_fast.recipe import (
     Recipe,
     load_recipe,
     recipe_from,
@@ -15,6 +14,7 @@ from pecker_fast.recipe.schema import (
     recipe_to_yaml,
     shipped_recipes,
 )
+from pecker_fast.recipe.errors import closest, suggest_key
 from pecker_fast.records.run_folder import trajectory_sha256
 
 

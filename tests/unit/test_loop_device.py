@@ -13,7 +13,7 @@ from pecker_fast.engine.blocks import compile_blocks, repeated_blocks
 from pecker_fast.errors import NonFiniteError, RecipeError
 from pecker_fast.loading.parts import load_parts
 from pecker_fast.machine.signals import StopFlag
-from pecker_fast.recipe.schema import recipe_from
+from pecker_fast.recipe import recipe_from
 from pecker_fast.runs.loop import iteration, run_stage
 
 RULES = ["differentiated", "salient_only", "alternating"]

@@ -12,7 +12,7 @@ from pecker_fast.account.memory import Prediction, alive, enough, measured_peak,
 from pecker_fast.account.memory.prediction import Settings
 from pecker_fast.account.memory.rehearsal import planned_mask
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.recipe.schema import load_recipe
+from pecker_fast.recipe import load_recipe
 from pecker_fast.runs.benchmark import set_up
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

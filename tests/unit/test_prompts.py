@@ -6,7 +6,7 @@ import pytest
 
 from pecker_fast.conditions.prompts import plan_prompts
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.schema import RECIPES, is_text
+from pecker_fast.recipe import RECIPES, is_text
 from pecker_fast.recipe.yaml import parse_yaml
 
 KEEP = ["a boat on a lake", "a cat"]

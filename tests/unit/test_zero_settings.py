@@ -10,7 +10,7 @@ import pytest
 
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, read_user_settings, require_deepspeed
 from pecker_fast.errors import RecipeError
-from pecker_fast.recipe.schema import recipe_from
+from pecker_fast.recipe import recipe_from
 
 
 def recipe(**engine):

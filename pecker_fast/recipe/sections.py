@@ -1,0 +1,141 @@
+"""The sections of a recipe: every key below another one, with its type, limits, default and one line of help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pecker_fast.recipe.errors import show
+from pecker_fast.recipe.values import Count, Name, Positive, Rate, Section, Weight, key
+
+
+class LearningRates(Section):
+    """Adam's step sizes."""
+
+    generator: Rate = key(1.0e-4, "learning rate of the generator θ")
+    score: Rate = key(1.0e-4, "learning rate of the score network ψ")
+    warmup: Count = key(0, "iterations at the start of a stage over which both rates rise linearly; 0 = none")
+
+
+class Timesteps(Section):
+    """Positions on the teacher's noise schedule of 1000 steps."""
+
+    init: int = key(440, "timestep at which the one-step generator is run", ge=0, lt=1000)
+    min: int = key(38, "lowest timestep drawn in training", ge=0, lt=1000)
+    max: int = key(712, "one above the highest timestep drawn in training", ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Timesteps:
+        if self.min >= self.max:
+            raise ValueError(f"min ({self.min}) must be below max ({self.max})")
+        return self
+
+
+class Guidance(Section):
+    """Classifier-free guidance scales; 1 is no guidance."""
+
+    score_train: float = key(1.0, "guidance of ψ in its own training", ge=0, le=100, allow_inf_nan=False)
+    score: float = key(1.0, "guidance of ψ in the generator's loss", ge=0, le=100, allow_inf_nan=False)
+    teacher: float = key(1.0, "guidance of the teacher φ", ge=0, le=100, allow_inf_nan=False)
+    text_dropout: float = key(0.0, "share of conditions dropped while ψ trains", ge=0, lt=1, allow_inf_nan=False)
+    unconditional: str | None = key(
+        None, "text of the unconditional branch; null = empty, `keywords` = the keywords of forget", max_length=4096
+    )
+
+
+class Weights(Section):
+    """Coefficients of the four loss terms."""
+
+    score_retain: Weight = key(1.0, "s_r, score loss on retain classes")
+    score_forget: Weight = key(1.0, "s_f, score loss on the forget classes")
+    retain: Weight = key(1.0, "g_r, distillation loss on retain classes")
+    forget: Weight = key(1.0, "g_f, forgetting loss on the forget classes")
+
+
+class Mask(Section):
+    """Which weights the forgetting gradient may move."""
+
+    source: Literal["saliency", "random", "none"] = key("saliency", "how weights are chosen; none = all of them")
+    score: Literal["mse", "forget_loss"] = key("mse", "loss whose gradient is the saliency")
+    contrast: bool = key(False, "divide by the same gradient on retain classes")
+    density: float = key(0.5, "share of the weights that is kept", gt=0, le=1, allow_inf_nan=False)
+    threshold: float | None = key(None, "fixed γ in place of a density; null = use density", gt=0, allow_inf_nan=False)
+    structure: Literal["element", "row", "tile", "tensor"] = key("element", "unit that is kept or dropped as a whole")
+    tile: list[Positive] = key([128, 128], "height and width of a tile", min_length=2, max_length=2)
+    scope: Literal["global", "tensor"] = key("global", "one threshold for the model, or one for each tensor")
+    reduction: Literal["sum", "abs", "square"] = key("sum", "how batches add up: |Σg|, Σ|g| or Σg²")
+    samples: Positive = key(2048, "samples of the saliency pass, rounded to whole batches")
+    data: Name = key("pseudo", "samples of the saliency pass: pseudo (of θ), teacher (multi-step), or an image folder")
+    timesteps: Literal["uniform", "train", "init"] = key("uniform", "timesteps of the saliency pass")
+    skip: bool = key(True, "compute no weight gradients of dead rows and tiles where an update is masked")
+    refresh: Count = key(0, "iterations between new masks; 0 = one mask, before the first step")
+
+
+class Optimizer(Section):
+    """Adam's settings, for both networks."""
+
+    betas: list[Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]] = key(
+        [0.0, 0.999], "decay of the first and second moment", min_length=2, max_length=2
+    )
+    eps: float = key(1.0e-8, "added to the root of the second moment", gt=0, le=1, allow_inf_nan=False)
+    weight_decay: float = key(0.0, "L2 penalty", ge=0, le=1, allow_inf_nan=False)
+    clip_value: float | None = key(1.0, "gradients are clipped to ± this value; null = off", gt=0, allow_inf_nan=False)
+
+
+class Lora(Section):
+    """The adapter that makes ψ out of φ with `score: lora`."""
+
+    rank: int = key(16, "rank of the adapter in every layer", ge=1, le=4096)
+    targets: Literal["all", "attention"] = key("all", "layers that get one: attention projections, or convolutions too")
+
+
+class Engine(Section):
+    """Where tensors live and how an iteration runs."""
+
+    zero: int = key(0, "DeepSpeed ZeRO stage; 0 = one process without DeepSpeed", ge=0, le=3)
+    offload: Literal["none", "cpu"] = key("none", "keep optimizer state in host memory")
+    shard_teacher: bool = key(False, "spread the teacher's weights over the ranks too; needs zero=3")
+    deepspeed: Name | None = key(
+        None, "DeepSpeed JSON with bucket sizes and logging of your own; the rest is the recipe's"
+    )
+    stall_s: float = key(600.0, "seconds without progress after which a run is ended", gt=0, allow_inf_nan=False)
+    compile: Literal["none", "blocks"] = key(
+        "none", "torch.compile on the repeated blocks of the networks, or not at all"
+    )
+    cuda_graph: bool = key(False, "run a whole iteration as one CUDA graph; needs a GPU")
+    channels_last: bool = key(True, "feed the networks images in channels-last memory order")
+    threads: int = key(0, "threads on the CPU; 0 = torch's choice", ge=0, le=4096)
+    weights: Literal["fp32", "bf16"] = key("fp32", "number format the weights of φ, ψ and θ are kept in")
+    checkpointing: bool = key(False, "keep no activations of blocks, compute them again on the way back")
+    micro_batch: Count = key(0, "samples of each branch that pass the networks at once; 0 = the whole batch")
+
+
+class Evaluate(Section):
+    """When and how the model is judged."""
+
+    every: Count = key(100, "iterations between evaluations in the loop; 0 = none")
+    samples: Positive = key(512, "images of an evaluation in the loop")
+    final: Count = key(2000, "images of the evaluation at the end; 0 = none")
+    judge: Name | None = key(None, "folder of the classifier that judges; null = the one beside the model")
+    prompts: str | list[str] | None = key(
+        None, "captions to judge a text-to-image model by, a file or a list; null = those of the training"
+    )
+    teacher_steps: int = key(50, "DDIM steps of the teacher's reference row", ge=1, le=1000)
+
+
+class Checkpoint(Section):
+    """When training state is saved."""
+
+    every: Count = key(100, "iterations between checkpoints; 0 = only at the end")
+    keep: Positive = key(2, "checkpoints kept")
+
+
+def both_rates(value: Any) -> Any:
+    """One number sets both rates; raises ValueError."""
+    if isinstance(value, dict | LearningRates):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ValueError(f"expected a number in (0, 1], or {{generator: …, score: …}}, got {show(value)}")
+    return {"generator": value, "score": value}

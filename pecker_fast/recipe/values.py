@@ -1,0 +1,59 @@
+"""What values the keys of a recipe take: fields with their line of help, types with their limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from pecker_fast.recipe.classes import MANY, class_list
+
+
+def key(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default=default, description=help, **limits)
+
+
+def section(kind: type[BaseModel], help: str) -> Any:
+    return Field(default_factory=kind, description=help)
+
+
+def _covers(value: Any) -> Any:
+    """A class number, or one for each forget class (the same may serve several); raises ValueError."""
+    return _classes(value, distinct=False)
+
+
+def _classes(value: Any, distinct: bool = True) -> Any:
+    """A class number, a list of them, or prompts in one of their forms; raises ValueError."""
+    items = value if isinstance(value, list) else [value]
+    if items and any(all(isinstance(item, kind) for item in items) for kind in (str, dict)):
+        return value
+    class_list(value, distinct)
+    return value
+
+
+def _classes_or_null(value: Any) -> Any:
+    return None if value is None else _classes(value)
+
+
+def _covers_or_null(value: Any) -> Any:
+    return None if value is None else _covers(value)
+
+
+Covers = Annotated[int | list[int] | str | list[str] | dict[str, Any] | None, BeforeValidator(_covers_or_null)]
+Conditions = Annotated[
+    int | list[int] | str | list[str] | dict[str, Any] | list[dict[str, Any]], BeforeValidator(_classes)
+]
+ConditionsOrNull = Annotated[
+    int | list[int] | str | list[str] | dict[str, Any] | None, BeforeValidator(_classes_or_null)
+]
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=MANY)]
+Positive = Annotated[int, Field(ge=1, le=MANY)]
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Section(BaseModel):
+    """Strict and immutable: unknown keys, a text for a number and a truth value for a number are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
