@@ -1,0 +1,52 @@
+"""`export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pecker_fast.cli.verb import examples
+from pecker_fast.errors import RecipeError
+
+
+@examples(
+    "pecker-fast export runs/digits",
+    "pecker-fast export runs/digits --weights raw --output model",
+    "pecker-fast export runs/shapes --format delta --output circle.safetensors",
+    "pecker-fast export apply circle.safetensors BASE --output model",
+)
+def export(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN | apply DELTA BASE", help="Run folder; or a delta and the model it is of."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder or file to write; default: in the run.")
+    ] = None,
+    weights: Annotated[str, typer.Option("--weights", help="ema (averaged) or raw.")] = "ema",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers (folder), unet (its weights), single (checkpoint in the original layout), delta (what changed).",
+        ),
+    ] = "diffusers",
+) -> None:
+    """Write the model of a run, as a folder or a file; or apply a delta file to the model it was made from."""
+    if what[0] == "apply":
+        if len(what) != 3 or output is None:
+            raise RecipeError("export apply: give DELTA, BASE and --output, as `pecker-fast export apply D B -o OUT`")
+        from pecker_fast.runs import apply_delta_file
+
+        typer.echo(f"model: {apply_delta_file(what[1], what[2], output)}")
+        return
+    if len(what) != 1:
+        raise RecipeError(f"export: one run folder expected, got {' '.join(what)[:120]!r}")
+    if weights not in ("ema", "raw"):
+        raise RecipeError(f"--weights: expected ema or raw, got {weights!r}")
+    from pecker_fast.runs import export_run
+
+    path = export_run(Path(what[0]), output=output, weights=weights, form=form)
+    typer.echo(f"{'pipeline' if form == 'diffusers' else form}: {path}")

@@ -1,0 +1,50 @@
+"""`pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pecker_fast.cli.verb import examples
+from pecker_fast.errors import DataError
+
+PRETRAIN_NAMES = ("digits", "cifar10", "stl10", "images", "shapes")
+
+
+@examples(
+    "pecker-fast pretrain digits",
+    "pecker-fast pretrain cifar10 --data cifar-10-batches-bin",
+    "pecker-fast pretrain images --data photos --size 64 --output runs/photos-teacher",
+)
+def pretrain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"Data set: {', '.join(PRETRAIN_NAMES)}.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Binary CIFAR-10 or STL-10 distribution, or a folder of class folders."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Model folder to write.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Training steps; default: the data set's own.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every random draw.")] = 0,
+    distill_steps: Annotated[
+        int | None,
+        typer.Option("--distill-steps", help="Steps of distilling a one-step generator beside it; 0 = none."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Pixels that the images of a folder are resized to.")
+    ] = None,
+) -> None:
+    """Train a teacher, and the classifier that judges it, from your own copy of a data set."""
+    if name not in PRETRAIN_NAMES:
+        from pecker_fast.recipe import closest
+
+        close = closest(name, PRETRAIN_NAMES)
+        hint = f", did you mean {close}?" if close else ""
+        raise DataError(f"pretrain {name}: no such data set{hint} (one of {', '.join(PRETRAIN_NAMES)})")
+    from pecker_fast.pretrain import pretrain as run_pretrain
+
+    folder = run_pretrain(
+        name, data=data, output=output, steps=steps, seed=seed, distill_steps=distill_steps, size=size
+    )
+    typer.echo(f"model folder: {folder}")

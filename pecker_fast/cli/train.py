@@ -1,0 +1,53 @@
+"""`train`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from pecker_fast.cli.verb import examples, show
+
+
+@examples(
+    "pecker-fast train digits",
+    "pecker-fast train digits forget=3 cover=8 mask.density=0.1 output=runs/three",
+    "pecker-fast train digits method=sfd output=runs/sfd",
+    "pecker-fast train my.yaml lr=1e-5 steps=2000 --tensorboard",
+)
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change; `recipes keys` lists them."),
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the recipe, write nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables; errors only.")] = False,
+) -> None:
+    """Run a recipe: saliency, mask, forgetting, evaluation, export, report. Continues where it stopped."""
+    from pecker_fast.recipe import load_recipe, recipe_to_yaml
+
+    if "RANK" not in os.environ:
+        load_recipe(recipe, overrides or ())  # a mistake in it shows before anything heavy is imported
+    from pecker_fast.machine.ranks import launched
+    from pecker_fast.runs import train as run_train
+
+    with launched() as ranks:
+        resolved = ranks.agree(lambda: load_recipe(recipe, overrides or ()))
+        result = run_train(resolved, tensorboard=tensorboard, quiet=quiet, dry_run=dry_run, ranks=ranks)
+    if not ranks.is_first:
+        return
+    if dry_run:
+        typer.echo(recipe_to_yaml(resolved), nl=False)
+    elif not quiet:
+        if result.metrics:
+            from pecker_fast.report import metrics_table
+
+            show(metrics_table(result.metrics))
+        typer.echo(f"run folder: {result.run_dir}")
+        if result.report is not None:
+            typer.echo(f"report: {result.report}")
