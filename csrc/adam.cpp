@@ -1,4 +1,4 @@
-// Adam on the weights a mask keeps, over all tensors of a step in one call (formula: adam_body.h).
+// Adam on the weights a mask keeps, over all tensors of a step in one call (formula: adam_formula.h).
 // Moved per kept weight in float32: 16 bytes of compact moments (8 without exp_avg); 12 of parameter and gradient for every weight
 // whose cache line holds a kept one; 1/8 of mask for every weight of a block that has one.
 #include "adam.h"
