@@ -123,7 +123,7 @@ class Iteration:
         parts = load_parts(recipe)
         self.engine = engine_of(recipe, parts, torch.device("cpu"), Group(600.0))
         self.state = self.engine.start(parts.teacher, parts.score, parts.generator)
-        mask = self.engine.make_mask(self.state, parts.conditions) if recipe.uses_mask else None
+        mask = self.engine.make_mask(self.state) if recipe.uses_mask else None
         self.engine.follow(self.state, mask)
         self.weights = self.state.networks["generator"].shards.total  # type: ignore[attr-defined]
 

@@ -16,8 +16,8 @@ from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.state import start_ema
 from pecker_fast.errors import PeckerError
 from pecker_fast.evaluate.metrics import fid
+from pecker_fast.forgetting import SaliencyPass
 from pecker_fast.forgetting.methods import get_method
-from pecker_fast.forgetting.saliency import saliency_scores
 from pecker_fast.forgetting.samplers import one_step_sample
 from pecker_fast.forgetting.updates import Dense, adam
 from pecker_fast.loading.parts import Parts, load_parts
@@ -55,15 +55,15 @@ def _scores(arm: Arm, pair: tuple[int, int], seed: int) -> SaliencyScores:
     """Scores of `arm`, of which structure, density and rule do not matter."""
     recipe = recipe_of(arm, RELEARN_RATES, pair, seed)
     parts = load_parts(recipe)
-    networks = (parts.teacher, parts.score, parts.generator, parts.conditions)
-    scores = saliency_scores(recipe, *networks, "forget", recipe.mask.reduction)
+    passes = SaliencyPass(recipe, parts.teacher, parts.score, parts.generator, parts.conditions)
+    scores = passes.scores("forget", recipe.mask.reduction)
     if arm.contrast:
-        scores.contrast_(saliency_scores(recipe, *networks, "retain", "square"), floor=1e-3)
+        passes.contrast_(scores, passes.scores("retain", "square"))
     return scores
 
 
 def mask_of(recipe: Recipe, arm: Arm, pair: tuple[int, int], seed: int, generator: Denoiser) -> SaliencyMask | None:
-    """What `make_mask` gives for the recipe, from shared scores."""
+    """What `SaliencyPass.mask` gives for the recipe, from shared scores."""
     shape: dict[str, Any] = {"structure": arm.structure, "tile": TILE, "density": arm.density}
     if arm.score == "none":
         return None

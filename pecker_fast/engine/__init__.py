@@ -2,8 +2,8 @@
 
 from pecker_fast.engine.finite import FiniteGuard
 from pecker_fast.engine.graph import require_gpu
-from pecker_fast.engine.inputs import Batch, Inputs
+from pecker_fast.engine.inputs import Inputs
 from pecker_fast.engine.local import LocalEngine
 from pecker_fast.engine.state import TrainState, blend_average, start_ema
 
-__all__ = ["Batch", "FiniteGuard", "Inputs", "LocalEngine", "TrainState", "blend_average", "require_gpu", "start_ema"]
+__all__ = ["FiniteGuard", "Inputs", "LocalEngine", "TrainState", "blend_average", "require_gpu", "start_ema"]

@@ -1,6 +1,6 @@
 """What differs from one iteration to the next, made on the device before it starts: draws and the weight of the average."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,27 +8,8 @@ from torch import Tensor
 from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine.state import TrainState
+from pecker_fast.forgetting import Batch
 from pecker_fast.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One branch's draws, n samples."""
-
-    z: Tensor  # [n, C, H, W]
-    e: Tensor  # [n, C, H, W]
-    t: Tensor  # [n]
-    c_g: Tensor  # [n], condition of generator and score network
-    c_p: Tensor  # [n], condition of the teacher
-
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    def part(self, samples: slice) -> "Batch":
-        """Some of the samples; the whole batch itself where that is all of them."""
-        if samples.start == 0 and samples.stop >= self.z.shape[0]:
-            return self
-        return Batch(*(tensor[samples] for tensor in self.tensors()))
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,3 @@ def draw(
     elif role == "score":
         c_p = c_g
     return Batch(z, e, t, c_g, c_p)
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(parts) for parts in zip(*(batch.tensors() for batch in batches))))

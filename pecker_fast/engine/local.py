@@ -13,18 +13,20 @@ from pecker_fast.conditions import Conditions
 from pecker_fast.engine.blocks import compile_blocks
 from pecker_fast.engine.finite import FiniteGuard, non_finite
 from pecker_fast.engine.graph import IterationGraph, require_gpu
-from pecker_fast.engine.inputs import Batch, Inputs, concatenate, draw
+from pecker_fast.engine.inputs import Inputs, draw
 from pecker_fast.engine.live import LiveBackward, gradients_of
 from pecker_fast.engine.state import TrainState, start_ema
 from pecker_fast.forgetting import (
+    Batch,
     Dense,
     ForgetImages,
     Gradients,
+    SaliencyPass,
     adam,
+    concatenate,
     generate,
     generator_loss,
     get_method,
-    make_mask,
     noise_loss,
 )
 from pecker_fast.machine import part
@@ -104,18 +106,26 @@ class LocalEngine:
         """Go on with another mask; moments follow the weights that stay."""
         state.updates.set_mask(mask)
 
+    def saliency_pass(
+        self,
+        state: TrainState,
+        forget_images: ForgetImages | None = None,
+        poll: Callable[[], object] = lambda: None,
+    ) -> SaliencyPass:
+        """The pass over the present weights that a mask is cut from."""
+        return SaliencyPass(
+            self.recipe, state.teacher, state.score, state.generator, self.conditions, state.step, forget_images, poll
+        )
+
     def make_mask(
         self,
         state: TrainState,
-        conditions: Conditions,
         forget_images: ForgetImages | None = None,
         poll: Callable[[], object] = lambda: None,
     ) -> SaliencyMask | None:
-        """The recipe's mask at the present weights; see saliency.make_mask."""
+        """The recipe's mask at the present weights. Takes all ranks."""
         with self.autocast():
-            return make_mask(
-                self.recipe, state.teacher, state.score, state.generator, conditions, state.step, forget_images, poll
-            )
+            return self.saliency_pass(state, forget_images, poll).mask()
 
     def averaged(self, state: TrainState) -> Denoiser | None:
         """A frozen θ with the averaged weights, where figures are made: on rank 0. Takes all ranks."""

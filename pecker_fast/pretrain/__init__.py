@@ -15,9 +15,10 @@ from pecker_fast.data import Dataset
 from pecker_fast.data import datasets as data_sets
 from pecker_fast.errors import RecipeError
 from pecker_fast.pretrain import output as folders
+from pecker_fast.pretrain.fit import TrainState
 from pecker_fast.pretrain.judge import train_judge
 from pecker_fast.pretrain.settings import SETTINGS, Settings, settings_for, unet_config
-from pecker_fast.pretrain.train import TrainState, train_unet
+from pecker_fast.pretrain.teacher import train_unet
 
 __all__ = ["SETTINGS", "Settings", "measure", "pretrain", "settings_for", "unet_config"]
 

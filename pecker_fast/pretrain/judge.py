@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from pecker_fast import draws
 from pecker_fast.data import Dataset
 from pecker_fast.errors import DataError
-from pecker_fast.machine import StopFlag
-from pecker_fast.pretrain.progress import Ticker
-from pecker_fast.pretrain.settings import Settings, lr_at
+from pecker_fast.pretrain.fit import TrainState, fit
+from pecker_fast.pretrain.settings import Settings
 
 BATCH_SIZE = 64
 WEIGHT_DECAY = 1e-2
@@ -80,20 +79,18 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, seed: int, devi
 
 
 def _fit(network: nn.Module, data: Dataset, index: Tensor, settings: Settings, seed: int, device: torch.device) -> None:
-    plan = replace(settings, steps=settings.judge_steps, lr=settings.judge_lr, lr_warmup=0.3, lr_decay=True)
-    optimizer = torch.optim.AdamW(network.parameters(), plan.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    network.train()
-    with StopFlag() as stop, Ticker("judge", plan.steps) as ticker:
-        for step in range(plan.steps):
-            g = draws.generator(seed, "judge", step)
-            chosen = index[torch.randint(len(index), (BATCH_SIZE,), generator=g)]
-            images = augment(data.batch(chosen), settings, g).to(device)
-            loss = F.cross_entropy(network(images), data.labels[chosen].to(device), label_smoothing=LABEL_SMOOTHING)
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(plan, step)
-            optimizer.step()
-            optimizer.zero_grad()
-            if ticker.due(step + 1):
-                ticker.note(step + 1, f"loss {loss.item():.4f}")
-            stop.check("the teacher is saved, the same command continues with its judge")
+    plan = replace(
+        settings, steps=settings.judge_steps, lr=settings.judge_lr, lr_warmup=0.3, lr_decay=True,
+        weight_decay=WEIGHT_DECAY, clip_norm=None, ema=0.0,
+    )  # fmt: skip
+
+    def loss_at(step: int) -> Tensor:
+        g = draws.generator(seed, "judge", step)
+        chosen = index[torch.randint(len(index), (BATCH_SIZE,), generator=g)]
+        images = augment(data.batch(chosen), settings, g).to(device)
+        return F.cross_entropy(network(images), data.labels[chosen].to(device), label_smoothing=LABEL_SMOOTHING)
+
+    def resumed(step: int) -> str:
+        return "the teacher is saved, the same command continues with its judge"
+
+    fit("judge", TrainState.fresh(network, plan), loss_at, plan, resumed=resumed)

@@ -15,7 +15,6 @@ from pecker_fast import files
 from pecker_fast.account import Account, Clock, add_times, counted, joules, stopwatch
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import OutputError, RecipeError
-from pecker_fast.forgetting import mask_flops
 from pecker_fast.loading import Parts, load_parts, pick_device
 from pecker_fast.machine import hardware
 from pecker_fast.recipe import Recipe, recipe_from, recipe_to_dict
@@ -47,12 +46,12 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
     state = engine.start(parts.teacher, parts.score.clone(), parts.generator.clone())
     meter = stopwatch(device)
     start = meter()
-    mask = engine.make_mask(state, parts.conditions) if recipe.uses_mask else None
+    mask = engine.make_mask(state) if recipe.uses_mask else None
     cost = {}
     if mask is not None:
         seconds = meter() - start
         with engine.autocast():
-            flops = mask_flops(recipe, state.teacher, state.score, state.generator, parts.conditions)
+            flops = engine.saliency_pass(state).flops()
         cost = {"s": seconds, "flops": flops}
     engine.follow(state, mask)
     return Setup(recipe, engine, state, mask, cost)

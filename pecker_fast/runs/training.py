@@ -14,7 +14,7 @@ from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.zero import ZeroEngine
 from pecker_fast.errors import CheckpointError
 from pecker_fast.export import export_folder
-from pecker_fast.forgetting import ForgetImages, mask_flops
+from pecker_fast.forgetting import ForgetImages
 from pecker_fast.loading import Parts, pick_device, start_generator
 from pecker_fast.machine import StopFlag, hardware
 from pecker_fast.machine.ranks import ALONE, Ranks
@@ -179,13 +179,12 @@ class Training:
             self.stop.check("stopped in the saliency pass; the same command goes on")
 
         with self.ranks.running():
-            mask = self.engine.make_mask(state, self.parts.conditions, self.forget_images, poll)
+            mask = self.engine.make_mask(state, self.forget_images, poll)
         seconds = time.perf_counter() - start
         flops = 0.0
         if not self.engine.sharded:
-            networks = (state.teacher, state.score, state.generator)
             with self.engine.autocast():
-                flops = mask_flops(self.recipe, *networks, self.parts.conditions, state.step, self.forget_images, poll)
+                flops = self.engine.saliency_pass(state, self.forget_images, poll).flops()
         state.training_s += seconds
         state.flops += flops
         self.mask_cost = {"ms": 1e3 * seconds, "flops": flops}

@@ -55,7 +55,7 @@ def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
                     p.add_(0.02 * torch.randn(p.shape, generator=rng))
     engine = engine_of(recipe, parts, torch.device("cpu"), ranks)
     state = engine.start(parts.teacher, parts.score, parts.generator)
-    mask = engine.make_mask(state, parts.conditions) if recipe.uses_mask else None
+    mask = engine.make_mask(state) if recipe.uses_mask else None
     engine.follow(state, mask)
     return engine, state, parts
 

@@ -206,11 +206,9 @@ def test_non_finite_gradient_stops_before_any_weight_is_written(setup):
 
 def test_saliency_of_the_forgetting_loss_leaves_the_score_network_alone(setup):
     """Gradients flow through ψ to θ: ψ gets none of its own, and is trainable again afterwards."""
-    from pecker_fast.forgetting.saliency import make_mask
-
-    recipe, engine, state, _ = setup(mask={"score": "forget_loss", "contrast": True, "density": 0.3})
+    _, engine, state, _ = setup(mask={"score": "forget_loss", "contrast": True, "density": 0.3})
     before = weights(state.generator)
-    mask = make_mask(recipe, state.teacher, state.score, state.generator, engine.conditions)
+    mask = engine.make_mask(state)
     assert mask.count == round(0.3 * mask.total)
     assert all(p.grad is None and p.requires_grad for _, p in state.score.named_parameters())
     assert all(p.grad is None for _, p in state.generator.named_parameters())

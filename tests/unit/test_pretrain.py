@@ -25,7 +25,7 @@ from pecker_fast.pretrain import SETTINGS, Settings, pretrain, unet_config
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.judge import augment
 from pecker_fast.pretrain.settings import lr_at
-from pecker_fast.pretrain.train import noise_prediction_loss
+from pecker_fast.pretrain.teacher import noise_prediction_loss
 
 SHORT = replace(
     SETTINGS["digits"], steps=4, batch_size=8, judge_steps=4, samples=20, sampler_steps=2, checkpoint_every=2
@@ -101,7 +101,7 @@ def test_interrupted_run_ends_where_a_whole_one_does(
 ) -> None:
     settings = replace(SHORT, dropout=dropout, checkpoint_every=100)
     whole = run(tmp_path / "whole", settings)
-    monkeypatch.setattr("pecker_fast.pretrain.train.lr_at", _then_signal(at_step=1))
+    monkeypatch.setattr("pecker_fast.pretrain.fit.lr_at", _then_signal(at_step=1))
     with pytest.raises(Interrupted, match="continues after step 2 of 4") as stopped:
         run(tmp_path / "cut", settings)
     assert stopped.value.exit_code == 128 + signal.SIGINT
@@ -135,7 +135,7 @@ def test_interrupted_judge_training_resumes_after_the_teacher(tmp_path: Path, mo
 
 
 def test_damaged_partial_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pecker_fast.pretrain.train.lr_at", _then_signal(at_step=1))
+    monkeypatch.setattr("pecker_fast.pretrain.fit.lr_at", _then_signal(at_step=1))
     with pytest.raises(Interrupted):
         run(tmp_path)
     monkeypatch.undo()

@@ -52,14 +52,14 @@ def test_recipe_says_what_the_arm_is(arm):
 
 def test_mask_is_the_one_a_run_would_make():
     """Shared scores must not change the mask."""
-    from pecker_fast.forgetting.saliency import make_mask
+    from pecker_fast.forgetting import SaliencyPass
     from pecker_fast.loading.parts import load_parts
 
     trial._scores.cache_clear()
     arm = Arm("forget_loss+", "row", 0.1, "salient_only", samples=96)
     recipe = trial.recipe_of(arm, QUICK, (0, 1), 0)
     parts = load_parts(recipe)
-    mask = make_mask(recipe, parts.teacher, parts.score, parts.generator, parts.conditions)
+    mask = SaliencyPass(recipe, parts.teacher, parts.score, parts.generator, parts.conditions).mask()
     shared = trial.mask_of(recipe, arm, (0, 1), 0, parts.generator)
     assert shared.digest == mask.digest
     other = trial.mask_of(recipe, arm.twin(), (0, 1), 0, parts.generator)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import native
 from ..errors import NativeLibraryError
-from .jobs import AdamJob, AdamStep
+from .jobs import AdamJob, AdamStep, alike
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # The columns of AdamTensor in csrc/adam.h; masked_grad's follow grad's.
@@ -31,11 +31,6 @@ class _Settings(ctypes.Structure):
 
 class _Stats(ctypes.Structure):
     _fields_ = (("square_sum", ctypes.c_double), ("finite", ctypes.c_int64))
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory alike, so that both can be walked as flat arrays together."""
-    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
 def _state(job: AdamJob) -> list[Tensor]:

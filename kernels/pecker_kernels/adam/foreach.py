@@ -47,7 +47,7 @@ def clip_(grads: Sequence[Tensor], clip_value: float | None, clip_norm: float | 
 
 
 def _one_layout(*tensors: Tensor) -> bool:
-    """The fused operation walks memory, so its operands must be dense and laid out alike."""
+    """The fused operation walks memory, so its operands must be dense; it takes equal strides alone, unlike `jobs.alike`."""
     strides = tensors[0].stride()
     return all(t.stride() == strides for t in tensors) and (
         tensors[0].is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensors[0])

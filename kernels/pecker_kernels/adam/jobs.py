@@ -12,6 +12,14 @@ from ..errors import PeckerKernelsError
 from .lanes import Lanes
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike, so that both can be walked as flat arrays together: strides of
+    sides of length one do not count."""
+    return a.stride() == b.stride() or all(
+        size <= 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
 @dataclass(slots=True)
 class AdamJob:
     """One tensor's part in a step.

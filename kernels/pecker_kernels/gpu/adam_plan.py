@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..adam.jobs import AdamJob
+from ..adam.jobs import AdamJob, alike
 from ..errors import PeckerKernelsError
 from .adam_lanes import WHOLE, LaneTable, masked_table, ranked_table, whole_table
 
@@ -90,19 +90,12 @@ def _fingerprint(job: AdamJob) -> Hashable:
     return (*map(_where, tensors), _mask_identity(job.bits), job.whole, job.compact, job.first_index)
 
 
-def _same_walk(a: Tensor, b: Tensor) -> bool:
-    """Whether memory order pairs the same elements; the stride of a dimension of size one says nothing."""
-    return a.stride() == b.stride() or all(
-        size <= 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
 def _like(grad: Tensor | None, job: AdamJob) -> Tensor | None:
     """The gradient in the parameter's memory order, a copy where it has another; a compact one in order."""
     param = job.param
     if grad is not None and job.is_compact(grad):
         return grad.contiguous()
-    if grad is None or grad.shape != param.shape or _same_walk(grad, param):
+    if grad is None or grad.shape != param.shape or alike(grad, param):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
@@ -154,7 +147,7 @@ def _check(job: AdamJob, device: torch.device) -> None:
             continue
         if state.dtype != torch.float32:
             raise PeckerKernelsError(f"{name} must be float32, got {state.dtype}")
-        walkable = state.is_contiguous() if job.compact else state.shape == p.shape and _same_walk(state, p)
+        walkable = state.is_contiguous() if job.compact else state.shape == p.shape and alike(state, p)
         if not walkable:
             raise PeckerKernelsError(f"{name} {list(state.shape)} must be laid out in memory as the weights are")
     if job.step.dtype != torch.float32:

@@ -61,15 +61,22 @@ def pack_kernel(keep, bits, n: tl.int64, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _byte_of(bits, row, n, FULL: tl.constexpr):
+    """The bits of eight weights each, zero behind the end."""
+    return tl.load(bits + row) if FULL else tl.load(bits + row, mask=row * 8 < n, other=0)
+
+
+@triton.jit
+def _ones_of(byte):
+    """[rows] bytes -> [rows, 8] of 0 and 1, least significant bit first."""
+    return (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+
+
+@triton.jit
 def _unpack_block(bits, keep, first, n, ROWS: tl.constexpr, FULL: tl.constexpr):
     row = first + tl.arange(0, ROWS)
     at = first * 8 + tl.arange(0, ROWS * 8)
-    if FULL:
-        byte = tl.load(bits + row)
-    else:
-        byte = tl.load(bits + row, mask=row * 8 < n, other=0)
-    one = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-    one = tl.reshape(one.to(tl.uint8), [ROWS * 8])
+    one = tl.reshape(_ones_of(_byte_of(bits, row, n, FULL)).to(tl.uint8), [ROWS * 8])
     if FULL:
         tl.store(keep + at, one)
     else:
@@ -107,14 +114,8 @@ def popcount_kernel(bits, total, n_bytes: tl.int64, BLOCK: tl.constexpr):
 def _apply_block(values, bits, first, n, ROWS: tl.constexpr, FULL: tl.constexpr):
     row = first + tl.arange(0, ROWS)
     at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
-    if FULL:
-        byte = tl.load(bits + row)
-        value = tl.load(values + at)
-    else:
-        byte = tl.load(bits + row, mask=row * 8 < n, other=0)
-        value = tl.load(values + at, mask=at < n, other=0)
-    one = (byte.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-    value = tl.where(one != 0, value, 0)
+    value = tl.load(values + at) if FULL else tl.load(values + at, mask=at < n, other=0)
+    value = tl.where(_ones_of(_byte_of(bits, row, n, FULL)) != 0, value, 0)
     if FULL:
         tl.store(values + at, value)
     else:

@@ -106,51 +106,6 @@ class Blank(Denoiser):
         )[0]  # fmt: skip
 
 
-class Adapted(Blank):
-    """ψ = φ and low-rank adapters on every linear layer and convolution: the weights of φ are shared, the adapters train."""
-
-    adapters: nn.ModuleList
-
-    @classmethod
-    def over(cls, teacher: Blank, rank: int, dtype: torch.dtype) -> Adapted:
-        score = cls(teacher.make, teacher.schedule, teacher.channels_last, teacher.tokens)
-        for own, shared in zip(score.unet.modules(), teacher.unet.modules()):
-            own._parameters.update(shared._parameters)
-        layers = [layer for layer in score.unet.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        with _default_dtype(dtype), _no_initial_values():
-            score.adapters = nn.ModuleList(_adapt(layer, rank) for layer in layers)
-        return score
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.adapters.named_parameters())
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        self.adapters.requires_grad_(False)
-        try:
-            yield
-        finally:
-            self.adapters.requires_grad_(True)
-
-
-def _adapt(layer: Any, rank: int) -> nn.Module:
-    down: nn.Module
-    up: nn.Module
-    if isinstance(layer, nn.Linear):
-        down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
-    else:
-        shape = {"stride": layer.stride, "padding": layer.padding, "bias": False}
-        down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **shape)
-        up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-    own = layer.forward
-
-    def forward(x: Tensor, *args: Any) -> Tensor:
-        return own(x, *args) + 1.0 * up(down(x))
-
-    layer.forward = forward
-    return nn.Sequential(down, up)
-
-
 class Kernels(TorchFunctionMode):
     """Lets operations keep what they keep on the real device.
 

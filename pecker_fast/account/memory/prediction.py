@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from pecker_fast.account.iteration import optimizer_bytes, unique_bytes
 from pecker_fast.account.memory.measured import LiveMode, alive
-from pecker_fast.account.memory.networks import Adapted, Blank, Kernels, blank_schedule, build
+from pecker_fast.account.memory.networks import Blank, Kernels, blank_schedule, build
 from pecker_fast.account.memory.rehearsal import Rehearsal, planned_mask
 from pecker_fast.engine import TrainState, start_ema
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting import Dense, UpdateRule, adam, get_method
+from pecker_fast.networks import Denoiser, lora_score
 from pecker_fast.recipe import Recipe
 
 DECODED_AT_ONCE = 1  # latents that pass through the VAE together
@@ -106,7 +107,6 @@ class Settings:
         self.weights = DTYPES[engine.weights]
         self.checkpointing = engine.checkpointing
         self.micro_batch = engine.micro_batch
-        self.rank = recipe.lora.rank
 
     def remedies(self, batch_size: int) -> tuple[tuple[str, str], ...]:
         """See Prediction.remedies."""
@@ -137,11 +137,9 @@ class _Plan:
         make = partial(build, unet_config, setting.weights, kernels if setting.checkpointing else None)
         self.teacher = Blank(make, blank_schedule(), recipe.engine.channels_last, tokens)
         self.generator = self.teacher.clone()
-        self.score: Blank = self.teacher.clone()
+        self.score: Denoiser = self.teacher.clone()
         if recipe.score == "lora":
-            dtype = torch.float32 if recipe.precision == "bf16" else setting.weights  # autocast takes care of the rest
-            self.teacher.freeze()
-            self.score = Adapted.over(self.teacher, setting.rank, dtype)
+            self.score = lora_score(self.teacher, recipe.lora.rank, recipe.lora.targets)
         self.teacher.freeze()
         self.vae: nn.Module | None = None
         if vae_config is not None:
@@ -219,7 +217,7 @@ class _Plan:
         return live.peak_since()
 
     def _parts(self, state: TrainState) -> dict[str, int]:
-        def weights(network: Blank) -> int:
+        def weights(network: Denoiser) -> int:
             return unique_bytes([p for _, p in network.named_parameters()])
 
         return {

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pecker_fast.account.iteration import unique_bytes
 from pecker_fast.account.memory.measured import LiveMode
 from pecker_fast.conditions import Conditions
-from pecker_fast.engine import Batch, FiniteGuard, LocalEngine, TrainState
-from pecker_fast.forgetting import generate, generator_loss, noise_loss
+from pecker_fast.engine import FiniteGuard, LocalEngine, TrainState
+from pecker_fast.forgetting import Batch
 from pecker_fast.recipe import Recipe
 
 Gradients = Any
@@ -94,28 +94,14 @@ class Rehearsal(LocalEngine):
             p.grad = None
 
     def saliency(self, state: TrainState, live: LiveMode) -> int:
-        """Peak bytes of one batch of the saliency pass: saliency.saliency_scores without its arithmetic."""
+        """Peak bytes of one batch of the saliency pass, with the scores it is added to."""
         recipe, generator = self.recipe, state.generator
         with live, self.autocast():
             live.peak_since()
             scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
             more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
-            batch = self.draw(state, "generator", "forget")
-            if recipe.mask.score == "forget_loss":
-                x_g = generate(generator, batch.z, batch.c_g, recipe.timesteps.init)
-                with state.score.frozen():
-                    per_sample = generator_loss(
-                        state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
-                        detach_score=recipe.detach_score, guidance_teacher=recipe.guidance.teacher,
-                        guidance_score=recipe.guidance.score,
-                    )  # fmt: skip
-            else:
-                with torch.no_grad():
-                    x_0 = generate(generator, batch.z, batch.c_g, recipe.timesteps.init)
-                x_t = generator.schedule.add_noise(x_0, batch.e, batch.t)
-                per_sample = noise_loss(generator.eps, x_t, batch.e, batch.t, batch.c_g)
-            per_sample.mean().backward()
-            del per_sample, scores, more
+            self.saliency_pass(state).loss(self.draw(state, "generator", "forget")).backward()
+            del scores, more
         self._forget_gradients(generator)
         self._forget_gradients(state.score)
         return live.peak_since()

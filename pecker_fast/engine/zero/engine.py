@@ -13,16 +13,16 @@ from torch import Tensor
 
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine.finite import non_finite
-from pecker_fast.engine.inputs import Batch, Inputs
+from pecker_fast.engine.inputs import Inputs
 from pecker_fast.engine.live import LiveBackward
 from pecker_fast.engine.local import LocalEngine, split, total
 from pecker_fast.engine.state import TrainState
 from pecker_fast.engine.zero.compact import CompactExchange
-from pecker_fast.engine.zero.masks import make_sharded_mask
+from pecker_fast.engine.zero.masks import ShardedPass
 from pecker_fast.engine.zero.network import Gradient, Sharded
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, initialize, require_deepspeed
 from pecker_fast.engine.zero.state import ZeroState, partition_average, take_average
-from pecker_fast.forgetting import Dense, ForgetImages, adam, get_method
+from pecker_fast.forgetting import Batch, Dense, ForgetImages, SaliencyPass, adam, get_method
 from pecker_fast.machine import part
 from pecker_fast.machine.ranks import Ranks
 from pecker_fast.networks import Denoiser
@@ -94,15 +94,13 @@ class ZeroEngine(LocalEngine):
         state.whole_mask = mask.to(self.device)
         state.updates.set_mask(state.networks["generator"].shards.cut(mask))
 
-    def make_mask(
+    def saliency_pass(
         self,
         state: TrainState,
-        conditions: Conditions,
         forget_images: ForgetImages | None = None,
         poll: Callable[[], object] = lambda: None,
-    ) -> SaliencyMask | None:
-        with self.autocast():
-            return make_sharded_mask(self.recipe, cast(ZeroState, state), conditions, self.ranks, forget_images, poll)
+    ) -> SaliencyPass:
+        return ShardedPass(self.recipe, cast(ZeroState, state), self.conditions, self.ranks, forget_images, poll)
 
     @torch.no_grad()
     def averaged(self, state: TrainState) -> Denoiser | None:

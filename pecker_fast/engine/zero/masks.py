@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,44 +11,18 @@ from pecker_kernels import SaliencyMask, SaliencyScores, Shards
 from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
-from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine.zero.state import ZeroState
-from pecker_fast.forgetting import ForgetImages, batch_loss, batches_of
+from pecker_fast.forgetting import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
 from pecker_fast.machine.ranks import Ranks
 from pecker_fast.recipe import Recipe
 
 BUCKET = 1 << 24  # elements that travel at once
 
 
-def make_sharded_mask(
-    recipe: Recipe,
-    state: ZeroState,
-    conditions: Conditions,
-    ranks: Ranks,
-    forget_images: ForgetImages | None,
-    poll: Callable[[], object],
-) -> SaliencyMask | None:
-    """saliency.make_mask over ranks: bit for bit the mask of one process, whole on every rank. Takes all ranks."""
-    options, shards = recipe.mask, state.networks["generator"].shards
-    if options.source == "none":
-        return None
-    shape: dict[str, Any] = {"structure": options.structure, "tile": tuple(options.tile), "scope": options.scope}
-    if options.source == "random":
-        seed = draws.generator(recipe.seed, "random-mask", state.step).initial_seed()
-        stand_ins = {name: torch.empty(1).expand(size) for name, size in shards.shapes.items()}
-        return SaliencyMask.random(stand_ins, density=options.density, seed=seed, **shape)
-    passes = Passes(recipe, state, conditions, ranks, poll)
-    scores = passes.scores("forget", options.reduction, forget_images)
-    if options.contrast:
-        shards.contrast_(scores, passes.scores("retain", "square", None), floor=1e-3)
-    if options.threshold is not None:
-        return shards.mask(scores, threshold=options.threshold, **shape)
-    return shards.mask(scores, density=options.density, **shape)
-
-
-class Passes:
-    """Passes of forget and retain samples through θ, outside DeepSpeed's reducer.
+class ShardedPass(SaliencyPass):
+    """The pass over ranks, outside DeepSpeed's reducer: bit for bit the mask of one process, whole on every rank. Takes all
+    ranks.
 
     A batch is the recipe's `batch_size` however many ranks there are, and one rank's work; rank r does batches r, r + W, ….
     Every rank then adds up, for its own weights, the gradients of all batches in their order: sums that do not depend on
@@ -55,28 +30,42 @@ class Passes:
     """
 
     def __init__(
-        self, recipe: Recipe, state: ZeroState, conditions: Conditions, ranks: Ranks, poll: Callable[[], object]
+        self,
+        recipe: Recipe,
+        state: ZeroState,
+        conditions: Conditions,
+        ranks: Ranks,
+        forget_images: ForgetImages | None = None,
+        poll: Callable[[], object] = lambda: None,
     ) -> None:
-        self.recipe, self.state, self.conditions, self.ranks, self.poll = recipe, state, conditions, ranks, poll
-        self.network = state.networks["generator"]
-        self.layouts: list[Shards] = [
-            Shards(self.network.shards.shapes, pieces, length)
-            for pieces, length in ranks.everyones((self.network.shards.pieces, self.network.shards.length))
-        ]
+        networks = (state.teacher, state.score, state.generator)
+        super().__init__(recipe, *networks, conditions, state.step, forget_images, poll)
+        self.ranks, self.network = ranks, state.networks["generator"]
 
-    def scores(self, branch: str, reduction: str, forget_images: ForgetImages | None) -> SaliencyScores:
-        """saliency.saliency_scores of this rank's weights."""
-        state, world, batches = self.state, self.ranks.world, batches_of(self.recipe)
-        scores = self.network.shards.scores(state.generator.device, reduction)
+    @cached_property
+    def layouts(self) -> list[Shards]:
+        """Where every rank's weights lie."""
+        here = self.network.shards
+        return [Shards(here.shapes, *theirs) for theirs in self.ranks.everyones((here.pieces, here.length))]
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        return [(name, torch.empty(1).expand(size)) for name, size in self.network.shards.shapes.items()]
+
+    def contrast_(self, scores: SaliencyScores, retain: SaliencyScores) -> None:
+        self.network.shards.contrast_(scores, retain, floor=CONTRAST_FLOOR)
+
+    def cut(self, scores: SaliencyScores, **choice: Any) -> SaliencyMask:
+        return self.network.shards.mask(scores, **choice)
+
+    def scores(self, branch: str, reduction: str) -> SaliencyScores:
+        """Of this rank's weights."""
+        world, batches = self.ranks.world, batches_of(self.recipe)
+        scores = self.network.shards.scores(self.generator.device, reduction)
         parameters = list(self.network.parameters.values())
         for first in range(0, batches, world):
             self.poll()
             mine = min(first + self.ranks.rank, batches - 1)  # the last round may have ranks to spare: they go along
-            loss = batch_loss(
-                self.recipe, state.teacher, state.score, state.generator, self.conditions, branch, mine, state.step,
-                forget_images,
-            )  # fmt: skip
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            grads = torch.autograd.grad(self.batch_loss(branch, mine), parameters, allow_unused=True)
             done = min(world, batches - first)
             self._add(scores, grads, done)
             scores.counted(done)
@@ -94,7 +83,7 @@ class Passes:
 
     def _exchanged(self, bucket: dict[str, Tensor], here: int) -> list[Tensor]:
         """Of each rank's bucket, in rank order, what belongs here: float32 [here], piece by piece."""
-        none = torch.empty(0, device=self.state.generator.device)
+        none = torch.empty(0, device=self.generator.device)
         sent = [
             torch.cat([none, *(values for name, g in bucket.items() for _, values in to.owned(name, g))])
             for to in self.layouts
@@ -114,7 +103,7 @@ class Passes:
             bucket[name] = (
                 grad.float().reshape(-1)
                 if grad is not None
-                else torch.zeros(size.numel(), device=self.state.generator.device)
+                else torch.zeros(size.numel(), device=self.generator.device)
             )
             if sum(t.numel() for t in bucket.values()) >= BUCKET:
                 yield bucket

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from pecker_fast import draws
 from pecker_fast.data import ATTRIBUTES, random_words, render
 from pecker_fast.evaluate import SmallClassifier, WordJudge, load_word_judge, save_word_judge
-from pecker_fast.pretrain.shapes.fit import fit
+from pecker_fast.pretrain.fit import TrainState, fit
 from pecker_fast.pretrain.shapes.settings import SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.vae import as_floats, decode, encode
-from pecker_fast.pretrain.train import TrainState
 
 COUNTS = [len(words) for words in ATTRIBUTES.values()]
 BLUR = ((0.0625, 0.125, 0.0625), (0.125, 0.25, 0.125), (0.0625, 0.125, 0.0625))

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from pecker_fast import draws
 from pecker_fast.data import TEMPLATES, caption
 from pecker_fast.networks import Schedule
+from pecker_fast.pretrain.fit import TrainState, fit
 from pecker_fast.pretrain.output import load_partial, save_partial
 from pecker_fast.pretrain.settings import Settings
-from pecker_fast.pretrain.shapes.fit import fit
 from pecker_fast.pretrain.shapes.folder import TEXT_WEIGHTS, read_network, write_network
 from pecker_fast.pretrain.shapes.settings import LATENT_CHANNELS, LATENT_SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import token_ids
-from pecker_fast.pretrain.train import TrainState
 
 
 def build_unet(settings: ShapesSettings, seed: int) -> Any:

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.pretrain.shapes.fit import fit
+from pecker_fast.pretrain.fit import TrainState, fit
 from pecker_fast.pretrain.shapes.folder import read_network, write_network
 from pecker_fast.pretrain.shapes.settings import LATENT_CHANNELS, SIZE, ShapesSettings
-from pecker_fast.pretrain.train import TrainState
 
 BATCH = 256  # of a pass without gradients
 
