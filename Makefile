@@ -48,6 +48,7 @@ test-all: lint
 	@$(BIN)/python bench/shapes_table.py
 
 bench: setup
+	@$(BIN)/python bench/deepspeed_adam.py
 	@for suite in $(SUITES); do echo "== bench $$suite"; \
 		$(BIN)/python -m pytest bench/test_bench_$$suite.py --benchmark-json=bench/results/$$suite.json || exit 1; done
 	@echo "== bench iteration"
@@ -63,7 +64,7 @@ gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")' || exit 2
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/kernels
 	@if $(PYTHON) -c 'import diffusers, pydantic, yaml' 2>/dev/null; \
-		then PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/unit/test_loop_gpu.py; \
+		then PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/engine/test_loop_gpu.py; \
 		else echo "gpu-check: the loop's own tests are left out, they need diffusers, pydantic and pyyaml"; fi
 	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec 'for suite in bench/test_gpu_*.py; do test -f $$suite || continue; \
 		$(PYTHON) -m pytest -o addopts=-q $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'

@@ -5,17 +5,18 @@ Peers write the same weights from the same gradients; who spoils the gradient ge
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
+import deepspeed_adam
 import pecker_kernels as pk
 import torch
 from harness import Contender
 from shapes import Shapes
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LR, BETAS, EPS, CLIP, EMA = 1e-5, (0.9, 0.999), 1e-8, 1.0, 0.999
 
 
@@ -191,22 +192,15 @@ def fused_foreach(problem: Problem) -> Contender:
 
 
 def deepspeed(problem: Problem) -> Contender:
-    """DeepSpeedCPUAdam or FusedAdam, where DeepSpeed is installed."""
-    if problem.device == "cpu":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        made = DeepSpeedCPUAdam(problem.params, LR, betas=problem.betas, eps=EPS, adamw_mode=False)
-    else:
-        from deepspeed.ops.adam import FusedAdam
-
-        made = FusedAdam(problem.params, LR, betas=problem.betas, eps=EPS, adam_w_mode=False)
+    """DeepSpeedCPUAdam or FusedAdam."""
+    made = deepspeed_adam.adam(problem.device, problem.params, lr=LR, betas=problem.betas, eps=EPS)
     return Contender("DeepSpeed", made.step)
 
 
 # DeepSpeed's kernel rounds more coarsely than torch's (updates of size 1 are off by up to 3.4e-6): it does the same work, so it is
 # timed, under a tolerance of its own on the update, relative where that is above 1.
 COARSE = {"DeepSpeed": 1e-5}
-OTHERS: list[Builder] = [deepspeed] if importlib.util.find_spec("deepspeed") else []
+OTHERS: list[Builder] = [deepspeed] if deepspeed_adam.built(DEVICE) else []
 
 # operation -> (ours, peers that do the same, peers that step on every weight)
 OPERATIONS: dict[str, tuple[Builder, list[Builder], list[Builder]]] = {

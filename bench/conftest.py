@@ -31,3 +31,11 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     for entry in output_json["benchmarks"]:
         del entry["options"], entry["params"]
         entry["stats"] = {key: value for key, value in entry["stats"].items() if key in STATS}
+
+
+def pytest_terminal_summary(terminalreporter):
+    import deepspeed_adam
+    from adam_contenders import DEVICE
+
+    if deepspeed_adam.installed() and not deepspeed_adam.built(DEVICE):
+        terminalreporter.write_line("left out: DeepSpeed's Adam, which only `make bench` compiles")

@@ -3,7 +3,7 @@
     python bench/scaling.py                            # print
     python bench/scaling.py --write docs/scaling.md    # replace what stands between the markers there
 
-Bytes and FLOPs are by formula, the formulas those that bench/test_bench_zero.py and tests/distributed/test_traffic.py count;
+Bytes and FLOPs are by formula, the formulas those that bench/test_bench_zero.py and tests/engine/zero/test_traffic.py count;
 parameters and FLOPs of SD 1.5 and SDXL are those of bench/results/full_size_meta.json. No A100 was at hand: rates are the
 maker's, times a share that is assumed.
 """

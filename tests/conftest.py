@@ -1,9 +1,24 @@
 """Shared fixtures: a tiny class-conditional model folder with a judge, random weights, that trains in milliseconds."""
 
+import os
 from pathlib import Path
 
 import pytest
 from tiny_models import write_tiny_model
+
+CACHE = Path(__file__).parents[1] / ".cache"
+# Before torch is imported, and for every process a test starts. Workers share the cores: threads of one that wait for each other
+# spin while another's work waits. What libraries keep stays inside the checkout, whatever the home folder is.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "XDG_CACHE_HOME": str(CACHE),
+    "HF_HOME": str(CACHE / "huggingface"),
+    "MPLCONFIGDIR": str(CACHE / "matplotlib"),
+    "TRITON_HOME": str(CACHE),
+    "TORCH_HOME": str(CACHE / "torch"),
+}
+os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 
 TINY_KEYS = {
     "forget": 0,

@@ -1,5 +1,5 @@
 """The command line, one short file a verb or a few."""
 
-from pecker_fast.cli.app import app, main
+from pecker_fast.cli.entry import app, main
 
 __all__ = ["app", "main"]

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 import pecker_fast
-from pecker_fast.cli.app import app
+from pecker_fast.cli import app
 from pecker_fast.recipe import Recipe, recipe_help
 
 KEYS_TEXT = """

@@ -40,16 +40,16 @@ def test_import_needs_torch_only():
         "new = {m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
         "print(sorted(m for m in new if not m.startswith('_') and m not in ('torch', 'numpy', 'pecker_kernels')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_import_and_cpu_calls_work_without_triton():
     code = (
         "import sys\nsys.modules['triton'] = None\nimport pecker_kernels, torch\n"
-        "from pecker_kernels import bitmask, gpu\n"
-        "print(bitmask.popcount(bitmask.pack_bits(torch.ones(9, dtype=torch.bool))), sorted("
+        "from pecker_kernels.mask import bits\n"
+        "print(bits.popcount(bits.pack_bits(torch.ones(9, dtype=torch.bool))), sorted("
         "m for m in sys.modules if m.startswith('pecker_kernels.gpu.')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "9 []"

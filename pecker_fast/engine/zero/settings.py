@@ -122,7 +122,12 @@ def initialize(**arguments: Any) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
+        from deepspeed.comm import torch as backend
         from deepspeed.utils import logger
+
+        # It would compile an all-reduce that only inference uses, in the home folder, under a lock that outlives a killed run
+        # and stops every later one.
+        backend.build_shm_op = lambda: None
 
         logger.setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names it calls

@@ -1,0 +1,74 @@
+"""Whole runs over ranks, started as a launcher starts them."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from limits import HUNG_S
+from ranks import free_port
+
+COMMON = [
+    "generator=null", "forget=0", "cover=1", "batch_size=8", "mask.samples=16", "mask.density=0.3", "evaluate.every=0",
+    "evaluate.samples=8", "evaluate.final=8", "evaluate.teacher_steps=2", "ema=0.9",
+]  # fmt: skip
+
+
+@dataclass
+class Job:
+    """The processes of one run and what they print."""
+
+    processes: list[subprocess.Popen]
+    folder: Path
+
+    def outputs(self) -> list[str]:
+        return [(self.folder / f"rank{rank}.log").read_text() for rank in range(len(self.processes))]
+
+    def wait(self, limit_s: float = HUNG_S) -> list[int]:
+        """Exit codes; kills and fails where a process outlives the limit."""
+        deadline = time.monotonic() + limit_s
+        try:
+            for process in self.processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            alive = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+            raise AssertionError(
+                f"ranks {alive} still alive after {limit_s} s:\n" + "\n".join(self.outputs())
+            ) from None
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [process.returncode for process in self.processes]
+
+    def wait_for(self, done, limit_s: float = HUNG_S) -> None:
+        """Until done() holds."""
+        deadline = time.monotonic() + limit_s
+        while not done():
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                raise AssertionError("the run did not get there:\n" + "\n".join(self.outputs()))
+            time.sleep(0.02)
+
+
+def start(folder: Path, world: int, *arguments: str, of_rank: dict[int, list[str]] | None = None) -> Job:
+    """`python -m pecker_fast train ...` on each of `world` ranks; of_rank: more arguments of one rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, processes = free_port(), []
+    for rank in range(world):
+        env = {
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pecker_fast", "train", *arguments, *(of_rank or {}).get(rank, [])]
+        with (folder / f"rank{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    return Job(processes, folder)
+
+
+def run(folder: Path, world: int, *arguments: str) -> Job:
+    """A run that has to come to its end."""
+    job = start(folder, world, *arguments)
+    codes = job.wait()
+    assert codes == [0] * world, "\n".join(job.outputs())
+    return job
