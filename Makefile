@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# a thread each: see tests/conftest.py
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 SUITES ?= adam threshold saliency bits zero
 NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
@@ -40,10 +42,10 @@ lint: setup
 
 test: lint
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 -m "not slow"
 
 test-all: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 30
 	@$(BIN)/python bench/digits_table.py
 	@$(BIN)/python bench/shapes_table.py
 

@@ -12,11 +12,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import tables  # noqa: E402
+from deepspeed_adam import built, installed  # noqa: E402
 
 SUITES = ("adam", "threshold", "saliency", "bits")
 PATHS = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+OUTSIDE = {
+    key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")
+}  # pytest-xdist: no benchmarks
 ENVIRONMENT = {
-    **os.environ, "BENCH_SCALE": "tiny", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    **OUTSIDE, "BENCH_SCALE": "tiny", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": os.pathsep.join(filter(None, PATHS)),
 }  # fmt: skip
 KEYS = {
@@ -43,9 +47,12 @@ def results(tmp_path_factory):
     ]
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(folder / "compiled")},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert not (folder / "compiled").exists(), "only `make bench` compiles"
+    assert ("left out: DeepSpeed's Adam" in done.stdout) == (installed() and not built("cpu"))
     everything = json.loads((folder / "all.json").read_text())
     for suite in (*SUITES, "iteration"):
         entries = [e for e in everything["benchmarks"] if e["fullname"].startswith(f"bench/test_bench_{suite}.py")]

@@ -200,7 +200,7 @@ def compile_arguments(variant: Variant, settings: AdamStep) -> dict[str, Any]:
 
 
 def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> None:
-    """Carry out one Adam step; see adam_jobs for the terms and reference.adam_ for the formula.
+    """Carry out one Adam step; see adam.jobs for the terms and reference.adam_ for the formula.
 
     cache: an empty dict to begin with, kept by the caller between steps; it holds device tables and references to the
     tensors they point into. Waits for the device only where a mask is new, and can be captured in a CUDA graph after

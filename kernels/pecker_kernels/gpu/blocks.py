@@ -77,7 +77,7 @@ def bits_kernel(
 
 
 def block_sums(tensor: Tensor, height: int, width: int, magnitude: bool) -> Tensor:
-    """float64 [blocks] of select_backend for a contiguous tensor that is not empty."""
+    """float64 [blocks] of scores.backend for a contiguous tensor that is not empty."""
     if height == width == 1:
         values = tensor.reshape(-1).double()
         return values.abs_() if magnitude else values
@@ -96,7 +96,7 @@ def block_sums(tensor: Tensor, height: int, width: int, magnitude: bool) -> Tens
 
 
 def block_bits(kept: Tensor, shape: Sequence[int], height: int, width: int) -> Tensor:
-    """uint8 [ceil(n / 8)] of select_backend; kept: contiguous bool [blocks]."""
+    """uint8 [ceil(n / 8)] of scores.backend; kept: contiguous bool [blocks]."""
     rows, columns = matrix_of(shape)
     bits = torch.empty((rows * columns + 7) // 8, dtype=torch.uint8, device=kept.device)
     grid = (triton.cdiv(rows * columns, BLOCK),)

@@ -114,7 +114,7 @@ def tie_counts(tensors: Sequence[Tensor], magnitude: bool, threshold: float) -> 
 def keep_bits(
     tensors: Sequence[Tensor], magnitude: bool, threshold: float, rooms: Sequence[int]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(bits, counts, int32 faults) of select_backend for contiguous tensors; the list is not empty."""
+    """(bits, counts, int32 faults) of scores.backend for contiguous tensors; the list is not empty."""
     device = tensors[0].device
     bits = [torch.empty((t.numel() + 7) // 8, dtype=torch.uint8, device=device) for t in tensors]
     counts = torch.zeros(len(tensors), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Scoring and selection on the GPU; see select_backend.Backend for every function.
+"""Scoring and selection on the GPU; see scores.backend.Backend for every function.
 
 Nothing here waits for the device. Strided scores and gradients are copied in row-major order first.
 """

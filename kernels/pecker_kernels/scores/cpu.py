@@ -1,4 +1,4 @@
-"""The door to csrc for scoring and selection; see select_backend.Backend for every function.
+"""The door to csrc for scoring and selection; see scores.backend.Backend for every function.
 
 Takes float32, bfloat16 and float16 CPU tensors; one that is not contiguous is copied first. Results do not depend on
 the number of threads or the instruction set.

@@ -2,7 +2,7 @@
 
 Non-negative float32 values order like their bit patterns. Three passes count the top 11, the next 10 and the last 10 of
 the 31 bits; after each pass the bin that holds the k-th largest is known. Counts are integers, so all-reducing them
-over the ranks keeps the answer exact and independent of the order. The passes are those of select_backend.
+over the ranks keeps the answer exact and independent of the order. The passes are those of scores.backend.
 """
 
 from __future__ import annotations

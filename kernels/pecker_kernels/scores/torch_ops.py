@@ -1,4 +1,4 @@
-"""Scoring and selection in torch, on any device; see select_backend.Backend for every function.
+"""Scoring and selection in torch, on any device; see scores.backend.Backend for every function.
 
 Extra memory of a histogram: one chunk.
 """

@@ -59,6 +59,7 @@ def start(folder: Path, world: int, *arguments: str, of_rank: dict[int, list[str
         env = {
             **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+            "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
         }  # fmt: skip
         command = [sys.executable, "-m", "pecker_fast", "train", *arguments, *(of_rank or {}).get(rank, [])]
         with (folder / f"rank{rank}.log").open("w") as log:
@@ -71,4 +72,5 @@ def run(folder: Path, world: int, *arguments: str) -> Job:
     job = start(folder, world, *arguments)
     codes = job.wait()
     assert codes == [0] * world, "\n".join(job.outputs())
+    assert not (folder / "compiled").exists(), "a run compiles nothing"
     return job
