@@ -13,8 +13,9 @@ import torch
 
 from pecker_fast import files
 from pecker_fast.conditions import Conditions
+from pecker_fast.export.card import Card
 from pecker_fast.networks import Denoiser
-from pecker_fast.recipe import Recipe, recipe_to_yaml
+from pecker_fast.recipe import Recipe
 
 USAGE = """\
 import torch
@@ -32,6 +33,11 @@ with torch.no_grad():
     output = unet(scheduler.scale_model_input(x, t), t, class_labels=labels).sample
 images = scheduler.step(output, t, x).prev_sample.clamp(-1, 1)  # [N, C, H, W] in [-1, 1]
 """
+
+
+JUDGED = """\
+UA: share of forget samples the judge does not recognise as the forgotten class. FID, precision and recall: kept classes
+against real images without the forgotten class, over the judge's features."""
 
 
 def write_unet(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -78,8 +84,9 @@ def export_pipeline(
                 "weights_sha256": weights_sha256,
             },
         )
-        card = model_card(generator, recipe, conditions, base_sha256, weights_sha256, metrics)
-        files.write_text(temporary / "README.md", card)
+        card = Card(recipe, base_sha256, weights_sha256, metrics)
+        code = usage(generator, recipe, conditions, "pipeline")
+        files.write_text(temporary / "README.md", card.markdown(what_is_forgotten(conditions), code, JUDGED))
     return folder
 
 
@@ -103,62 +110,6 @@ def usage(generator: Denoiser, recipe: Recipe, conditions: Conditions, folder: s
     )
 
 
-def model_card(
-    generator: Denoiser,
-    recipe: Recipe,
-    conditions: Conditions,
-    base_sha256: str,
-    weights_sha256: str,
-    metrics: dict[str, Any] | None,
-) -> str:
-    """Markdown card: what was forgotten, how to draw, how good it is, the recipe."""
-    pairs = ", ".join(
-        f"class {f} (class {c} is drawn in its place)" for f, c in zip(conditions.forget, conditions.cover)
-    )
-    return f"""---
-library_name: diffusers
-tags: [diffusion, unlearning, one-step]
----
-# One-step generator that has forgotten {pairs}
-
-Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
-It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
-It is not a denoiser: do not run it over many steps.
-
-## Draw with stock diffusers
-
-```python
-{usage(generator, recipe, conditions, "pipeline")}```
-
-## Figures
-
-UA: share of forget samples the judge does not recognise as the forgotten class. FID, precision and recall: kept classes
-against real images without the forgotten class, over the judge's features.
-
-{figures_table(metrics)}
-
-## Hashes
-
-sha256 of the base model's weights: `{base_sha256}`
-sha256 of these weights: `{weights_sha256}`
-
-## Recipe
-
-```yaml
-{recipe_to_yaml(recipe)}```
-"""
-
-
-def figures_table(metrics: dict[str, Any] | None) -> str:
-    """Markdown table of the figures of `before`, `after` and `teacher`."""
-    names = ("ua", "cover_rate", "retain_accuracy", "ira", "cra", "fid", "inception_score", "precision", "recall")
-    columns = [(metrics or {}).get(key) for key in ("before", "after", "teacher")]
-    if not all(columns):
-        return "Not evaluated."
-    known = [name for name in names if any(name in column for column in columns if column)]
-    rows = [f"| {name} | " + " | ".join(_figure(c.get(name)) for c in columns if c) + " |" for name in known]
-    return "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def what_is_forgotten(conditions: Conditions) -> str:
+    pairs = zip(conditions.forget, conditions.cover)
+    return ", ".join(f"class {f} (class {c} is drawn in its place)" for f, c in pairs)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pecker_fast import files
-from pecker_fast.export.folder import figures_table, scheduler_config, unet_config
+from pecker_fast.export.card import Card
+from pecker_fast.export.folder import scheduler_config, unet_config
 from pecker_fast.loading import TextParts
 from pecker_fast.networks import Denoiser
-from pecker_fast.recipe import Recipe, recipe_to_yaml
+from pecker_fast.recipe import Recipe
 
 USAGE = """\
 import torch
@@ -31,6 +32,9 @@ image = pipe(
     height={height}, width={width}, generator=torch.Generator().manual_seed(0),
 ).images[0]
 """
+
+
+JUDGED = "UA: share of forget samples in which the judge does not see the forgotten word."
 
 
 def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,8 +86,14 @@ def export_text_pipeline(
             if path.is_file():
                 files.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
         shown = [name for name, path in (pictures or {}).items() if path.is_file()]
-        card = model_card(generator, recipe, text, base_sha256, weights_sha256, metrics, shown)
-        files.write_text(temporary / "README.md", card)
+        card = Card(recipe, base_sha256, weights_sha256, metrics)
+        code = usage(generator, recipe, text, "pipeline")
+        files.write_text(
+            temporary / "README.md",
+            card.markdown(
+                what_is_forgotten(text), code, JUDGED, "pipeline_tag: text-to-image\n", before_and_after(shown)
+            ),
+        )
     return folder
 
 
@@ -118,52 +128,13 @@ def what_is_forgotten(text: TextParts) -> str:
     return f"what {len(text.plan.forget)} prompts ask for"
 
 
-def model_card(
-    generator: Denoiser,
-    recipe: Recipe,
-    text: TextParts,
-    base_sha256: str,
-    weights_sha256: str,
-    metrics: dict[str, Any] | None,
-    pictures: list[str],
-) -> str:
-    """Markdown card: what was forgotten, how to draw, how good it is, before and after, hashes, the recipe."""
+def before_and_after(pictures: list[str]) -> str:
+    """The card's section of image grids."""
     shown = "\n".join(f"**{name}**\n\n![{name}](samples/{name}.png)\n" for name in pictures) or "None were drawn."
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [diffusion, unlearning, one-step]
----
-# One-step generator that has forgotten {what_is_forgotten(text)}
-
-Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
-It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
-It is not a denoiser: do not run it over many steps.
-
-## Draw with stock diffusers
-
-```python
-{usage(generator, recipe, text, "pipeline")}```
-
-## Figures
-
-UA: share of forget samples in which the judge does not see the forgotten word.
-
-{figures_table(metrics)}
-
-## Before and after
+    return f"""## Before and after
 
 The same noise in every grid. Rows: prompts to forget, their covers, retain prompts that are nearest, other retain prompts.
 
 {shown}
 
-## Hashes
-
-sha256 of the base model's weights: `{base_sha256}`
-sha256 of these weights: `{weights_sha256}`
-
-## Recipe
-
-```yaml
-{recipe_to_yaml(recipe)}```
 """

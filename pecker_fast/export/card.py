@@ -1,0 +1,75 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pecker_fast.recipe import Recipe, recipe_to_yaml
+
+
+@dataclass(frozen=True)
+class Card:
+    """What every card says, whatever the model draws from.
+
+    metrics: `before`, `after`, `teacher` of metrics.json; None where these weights were not judged.
+    """
+
+    recipe: Recipe
+    base_sha256: str
+    weights_sha256: str
+    metrics: dict[str, Any] | None = None
+
+    def markdown(self, forgotten: str, code: str, judged: str, tag: str = "", pictures: str = "") -> str:
+        """What was forgotten, how to draw, how good it is, hashes, the recipe.
+
+        code: Python that draws with stock diffusers. judged: what the figures mean. tag: a line of the card's header, with
+        its end. pictures: a section of its own.
+        """
+        recipe = self.recipe
+        return f"""---
+library_name: diffusers
+{tag}tags: [diffusion, unlearning, one-step]
+---
+# One-step generator that has forgotten {forgotten}
+
+Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
+It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
+It is not a denoiser: do not run it over many steps.
+
+## Draw with stock diffusers
+
+```python
+{code}```
+
+## Figures
+
+{judged}
+
+{figures_table(self.metrics)}
+
+{pictures}## Hashes
+
+sha256 of the base model's weights: `{self.base_sha256}`
+sha256 of these weights: `{self.weights_sha256}`
+
+## Recipe
+
+```yaml
+{recipe_to_yaml(recipe)}```
+"""
+
+
+def figures_table(metrics: dict[str, Any] | None) -> str:
+    """Markdown table of the figures of `before`, `after` and `teacher`."""
+    names = ("ua", "cover_rate", "retain_accuracy", "ira", "cra", "fid", "inception_score", "precision", "recall")
+    columns = [(metrics or {}).get(key) for key in ("before", "after", "teacher")]
+    if not all(columns):
+        return "Not evaluated."
+    known = [name for name in names if any(name in column for column in columns if column)]
+    rows = [f"| {name} | " + " | ".join(_figure(c.get(name)) for c in columns if c) + " |" for name in known]
+    return "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
