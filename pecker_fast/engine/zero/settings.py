@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -122,11 +123,11 @@ def initialize(**arguments: Any) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
-        from deepspeed.comm import torch as backend
         from deepspeed.utils import logger
 
         # It would compile an all-reduce that only inference uses, in the home folder, under a lock that outlives a killed run
-        # and stops every later one.
+        # and stops every later one. (The attribute `deepspeed.comm.torch` is torch itself.)
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
         backend.build_shm_op = lambda: None
 
         logger.setLevel(logging.ERROR)
