@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from limits import HUNG_S
+from processes import pecker_fast
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
@@ -200,16 +200,9 @@ def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
     want = final_files(train(tiny_recipe(**keys, output=str(tmp_path / "whole")), quiet=True).run_dir)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_to_yaml(tiny_recipe(**keys)))
-    threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "pecker_fast", "train", str(recipe)]
     rng = random.Random(0)
     for target in sorted(rng.sample(range(1, 11), 3)):
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = pecker_fast("train", str(recipe), log=tmp_path / "log")
         deadline = time.monotonic() + HUNG_S
         while not any(int(p.name[5:]) >= target for p in checkpoint.list_checkpoints(tmp_path / "run")):
             assert process.poll() is None, "ended before it was killed"

@@ -1,13 +1,12 @@
 """Whole runs over ranks, started as a launcher starts them."""
 
-import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from limits import HUNG_S
+from processes import Started, pecker_fast
 from ranks import free_port
 
 COMMON = [
@@ -20,11 +19,12 @@ COMMON = [
 class Job:
     """The processes of one run and what they print."""
 
-    processes: list[subprocess.Popen]
+    processes: list[Started]
     folder: Path
 
     def outputs(self) -> list[str]:
-        return [(self.folder / f"rank{rank}.log").read_text() for rank in range(len(self.processes))]
+        logs = [self.folder / f"rank{rank}.log" for rank in range(len(self.processes))]
+        return [log.read_text() if log.exists() else "" for log in logs]
 
     def wait(self, limit_s: float = HUNG_S) -> list[int]:
         """Exit codes; kills and fails where a process outlives the limit."""
@@ -52,18 +52,17 @@ class Job:
 
 
 def start(folder: Path, world: int, *arguments: str, of_rank: dict[int, list[str]] | None = None) -> Job:
-    """`python -m pecker_fast train ...` on each of `world` ranks; of_rank: more arguments of one rank."""
+    """`pecker-fast train ...` on each of `world` ranks; of_rank: more arguments of one rank."""
     folder.mkdir(parents=True, exist_ok=True)
     port, processes = free_port(), []
     for rank in range(world):
         env = {
-            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
             "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
         }  # fmt: skip
-        command = [sys.executable, "-m", "pecker_fast", "train", *arguments, *(of_rank or {}).get(rank, [])]
-        with (folder / f"rank{rank}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        words = ["train", *arguments, *(of_rank or {}).get(rank, [])]
+        processes.append(pecker_fast(*words, log=folder / f"rank{rank}.log", env=env))
     return Job(processes, folder)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from limits import HUNG_S
+from processes import context
 
 
 def run_ranks(world: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -18,11 +18,11 @@ def run_ranks(world: int, body: Callable[..., Any], *arguments: Any) -> list[Any
 
     body must be a function of a module, so that a fresh process can import it.
     """
-    context = mp.get_context("spawn")
-    queue = context.Queue()
+    server = context()
+    queue = server.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_one, args=(rank, world, port, queue, body, arguments), daemon=True)
+        server.Process(target=_one, args=(rank, world, port, queue, body, arguments), daemon=True)
         for rank in range(world)
     ]
     for process in processes:

@@ -66,11 +66,11 @@ def test_ranks_killed_at_random_times(seed, tiny_model, tmp_path):
 def kill_and_resume(model, folder, world, seed):
     rng = random.Random(seed)
     zero = f"engine.zero={1 + seed % 3}"
-    settings = [zero, "steps=60", "checkpoint.every=10"]
+    settings = [zero, "steps=24", "checkpoint.every=6"]
     run(folder / "whole", world, *keys(model, folder / "a", *settings))
     job = start(folder / "killed", world, *keys(model, folder / "b", *settings))
-    at = rng.randrange(1, 45)
-    job.wait_for(lambda: steps_logged(folder / "b") >= at - at % 10)
+    at = rng.randrange(1, 16)
+    job.wait_for(lambda: steps_logged(folder / "b") >= at - at % 6)
     time.sleep(rng.random() / 5)
     victim = rng.randrange(world)
     job.processes[victim].send_signal(signal.SIGKILL)
@@ -85,7 +85,7 @@ def kill_and_resume(model, folder, world, seed):
     assert "resumes from the last checkpoint" in printed
     assert "Traceback" not in printed
     resumed = run(folder / "resumed", world, *keys(model, folder / "b", *settings))
-    assert "resumed" in resumed.outputs()[0] or steps_logged(folder / "b") == 60
+    assert "resumed" in resumed.outputs()[0] or steps_logged(folder / "b") == 24
     assert (folder / "a" / WEIGHTS).read_bytes() == (folder / "b" / WEIGHTS).read_bytes()
 
 
