@@ -35,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--module", help="MODULE:NAME of a list of KernelBuild, None for every kernel of the package")
+    parser.add_argument("--arch", type=int, choices=registry.ARCHS, help="80 or 90 alone; default: both")
     options = parser.parse_args()
     builds = list(registry.builds())
     if options.module:
@@ -42,7 +43,7 @@ def main() -> int:
         builds = getattr(importlib.import_module(module), name)
     rows, bad = [], []
     for build in builds:
-        for arch in registry.ARCHS:
+        for arch in [options.arch] if options.arch else registry.ARCHS:
             try:
                 report = registry.compile_build(build, arch)
             except triton.CompilationError as error:

@@ -121,7 +121,7 @@ def test_half_precision_weights_keep_their_dtype_and_bits(models, tmp_path):
     assert same(base, files.read_weights(tmp_path / "none" / "pipeline" / "unet"))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_a_single_file_is_the_same_model_as_its_folder(models, tmp_path, kind):
     from pecker_fast.networks.single_file import to_single_file
 
@@ -195,7 +195,9 @@ LINEAR = {
 }  # an update linear in the gradient
 
 
-@pytest.mark.parametrize("change", [{"micro_batch": 1}, {"micro_batch": 3}, {"checkpointing": True}])
+@pytest.mark.parametrize(
+    "change", [pytest.param({"micro_batch": 1}, marks=pytest.mark.slow), {"micro_batch": 3}, {"checkpointing": True}]
+)
 def test_micro_batches_and_checkpointing_change_memory_not_the_update(models, tmp_path, change):
     plain, plain_losses = stepped(recipe(models["sdxl"], tmp_path, **LINEAR))
     other, losses = stepped(recipe(models["sdxl"], tmp_path, **LINEAR, engine=change))

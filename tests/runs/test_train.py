@@ -51,7 +51,9 @@ def test_run_folder_is_complete(tiny_recipe):
     assert events.count("evaluate") == 2
 
 
-@pytest.mark.parametrize("rule", ["differentiated", "salient_only", "alternating"])
+@pytest.mark.parametrize(
+    "rule", ["salient_only", "alternating", pytest.param("differentiated", marks=pytest.mark.slow)]
+)
 def test_resume_is_bit_identical_from_every_step(tiny_recipe, tmp_path, rule):
     keys = {"update_rule": rule, "steps": 4, "distill_steps": 2, "mask": {"refresh": 3}, "evaluate": {"final": 0, "every": 0},
             "checkpoint": {"every": 1, "keep": 100}}  # fmt: skip

@@ -87,7 +87,7 @@ def check_outcomes(results, expected):
     assert worst <= 1, f"{worst:.2f} × what rounding allows"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] == "1" else c for c in CASES])
 def test_two_ranks_train_what_one_process_trains(case, tiny_model, alone):
     check(2, *CASES[case], tiny_model, alone)
 
@@ -212,7 +212,7 @@ def test_a_nan_on_one_rank_stops_all_and_names_it(zero, which, rule, tiny_model)
     assert second[2]
 
 
-@pytest.mark.parametrize("density", [1.0, 0.1])
+@pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_holds_what_the_formula_says(zero, density, tiny_model):
     """docs/scaling.md: 4N (stage 3: 4N/W) + 4N/W parameters, 4Nd/W moments with β₁ = 0, 4N/W average, N/8 mask; a step is

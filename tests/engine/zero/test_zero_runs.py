@@ -91,7 +91,7 @@ def kill_and_resume(model, folder, world, seed):
 
 def test_a_stalled_rank_is_named_and_ends_the_run(tiny_model, tmp_path):
     out = tmp_path / "run"
-    job = start(tmp_path / "logs", 2, *keys(tiny_model, out, "engine.zero=2", "steps=100000", "engine.stall_s=20"))
+    job = start(tmp_path / "logs", 2, *keys(tiny_model, out, "engine.zero=2", "steps=100000", "engine.stall_s=10"))
     job.wait_for(lambda: steps_logged(out) >= 10)
     os.kill(job.processes[1].pid, signal.SIGSTOP)
     codes = job.wait(ENDED_S)

@@ -23,15 +23,17 @@ def compiled(*arguments):
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_every_kernel_compiles_without_spills_and_with_wide_accesses(tmp_path):
-    done = compiled("--output", str(tmp_path / "table.json"))
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_every_kernel_compiles_without_spills_and_with_wide_accesses(tmp_path, arch):
+    done = compiled("--arch", str(arch), "--output", str(tmp_path / "table.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     now = json.loads((tmp_path / "table.json").read_text())["kernels"]
     kept = json.loads(TABLE.read_text())["kernels"]
     names = [(row["kernel"], row["arch"]) for row in now]
     assert len(names) == len(set(names)) > 0
-    assert names == [(row["kernel"], row["arch"]) for row in kept], "run python bench/triton_kernels.py"
-    assert {arch for _, arch in names} == {"sm_80", "sm_90"}
+    assert names == [(row["kernel"], row["arch"]) for row in kept if row["arch"] == f"sm_{arch}"], (
+        "run python bench/triton_kernels.py"
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,6 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(tmp_path):
     [("spills", "spills"), ("narrow", "bits wide"), ("hopeful", "not be aligned"), ("wrong", "does not compile")],
 )
 def test_the_gate_sees_a_broken_kernel(tmp_path, name, complaint):
-    done = compiled("--module", f"triton_broken:{name}", "--output", str(tmp_path / "table.json"))
+    done = compiled("--arch", "90", "--module", f"triton_broken:{name}", "--output", str(tmp_path / "table.json"))
     assert done.returncode == 1, done.stdout + done.stderr
     assert complaint in done.stdout

@@ -13,8 +13,10 @@ CASES = Path(__file__).parent / "triton_cases"
 
 
 @pytest.mark.skipif(not dispatch.triton_available(), reason="triton is not installed")
-def test_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("cases", ["some", pytest.param("every", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(cases):
+    """some: of every test at most so many of its cases as triton_cases/conftest.py says, spread evenly."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TRITON_CASES": cases}
     command = [sys.executable, "-m", "pytest", str(CASES), "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

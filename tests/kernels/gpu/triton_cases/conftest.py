@@ -4,7 +4,9 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so the interpreter needs
 test_triton_interpreter.py starts one. Without a GPU and outside that process nothing is collected here.
 """
 
+import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,25 @@ if not (dispatch.triton_available() and (dispatch.interpreted() or torch.cuda.is
     collect_ignore_glob = ["test_*.py"]
 elif dispatch.interpreted():
     collect_ignore = ["test_gpu_large.py"]
+
+
+SOME = 3  # cases of a test that are run where some are enough
+
+
+def pytest_collection_modifyitems(config, items):
+    """TRITON_CASES=some: the first, the last and those evenly between, of every parametrised test."""
+    if os.environ.get("TRITON_CASES") != "some":
+        return
+    tests = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    kept = {
+        cases[i * (len(cases) - 1) // max(1, min(SOME, len(cases)) - 1)].nodeid
+        for cases in tests.values()
+        for i in range(min(SOME, len(cases)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
 
 
 @pytest.fixture(scope="session")
