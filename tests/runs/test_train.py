@@ -52,7 +52,8 @@ def test_run_folder_is_complete(tiny_recipe):
 
 
 @pytest.mark.parametrize(
-    "rule", ["salient_only", "alternating", pytest.param("differentiated", marks=pytest.mark.slow)]
+    "rule",
+    ["salient_only", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("alternating", "differentiated"))],
 )
 def test_resume_is_bit_identical_from_every_step(tiny_recipe, tmp_path, rule):
     keys = {"update_rule": rule, "steps": 4, "distill_steps": 2, "mask": {"refresh": 3}, "evaluate": {"final": 0, "every": 0},

@@ -87,7 +87,7 @@ def check_outcomes(results, expected):
     assert worst <= 1, f"{worst:.2f} × what rounding allows"
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] == "1" else c for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] != "2" else c for c in CASES])
 def test_two_ranks_train_what_one_process_trains(case, tiny_model, alone):
     check(2, *CASES[case], tiny_model, alone)
 
