@@ -3,19 +3,29 @@
 A new interpreter takes seven seconds of processor time until it has imported torch, diffusers and DeepSpeed.
 """
 
+import functools
 import multiprocessing as mp
 import os
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+TESTS = Path(__file__).parent
 
 
+@functools.cache
 def context() -> Any:
     """The multiprocessing context of such processes."""
     found = mp.get_context("forkserver")
     found.set_forkserver_preload(["preloaded"])
+    # Python 3.11 does not tell the process that is forked from where modules lie, and it goes on in silence without them
+    paths = filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        forkserver.ensure_running()
     return found
 
 
@@ -54,6 +64,7 @@ def pecker_fast(*arguments: str, log: Path, env: dict[str, str] | None = None) -
 
 
 def _main(arguments: tuple[str, ...], environment: dict[str, str], log: str) -> None:
+    assert "preloaded" in sys.modules, "every process would import torch anew"
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
