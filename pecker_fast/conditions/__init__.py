@@ -1,6 +1,6 @@
 """What to forget, what to draw in its place, what to keep: classes and prompts."""
 
-from pecker_fast.conditions.classes import Conditions, class_conditions
+from pecker_fast.conditions.classes import SHOWN, Conditions, class_conditions, short_range, shown_classes
 from pecker_fast.conditions.prompts import PromptPlan, plan_prompts
 
-__all__ = ["Conditions", "PromptPlan", "class_conditions", "plan_prompts"]
+__all__ = ["SHOWN", "Conditions", "PromptPlan", "class_conditions", "plan_prompts", "short_range", "shown_classes"]

@@ -10,6 +10,8 @@ from torch import Tensor
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe import check_classes, class_list
 
+SHOWN = 16  # rows of a grid, or pieces of a list, at most: a model may have a thousand classes
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -57,16 +59,43 @@ def _in_model(key: str, value: object, classes: Sequence[int]) -> list[int]:
     for v in values:
         if isinstance(v, bool) or not isinstance(v, int):
             raise RecipeError(
-                f"{key}: {v!r} is not a class number; this model is class-conditional (classes {_range(classes)})"
+                f"{key}: {v!r} is not a class number; this model is class-conditional (classes {short_range(classes)})"
             )
         if v not in classes:
-            raise RecipeError(f"{key}: class {v} is out of range; the model's classes are {_range(classes)}")
+            raise RecipeError(f"{key}: class {v} is out of range; the model's classes are {short_range(classes)}")
     try:
         return class_list(value, distinct=key != "cover")
     except ValueError as error:
         raise RecipeError(f"{key}: {error}") from None
 
 
-def _range(classes: Sequence[int]) -> str:
-    contiguous = list(classes) == list(range(classes[0], classes[-1] + 1))
-    return f"{classes[0]} to {classes[-1]}" if contiguous else ", ".join(map(str, classes))
+def short_range(classes: Sequence[int]) -> str:
+    """Increasing class numbers in few words: "0 to 4, 6 to 999"; of many pieces the first and the last."""
+    pieces: list[list[int]] = []
+    for c in classes:
+        if pieces and c == pieces[-1][-1] + 1:
+            pieces[-1][1:] = [c]
+        else:
+            pieces.append([c])
+    if len(pieces) > SHOWN:
+        return ", ".join(map(_piece, pieces[: SHOWN - 1])) + f", … {_piece(pieces[-1])}"
+    return ", ".join(map(_piece, pieces))
+
+
+def _piece(ends: list[int]) -> str:
+    return " to ".join(map(str, ends))
+
+
+def shown_classes(forget: Sequence[int], cover: Sequence[int], others: Sequence[int]) -> list[int]:
+    """Classes that an image grid or a card shows, in order: all, or of more than `SHOWN` what is forgotten, its covers and
+    the next few. Room is left for covers and others where very many are forgotten."""
+    everything = sorted({*forget, *cover, *others})
+    if len(everything) <= SHOWN:
+        return everything
+    pairs = list(zip(forget, cover))[: SHOWN // 4]
+    chosen = dict.fromkeys(c for pair in pairs for c in pair)
+    for c in others:
+        if len(chosen) >= SHOWN:
+            break
+        chosen.setdefault(c)
+    return sorted(chosen)

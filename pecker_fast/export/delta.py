@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError
+from pecker_fast.networks import MARKS
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
 
 FORMAT, VERSION = "pecker-fast delta", "1"
@@ -275,14 +276,14 @@ def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
         tensors, metadata = files.read_tensors(base, error=ModelError)
         names = unet_names(read.tensors)
         put_unet(tensors, _result(read, unet_of(tensors, names, base)), names, base)
-        files.write_tensors(output, tensors, metadata)
+        files.write_tensors(output, tensors, {**metadata, **_marks(read)})
         return output
     unet = _result(read, _folder_unet(base))
     temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
     with files.output_errors(output):
         try:
             _copy_model(base, temporary)
-            files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, unet, {"format": "pt"})
+            files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, unet, {"format": "pt", **_marks(read)})
             _put_scheduler(read, temporary)
             files.replace(temporary, output)
         except BaseException:
@@ -291,12 +292,27 @@ def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
     return output
 
 
+def _notes(delta: _Delta) -> dict[str, str]:
+    """What the delta was written with as metadata. Raises DataError."""
+    try:
+        notes = json.loads(delta.header.get("metadata", "{}"))
+    except (ValueError, RecursionError):
+        raise delta.error("its notes are no JSON") from None
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise delta.error("its notes are no JSON of texts")
+    return notes
+
+
+def _marks(delta: _Delta) -> dict[str, str]:
+    """What the result's weights file says of itself."""
+    return {key: value for key, value in _notes(delta).items() if key in MARKS}
+
+
 def _put_scheduler(delta: _Delta, target: Path) -> None:
     """The schedule that the result is drawn with, where the delta's notes have one. Raises DataError."""
     try:
-        notes = json.loads(delta.header.get("metadata", "{}"))
-        config = json.loads(notes.get("scheduler", "null"))
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        config = json.loads(_notes(delta).get("scheduler", "null"))
+    except (ValueError, RecursionError):
         raise delta.error("its notes are no JSON") from None
     if config is None:
         return

@@ -6,15 +6,16 @@ pipeline/  model_index.json  README.md  model.json
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pecker_fast import files
-from pecker_fast.conditions import Conditions
+from pecker_fast.conditions import SHOWN, Conditions, shown_classes
 from pecker_fast.export.card import Card
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import ONE_STEP, Denoiser, one_step_marks
 from pecker_fast.recipe import Recipe
 
 USAGE = """\
@@ -40,11 +41,16 @@ UA: share of forget samples the judge does not recognise as the forgotten class.
 against real images without the forgotten class, over the judge's features."""
 
 
-def write_unet(denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """config.json and safetensors weights as diffusers lays them out, floating-point tensors stored as `dtype`."""
+def write_unet(
+    denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32, marks: Mapping[str, str] | None = None
+) -> None:
+    """config.json and safetensors weights as diffusers lays them out, floating-point tensors stored as `dtype`.
+
+    marks: what the weights file says of itself (`one_step_marks`).
+    """
     files.write_json(folder / files.CONFIG_NAME, unet_config(denoiser))
     weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
-    files.write_tensors(folder / files.WEIGHTS_NAME, weights, {"format": "pt"})
+    files.write_tensors(folder / files.WEIGHTS_NAME, weights, {"format": "pt", **(marks or {})})
 
 
 def unet_config(denoiser: Denoiser) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def export_pipeline(
     generator: θ with the weights to export; base_sha256: hash of the model it came from, for the card.
     """
     with files.whole_folder(folder) as temporary:
-        write_unet(generator, temporary / "unet")
+        write_unet(generator, temporary / "unet", marks=one_step_marks(generator.schedule, recipe.timesteps.init))
         files.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
         parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
         files.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
@@ -75,7 +81,7 @@ def export_pipeline(
         files.write_json(
             temporary / "model.json",
             {
-                "kind": "one-step generator",
+                "kind": ONE_STEP,
                 "t_init": recipe.timesteps.init,
                 "null_class": generator.null_class,
                 "forgotten": list(conditions.forget),
@@ -104,12 +110,16 @@ def scheduler_config(generator: Denoiser) -> dict[str, Any]:
 def usage(generator: Denoiser, recipe: Recipe, conditions: Conditions, folder: str) -> str:
     """The few lines of the model card that draw with stock diffusers."""
     channels, height, width = generator.sample_shape
-    labels = ", ".join(map(str, (*conditions.forget, *conditions.retain)))
+    classes = (*conditions.forget, *conditions.retain)
+    if len(classes) > SHOWN:
+        classes = tuple(shown_classes(conditions.forget, conditions.cover, conditions.retain))
+    labels = ", ".join(map(str, classes))
     return USAGE.format(
         folder=folder, t_init=recipe.timesteps.init, labels=labels, channels=channels, height=height, width=width
     )
 
 
 def what_is_forgotten(conditions: Conditions) -> str:
-    pairs = zip(conditions.forget, conditions.cover)
-    return ", ".join(f"class {f} (class {c} is drawn in its place)" for f, c in pairs)
+    pairs = list(zip(conditions.forget, conditions.cover))
+    text = ", ".join(f"class {f} (class {c} is drawn in its place)" for f, c in pairs[:SHOWN])
+    return text if len(pairs) <= SHOWN else f"{text} and {len(pairs) - SHOWN} more classes"

@@ -12,7 +12,7 @@ from pecker_fast.export.delta import hash_of, write_delta
 from pecker_fast.export.folder import export_pipeline
 from pecker_fast.export.text_pipeline import as_stored, export_text_pipeline, one_step_scheduler
 from pecker_fast.loading import Model
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import Denoiser, one_step_marks
 from pecker_fast.networks.single_file import replace_unet, to_single_file
 from pecker_fast.recipe import Recipe
 
@@ -50,7 +50,8 @@ def export_file(generator: Denoiser, model: Model, output: Path, form: str, t_in
     """θ as one safetensors file, every tensor in the dtype of the base's.
 
     form: "unet" (the UNet alone, diffusers' names), "single" (a whole checkpoint in the original Stable Diffusion layout) or
-    "delta" (only the weights that changed). t_init: where the generator takes its one step, told in the delta.
+    "delta" (only the weights that changed). t_init: where the generator takes its one step. Each tells it in its metadata,
+    with the prediction type and that it is a one-step generator (`one_step_marks`).
     Raises RecipeError, OutputError.
     """
     if output.suffix != ".safetensors":
@@ -59,15 +60,16 @@ def export_file(generator: Denoiser, model: Model, output: Path, form: str, t_in
         raise OutputError(f"{output}: exists already; give another name")
     base = base_unet(model)
     unet = as_stored(generator.unet.state_dict(), base)
+    marks = one_step_marks(generator.schedule, t_init)
     if form == "unet":
-        files.write_tensors(output, unet, {"format": "pt"})
+        files.write_tensors(output, unet, {"format": "pt", **marks})
     elif form == "delta":
-        facts = {"t_init": str(t_init), "scheduler": json.dumps(one_step_scheduler(generator))}
+        facts = {"t_init": str(t_init), "scheduler": json.dumps(one_step_scheduler(generator)), **marks}
         write_delta(base, unet, output, base_sha256=hash_of(base), metadata=facts)
     elif model.text is None:
         raise RecipeError("format: single is the layout of Stable Diffusion checkpoints; this model draws from classes")
     elif model.text.single:
-        replace_unet(model.text.source, output, unet)
+        replace_unet(model.text.source, output, unet, marks=marks)
     else:
-        to_single_file(model.text.source, output, unet=unet)
+        to_single_file(model.text.source, output, unet=unet, marks=marks)
     return output

@@ -19,7 +19,7 @@ from pecker_fast import files
 from pecker_fast.export.card import Card
 from pecker_fast.export.folder import scheduler_config, unet_config
 from pecker_fast.loading import TextParts
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import ONE_STEP, Denoiser, one_step_marks
 from pecker_fast.recipe import Recipe
 
 USAGE = """\
@@ -69,7 +69,8 @@ def export_text_pipeline(
     with files.whole_folder(folder) as temporary:
         weights = as_stored(generator.unet.state_dict(), text.base_unet())
         files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(generator))
-        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt"})
+        marks = {"format": "pt", **one_step_marks(generator.schedule, recipe.timesteps.init)}
+        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, marks)
         files.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
         text.write_other_parts(temporary)
         index = files.read_json(text.configs / "model_index.json")
@@ -104,7 +105,7 @@ def one_step_scheduler(generator: Denoiser) -> dict[str, Any]:
 
 def _facts(recipe: Recipe, text: TextParts, base_sha256: str, weights_sha256: str) -> dict[str, Any]:
     return {
-        "kind": "one-step generator",
+        "kind": ONE_STEP,
         "t_init": recipe.timesteps.init,
         "concepts": [{"concept": concept, "cover": cover} for concept, cover in text.plan.concepts],
         "base": recipe.model,

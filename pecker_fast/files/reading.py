@@ -106,3 +106,16 @@ def read_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> t
         raise error(text) from None
     except MemoryError:
         raise error(f"{path}: not enough memory to read {size_of(Path(path), 'file', error)} bytes") from None
+
+
+def read_head(path: str | Path, *, error: type[PeckerError] = DataError) -> tuple[frozenset[str], dict[str, str]]:
+    """Names of the tensors and metadata of a safetensors file; no tensor is read. Raises `error` as `read_tensors`."""
+    check_tensors(path, error=error)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return frozenset(file.keys()), dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as reason:
+        text = f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again"
+        raise error(text) from None

@@ -41,7 +41,8 @@ def one_step_sample(
 def ddim_sample(
     denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int | None = None, guidance: float = 1.0
 ) -> Tensor:
-    """Images of the multi-step sampler (DDIM, η = 0, diffusers' scheduler) for conditions [N], [N, C, H, W]."""
+    """Images of the multi-step sampler (DDIM, η = 0, diffusers' scheduler, x_0 bounded as the model's own sampler does it)
+    for conditions [N], [N, C, H, W]."""
     return torch.cat([denoiser.to_images(x) for x in ddim(denoiser, labels, steps, seed, batch_size, guidance)])
 
 
@@ -53,8 +54,9 @@ def ddim(
     from diffusers import DDIMScheduler
 
     schedule = denoiser.schedule
+    bounds = {"clip_sample": False, **schedule.clipping}
     scheduler = DDIMScheduler(
-        **schedule.config, prediction_type=schedule.prediction_type, clip_sample=False, timestep_spacing="trailing"
+        **schedule.config, **bounds, prediction_type=schedule.prediction_type, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(steps)
     z = sample_noise(denoiser, labels.shape[0], seed)

@@ -1,5 +1,6 @@
 """What a recipe names, loaded."""
 
+from pecker_fast.loading.checks import check_source, fit_timesteps
 from pecker_fast.loading.parts import Model, Parts, load_model, load_parts, pick_device, start_generator
 from pecker_fast.loading.text_parts import TextParts, config_folder, plan_of
 
@@ -7,7 +8,9 @@ __all__ = [
     "Model",
     "Parts",
     "TextParts",
+    "check_source",
     "config_folder",
+    "fit_timesteps",
     "load_model",
     "load_parts",
     "pick_device",

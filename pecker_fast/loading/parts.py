@@ -13,8 +13,9 @@ from pecker_fast.conditions import Conditions, class_conditions
 from pecker_fast.engine import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
+from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, timesteps_note
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
-from pecker_fast.networks import Denoiser, TextDenoiser, is_text_model, load_denoiser, load_unet, lora_score
+from pecker_fast.networks import Denoiser, TextDenoiser, load_denoiser, load_unet, lora_score
 from pecker_fast.recipe import Recipe
 
 
@@ -29,6 +30,7 @@ class Model:
     reference: Reference | None = None
     text: TextParts | None = None  # of a text-to-image model
     words: WordJudge | None = None  # its judge
+    notes: tuple[str, ...] = ()  # what the user should know of it, a line each
 
 
 @dataclass(kw_only=True)
@@ -76,7 +78,7 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
     Raises RecipeError or ModelError, one line.
     """
     folder = files.resolve_model(recipe.model, recipe.revision)
-    check_kind(recipe, folder)
+    check_source(recipe, folder)
     model: Model
     if recipe.uses_prompts:
         teacher, conditions, text = load_text_parts(recipe, folder, prompts)
@@ -84,29 +86,18 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
         model.words = find_word_judge(recipe, text.configs)
     else:
         judge, reference = find_judge(recipe, folder)
-        denoiser = load_denoiser(folder).freeze()
+        denoiser = load_denoiser(folder, recipe.null_class).freeze()
         denoiser.channels_last = recipe.engine.channels_last
         if judge is not None:
             _match_judge(denoiser, judge, folder)
         conditions = class_conditions(recipe.forget, recipe.cover, recipe.retain, denoiser.classes)
         model = Model(folder=folder, teacher=denoiser, conditions=conditions, judge=judge, reference=reference)
-    check_schedule(recipe, model.teacher)
+    length = model.teacher.schedule.num_timesteps
+    check_schedule(fit_timesteps(recipe, length), model.teacher)
+    model.notes = tuple(filter(None, (timesteps_note(recipe, length), null_class_note(model.teacher))))
     if recipe.engine.weights == "bf16":
         model.teacher.unet.to(torch.bfloat16)
     return model
-
-
-def check_kind(recipe: Recipe, folder: Path) -> None:
-    """Raises RecipeError where prompts are given for classes, or classes for prompts."""
-    text = folder.is_file() or is_text_model(folder)
-    if text and not recipe.uses_prompts:
-        raise RecipeError(
-            f"forget: {recipe.forget!r} is a class; {recipe.model} draws from text, name a concept or prompts"
-        )
-    if recipe.uses_prompts and not text:
-        raise RecipeError(f"forget: prompts are given, and {recipe.model} draws from classes; name class numbers")
-    if folder.is_file():
-        files.check_tensors(folder, error=ModelError)
 
 
 def enable_checkpointing(unet: nn.Module) -> None:
@@ -174,26 +165,6 @@ def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     return lora_score(teacher, recipe.lora.rank, recipe.lora.targets, recipe.seed)
 
 
-def check_schedule(recipe: Recipe, teacher: Denoiser) -> None:
-    """Timesteps, guidance and dropout the model can follow; raises RecipeError."""
-    last = teacher.schedule.num_timesteps
-    for key in ("init", "min", "max"):
-        value = getattr(recipe.timesteps, key)
-        if value > last - (key != "max"):
-            raise RecipeError(f"timesteps.{key}: {value} is beyond the model's schedule of {last} timesteps")
-    if recipe.evaluate.teacher_steps > last:
-        raise RecipeError(f"evaluate.teacher_steps: {recipe.evaluate.teacher_steps} is beyond the schedule of {last}")
-    if float(teacher.schedule.a[: recipe.timesteps.max].min()) <= 0:
-        raise RecipeError(f"timesteps.max: the schedule has no signal left below {recipe.timesteps.max}; lower it")
-    if teacher.null_class is None:
-        guided = {key: getattr(recipe.guidance, key) for key in ("score_train", "score", "teacher")}
-        for key, value in guided.items():
-            if value != 1:
-                raise RecipeError(f"guidance.{key}: {value:g} needs a model with a null class; use 1")
-        if recipe.guidance.text_dropout > 0:
-            raise RecipeError("guidance.text_dropout: needs a model with a null class; use 0")
-
-
 def _match_teacher(network: Denoiser, teacher: Denoiser, where: Path) -> None:
     theirs = {name: p.shape for name, p in network.named_parameters()}
     for name, p in teacher.named_parameters():
@@ -213,6 +184,22 @@ def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:
         raise ModelError(
             f"{folder}: the model has {len(teacher.classes)} classes and its judge {judge.num_classes}; give evaluate.judge"
         )
+    if teacher.classes[-1] != judge.num_classes - 1:
+        raise ModelError(
+            f"{folder}: the judge numbers its classes 0 to {judge.num_classes - 1}, the model's null class is "
+            f"{teacher.null_class} among them; give evaluate.judge, or another null_class"
+        )
+
+
+def null_class_note(teacher: Denoiser) -> str | None:
+    """Told where the last of the embeddings looks like that of label dropout, and nobody has said so."""
+    count = teacher.num_class_embeds if not isinstance(teacher, TextDenoiser) else 0
+    if teacher.null_class is not None or count - 1 not in (10, 100, 200, 365, 1000):
+        return None
+    return (
+        f"the model has {count} class embeddings and all are taken for classes; if the last is that of label dropout, give "
+        f"null_class={count - 1}"
+    )
 
 
 def pick_device() -> torch.device:

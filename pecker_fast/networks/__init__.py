@@ -1,21 +1,26 @@
 """Denoisers and what they are made of: schedules, text models, adapters, single files, architectures."""
 
-from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_unet, load_weights
+from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
 from pecker_fast.networks.lora import lora_score, pair_x0
+from pecker_fast.networks.marks import MARKS, ONE_STEP, one_step_marks
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 from pecker_fast.networks.text_model import is_text_model
 
 __all__ = [
+    "MARKS",
+    "ONE_STEP",
     "Denoiser",
     "Schedule",
     "TextDenoiser",
     "TextTable",
+    "check_class_folder",
     "is_text_model",
     "load_denoiser",
     "load_schedule",
     "load_unet",
     "load_weights",
     "lora_score",
+    "one_step_marks",
     "pair_x0",
 ]

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import files
-from pecker_fast.errors import ModelError
+from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.networks.kinds import check_class_unet
+from pecker_fast.networks.marks import check_said, refuse_one_step
 from pecker_fast.networks.schedule import Schedule, load_schedule
+from pecker_fast.networks.trial import trial_pass
 
 
 class Denoiser:
@@ -176,6 +179,7 @@ def load_module(folder: Path, class_name: str) -> nn.Module:
             f"{folder / files.CONFIG_NAME}: not a {class_name} diffusers can build ({_one_line(error)})"
         ) from error
     check_weights(planned, tensors, folder)
+    trial_pass(planned, folder / files.CONFIG_NAME)
     module: nn.Module = kind.from_config(config)
     module.load_state_dict(tensors)
     return module
@@ -204,39 +208,52 @@ def check_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
         raise ModelError(f"{where}: tensor {extra[0]} is unknown to the config; the weights do not belong to it")
 
 
+def check_class_folder(folder: Path) -> tuple[Path, Schedule]:
+    """(folder of the UNet, schedule) of a class-conditional model's folder. No weights are read.
+
+    Raises ModelError for unconditional models, one-step generators, kinds that are not followed, anything damaged or missing.
+    """
+    unet_folder = files.check_model_folder(folder)
+    refuse_one_step(folder)
+    config = files.read_json(unet_folder / files.CONFIG_NAME, error=ModelError)
+    if config.get("_class_name") != files.UNETS[0]:
+        raise ModelError(
+            f"{folder}: a {config['_class_name']} without a text-to-image model_index.json; fetch the whole model"
+        )
+    scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    schedule = load_schedule(scheduler_folder)
+    check_said(folder, schedule, scheduler_folder)
+    check_class_unet(config, schedule.num_timesteps, unet_folder / files.CONFIG_NAME)
+    return unet_folder, schedule
+
+
 def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
     """A model folder (see docs/design/0001-architecture.md) as a Denoiser on the CPU in float32.
 
     null_class: index of the label-dropout embedding; None = what the folder's model.json says, if it has one.
-    Raises ModelError for unconditional models, one-step generators, and anything damaged or missing.
+    Raises ModelError as `check_class_folder`, and for weights that do not fit; RecipeError for a null_class out of range.
     """
-    unet_folder = files.check_model_folder(folder)
-    scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
-    if card.get("kind") == "one-step generator":
-        raise ModelError(
-            f"{folder}: a one-step generator cannot be the teacher; give the model it came from, or use it as generator="
-        )
-    unet = load_unet(unet_folder)
-    if type(unet).__name__ != "UNet2DModel":
-        raise ModelError(
-            f"{folder}: a {type(unet).__name__} without a text-to-image model_index.json; fetch the whole model"
-        )
-    count = getattr(unet.config, "num_class_embeds", None)
-    if not count:
-        raise ModelError(
-            f"{folder}: the model is unconditional (num_class_embeds is empty), so there is no class to forget"
-        )
-    config: Any = unet.config
-    if config.sample_size is None or config.out_channels != config.in_channels:
-        raise ModelError(f"{folder}: the UNet's config needs a sample_size, and as many output as input channels")
+    unet_folder, schedule = check_class_folder(folder)
+    unet: Any = load_unet(unet_folder)
+    count = int(unet.config.num_class_embeds)
+    if null_class is not None and null_class >= count:
+        raise RecipeError(f"null_class: {null_class} is out of range, the model has class embeddings 0 to {count - 1}")
     if null_class is None:
-        null_class = card.get("null_class")
-    if null_class is not None and not 0 <= int(null_class) < count:
+        null_class = _null_class(folder / "model.json", count)
+    return Denoiser(unet, schedule, null_class)
+
+
+def _null_class(card: Path, count: int) -> int | None:
+    """What a model.json says of the label-dropout embedding; raises ModelError where that is none of the embeddings."""
+    found = files.read_json(card, error=ModelError) if card.is_file() else {}
+    null_class = found.get("null_class") if isinstance(found, dict) else None
+    if null_class is None:
+        return None
+    if type(null_class) is not int or not 0 <= null_class < count:
         raise ModelError(
-            f"{folder}: null_class {null_class} is out of range, the model has class embeddings 0 to {count - 1}"
+            f"{card}: null_class {null_class!r} is out of range, the model has class embeddings 0 to {count - 1}"
         )
-    return Denoiser(unet, load_schedule(scheduler_folder), null_class)
+    return null_class
 
 
 def _one_line(error: Exception) -> str:

@@ -1,33 +1,33 @@
 """Variance-preserving schedule: x_t = a_t x_0 + b_t e, and the conversions between noise, velocity and sample prediction."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pecker_fast import files
-from pecker_fast.errors import ModelError
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from pecker_fast.networks import scheduler
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """a_t = √ᾱ_t and b_t = √(1−ᾱ_t), both float32 [T]; `config` is the diffusers scheduler config they came from."""
+    """a_t = √ᾱ_t and b_t = √(1−ᾱ_t), both float32 [T]; `config` is the diffusers scheduler config they came from, `clipping`
+    how the model's own sampler bounds its x_0 (keys of DDIMScheduler).
+    """
 
     a: Tensor
     b: Tensor
     prediction_type: str
     config: dict[str, Any]
+    clipping: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_timesteps(self) -> int:
         return self.a.shape[0]
 
     def to(self, device: torch.device | str) -> "Schedule":
-        return Schedule(self.a.to(device), self.b.to(device), self.prediction_type, self.config)
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a_t, b_t) of timesteps t [N], each [N, 1, 1, 1]."""
@@ -59,21 +59,11 @@ class Schedule:
 
 def load_schedule(folder: Path) -> Schedule:
     """Read `scheduler_config.json` of a diffusers scheduler folder. Raises ModelError for anything it cannot follow exactly."""
-    from diffusers import DDPMScheduler
-
-    path = folder / "scheduler_config.json"
-    config = files.read_json(path, error=ModelError)
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise ModelError(
-            f"{path}: prediction_type {prediction_type!r} is not supported (one of {', '.join(PREDICTION_TYPES)})"
-        )
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    betas = {key: config[key] for key in kept if config.get(key) is not None}
-    try:
-        scheduler = DDPMScheduler(**betas, prediction_type=prediction_type)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: not a schedule diffusers knows ({error})") from error
+    path, config, kind = scheduler.read_scheduler(folder)
+    betas, kept = scheduler.betas_of(path, config, kind)
+    prediction_type = config.get("prediction_type") or "epsilon"
     # in float64: 1 − ᾱ_t of the scheduler's own float32 product has lost digits at small t
-    alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
-    return Schedule(alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float(), prediction_type, betas)
+    alphas_cumprod = (1 - betas.double()).cumprod(0)
+    a, b = alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
+    scheduler.check_signal(path, a, prediction_type)
+    return Schedule(a, b, prediction_type, kept, scheduler.clipping_of(config, kind))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pecker_fast.errors import RecipeError
 from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks.latents import from_encoder, to_decoder
 from pecker_fast.networks.schedule import Schedule
 
 DECODED_PIXELS = 1 << 12  # latent pixels the VAE takes at a time: one latent of 64×64
@@ -100,7 +101,7 @@ class TextDenoiser(Denoiser):
         if self.vae is None:
             raise RecipeError("this network was loaded without a VAE; its latents cannot be shown")
         dtype = next(self.vae.parameters()).dtype
-        scaled = x.to(dtype) / self.vae_config.scaling_factor
+        scaled = to_decoder(x.to(dtype), self.vae_config)
         at_once = max(1, DECODED_PIXELS // (x.shape[2] * x.shape[3]))
         parts = [self.vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)]
         return torch.cat(parts).float().clamp(-1, 1)
@@ -113,7 +114,7 @@ class TextDenoiser(Denoiser):
         _, height, width = self.sample_shape
         at_once = max(1, DECODED_PIXELS // (height * width))
         parts = [self.vae.encode(part.to(dtype)).latent_dist.mode() for part in images.split(at_once)]
-        return torch.cat(parts).float() * self.vae_config.scaling_factor
+        return from_encoder(torch.cat(parts).float(), self.vae_config)
 
     @property
     def vae_config(self) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import nn
 from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.networks.denoiser import load_module, load_unet
+from pecker_fast.networks.kinds import check_text_unet, other_channels, other_pipeline
+from pecker_fast.networks.latents import check_vae
+from pecker_fast.networks.marks import check_said, refuse_one_step
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 
@@ -41,6 +44,7 @@ def is_text_model(folder: Path) -> bool:
     """Whether a model folder holds a text-to-image model this engine knows. Raises ModelError for other architectures."""
     index = folder / "model_index.json"
     if not index.is_file():
+        _check_lone_unet(folder)
         return False
     found = files.read_json(index, error=ModelError)
     name = found.get("_class_name") if isinstance(found, dict) else None
@@ -48,10 +52,24 @@ def is_text_model(folder: Path) -> bool:
         return True
     if "text_encoder" in found or "transformer" in found or "prior" in found:
         raise ModelError(
-            f"{index}: {name} is not supported yet; text-to-image models are those of {' and '.join(ENCODERS)} "
-            "(Stable Diffusion 1.x, 2.x and XL)"
+            f"{index}: {name} is not supported yet{other_pipeline(name)}; text-to-image models are those of "
+            f"{' and '.join(ENCODERS)} (Stable Diffusion 1.x, 2.x and XL)"
         )
     return False
+
+
+def _check_lone_unet(folder: Path) -> None:
+    """Raise ModelError for a text-to-image UNet without the model it belongs to."""
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (unet / files.CONFIG_NAME).is_file():
+        return
+    config = files.read_json(unet / files.CONFIG_NAME, error=ModelError)
+    if isinstance(config, dict) and config.get("_class_name") == "UNet2DConditionModel":
+        what = other_channels(config.get("in_channels"))
+        raise ModelError(
+            f"{folder}: a UNet2DConditionModel without a text-to-image model_index.json"
+            f"{f': {what}, which is not supported yet' if what else '; fetch the whole model'}"
+        )
 
 
 def check_text_folder(folder: Path) -> str:
@@ -69,7 +87,45 @@ def check_text_folder(folder: Path) -> str:
     for part in tokenizers:
         if not any((folder / part / file).is_file() for file in ("vocab.json", "tokenizer.json")):
             raise ModelError(f"{folder}: the component {part}/ is missing or has no vocab.json; a {pipeline} needs it")
+    _check_components(folder, pipeline)
     return pipeline
+
+
+def check_source(source: Path, configs: Path) -> None:
+    """Raise ModelError where a text-to-image model, a folder or a single file with the folder of its configs, is no teacher or
+    none that is followed, as far as configs and the heads of weight files tell."""
+    if source.is_file():
+        files.check_tensors(source, error=ModelError)
+    refuse_one_step(source)
+    pipeline = check_text_folder(configs)
+    check_said(source, schedule_of(configs, pipeline), configs / "scheduler")
+
+
+def _check_components(folder: Path, pipeline: str) -> None:
+    """Raise ModelError where index or configs name components of another kind than those that are followed."""
+    index = files.read_json(folder / "model_index.json", error=ModelError)
+    for part, wanted in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")):
+        entry = index.get(part)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if name is not None and not (isinstance(name, str) and name.startswith(wanted)):
+            raise ModelError(f"{folder / 'model_index.json'}: {part} is a {str(name)[:80]}; only {wanted} is supported")
+    unet, vae = (files.read_json(folder / part / files.CONFIG_NAME, error=ModelError) for part in ("unet", "vae"))
+    check_vae(vae, pipeline, folder / "vae" / files.CONFIG_NAME)
+    check_text_unet(unet, vae.get("latent_channels", 4), folder / "unet" / files.CONFIG_NAME)
+    schedule_of(folder, pipeline)
+
+
+def schedule_of(folder: Path, pipeline: str) -> Schedule:
+    """The schedule of a text-to-image folder. Raises ModelError."""
+    schedule = load_schedule(folder / "scheduler")
+    kinds = ("epsilon", "v_prediction")
+    if schedule.prediction_type not in kinds:
+        raise ModelError(
+            f"{folder / 'scheduler'}: prediction_type {schedule.prediction_type!r}: expected {' or '.join(kinds)}"
+        )
+    if pipeline == "StableDiffusionPipeline":  # which turns it off, whatever the config says
+        return replace(schedule, clipping={**schedule.clipping, "clip_sample": False})
+    return schedule
 
 
 def encode_prompts(
@@ -126,6 +182,7 @@ def _encode(
             parts[where.name] = transformers.CLIPTokenizer.from_pretrained(where, local_files_only=True)
         except Exception as error:  # the tokenizers raise what their file formats raise
             raise ModelError(f"{where}: not a CLIP tokenizer ({_line(error)})") from None
+        _check_tokens(parts[where.name], parts[name], prompts, where)
     empty = dict.fromkeys(("unet", "vae", "scheduler"), None)
     if pipeline == "StableDiffusionPipeline":
         more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -133,15 +190,11 @@ def _encode(
         more = {"add_watermarker": False}
     pipe: Any = getattr(diffusers, pipeline)(**parts, **empty, **more)
     embeds, pooled = [], []
-    with torch.no_grad():
-        for start in range(0, len(prompts), ENCODED):
-            found = pipe.encode_prompt(
-                prompt=list(prompts[start : start + ENCODED]), device=torch.device("cpu"), num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )  # fmt: skip
-            embeds.append(found[0].float())
-            if len(found) == 4:
-                pooled.append(found[2].float())
+    for start in range(0, len(prompts), ENCODED):
+        found = _encoded(pipe, list(prompts[start : start + ENCODED]), folder)
+        embeds.append(found[0].float())
+        if len(found) == 4:
+            pooled.append(found[2].float())
     table = TextTable(tuple(prompts), torch.cat(embeds))
     if pooled:
         both = torch.cat(pooled)
@@ -155,6 +208,39 @@ def _encode(
     del pipe, parts
     gc.collect()
     return table
+
+
+def _encoded(pipe: Any, prompts: list[str], folder: Path) -> tuple[Any, ...]:
+    """What the pipeline's own `encode_prompt` gives. Raises ModelError where the text encoders cannot."""
+    try:
+        with torch.no_grad():
+            found: tuple[Any, ...] = pipe.encode_prompt(
+                prompt=prompts, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+    except Exception as error:  # encoders and tokenizers that do not belong together fail anywhere inside the library
+        raise ModelError(
+            f"{folder}: its text encoders cannot read the prompts ({type(error).__name__}: {_line(error)})"
+        ) from None
+    if not all(bool(torch.isfinite(part).all()) for part in found if part is not None):
+        raise ModelError(f"{folder}: its text encoders give NaN or infinity; the weights are damaged")
+    return found
+
+
+def _check_tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], where: Path) -> None:
+    """Raise ModelError where a token of the prompts has no row in the encoder's table, as an added one that was not trained."""
+    rows = encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    length = tokenizer.model_max_length
+    for prompt in prompts:
+        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+        for token in ids:
+            if token >= rows:
+                name = str(tokenizer.convert_ids_to_tokens(token))[:80]
+                raise ModelError(
+                    f"{where}: the token {name!r} of the prompt {prompt[:80]!r} has no row in the text encoder's table of "
+                    f"{rows}; tokenizer and text encoder are not of one model"
+                )
 
 
 def _load_encoder(kind: Any, folder: Path) -> nn.Module:
@@ -181,15 +267,16 @@ def _load_encoder(kind: Any, folder: Path) -> nn.Module:
 
 def load_networks(folder: Path) -> Networks:
     """UNet, VAE and schedule of a diffusers folder, in float32 on the CPU. Raises ModelError."""
-    check_text_folder(folder)
+    pipeline = check_text_folder(folder)
     unet, vae = load_unet(folder / "unet"), load_module(folder / "vae", "AutoencoderKL")
-    return Networks(unet, vae.eval().requires_grad_(False), load_schedule(folder / "scheduler"))
+    return Networks(unet, vae.eval().requires_grad_(False), schedule_of(folder, pipeline))
 
 
 def networks_of(modules: Mapping[str, nn.Module], configs: Path) -> Networks:
     """The same of a single file's modules; the schedule is that of its config folder."""
+    pipeline = check_text_folder(configs)
     unet, vae = modules["unet"].float(), modules["vae"].float()
-    return Networks(unet, vae.eval().requires_grad_(False), load_schedule(configs / "scheduler"))
+    return Networks(unet, vae.eval().requires_grad_(False), schedule_of(configs, pipeline))
 
 
 def latent_size(networks: Networks, resolution: int | None, where: str) -> tuple[int, int]:
@@ -222,24 +309,18 @@ def pixel_size(networks: Networks, latents: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_fit(networks: Networks, table: TextTable, where: Path) -> None:
-    """Raises ModelError where the parts are not of one model: text width, latent channels, prediction type."""
-    unet, vae = _config(networks.unet), _config(networks.vae)
+    """Raises ModelError where the parts are not of one model: text width, added conditions."""
+    unet = _config(networks.unet)
     width = unet.cross_attention_dim
     width = width[0] if isinstance(width, list | tuple) else width
     if table.embeds.shape[-1] != width:
         raise ModelError(f"{where}: the text encoder gives {table.embeds.shape[-1]} channels, the UNet wants {width}")
-    if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:
-        raise ModelError(
-            f"{where}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE's latents have "
-            f"{vae.latent_channels}; inpainting and depth models are not supported yet"
-        )
     if (unet.addition_embed_type == "text_time") != (table.pooled is not None):
         raise ModelError(f"{where}: UNet and text encoders are of different kinds of models (added conditions)")
-    kinds = ("epsilon", "v_prediction")
-    if networks.schedule.prediction_type not in kinds:
-        raise ModelError(
-            f"{where}: prediction_type {networks.schedule.prediction_type!r}: expected {' or '.join(kinds)}"
-        )
+    if table.pooled is not None:
+        added = unet.projection_class_embeddings_input_dim - table.time_ids.numel() * unet.addition_time_embed_dim
+        if table.pooled.shape[-1] != added:
+            raise ModelError(f"{where}: text_encoder_2 gives {table.pooled.shape[-1]} channels, the UNet wants {added}")
 
 
 def text_denoiser(

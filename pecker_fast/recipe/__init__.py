@@ -5,12 +5,14 @@ from pecker_fast.recipe.errors import closest, show
 from pecker_fast.recipe.keys import idle_keys, recipe_help
 from pecker_fast.recipe.load import RECIPES, load_recipe, recipe_from, recipe_to_dict, recipe_to_yaml, shipped_recipes
 from pecker_fast.recipe.schema import Recipe, is_text
-from pecker_fast.recipe.sections import LearningRates
+from pecker_fast.recipe.sections import MEANT_FOR, LearningRates, Timesteps
 
 __all__ = [
+    "MEANT_FOR",
     "RECIPES",
     "LearningRates",
     "Recipe",
+    "Timesteps",
     "check_classes",
     "class_list",
     "closest",

@@ -25,6 +25,7 @@ def idle_keys(recipe: Recipe) -> list[str]:
             tuple(f"engine.{k}" for k in ("stall_s", "offload", "deepspeed", "shard_teacher")),
         ),
         (recipe.score == "full", "score=full", ("lora.rank", "lora.targets")),
+        (recipe.uses_prompts, "prompts to forget", ("null_class",)),
         (not recipe.uses_prompts, "classes to forget", ("resolution", "guidance.unconditional", "evaluate.prompts")),
     ]
     values, defaults = _flat(recipe), _flat(Recipe())

@@ -36,6 +36,9 @@ class Recipe(Section):
     forget: Conditions = key(0, "class to forget, or a list; or prompts, a prompt file, or {concept: …, prompts: …}")
     cover: Covers = key(1, "class, or text, that takes its place; or one for each")
     retain: ConditionsOrNull = key(None, "classes to keep (null = every other one), or captions: a file or a list")
+    null_class: Count | None = key(
+        None, "index of the label-dropout embedding; null = as the model's model.json or its judge has it"
+    )
     steps: Count = key(500, "iterations (score step + generator step) of forgetting")
     distill_steps: Count = key(0, "iterations of plain distillation before forgetting (two-stage)")
     generator: Name | None = key(None, "distilled generator to start θ (and ψ) from; null = from the teacher")

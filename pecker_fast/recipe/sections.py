@@ -18,12 +18,15 @@ class LearningRates(Section):
     warmup: Count = key(0, "iterations at the start of a stage over which both rates rise linearly; 0 = none")
 
 
-class Timesteps(Section):
-    """Positions on the teacher's noise schedule of 1000 steps."""
+MEANT_FOR = 1000  # steps of the schedule that the defaults of `timesteps` are positions on
 
-    init: int = key(440, "timestep at which the one-step generator is run", ge=0, lt=1000)
-    min: int = key(38, "lowest timestep drawn in training", ge=0, lt=1000)
-    max: int = key(712, "one above the highest timestep drawn in training", ge=1, le=1000)
+
+class Timesteps(Section):
+    """Positions on the teacher's own noise schedule; the defaults are those of 1000 steps, and of others keep their share."""
+
+    init: Count = key(440, "timestep at which the one-step generator is run; defaults are for schedules of 1000 steps")
+    min: Count = key(38, "lowest timestep drawn in training")
+    max: Positive = key(712, "one above the highest timestep drawn in training")
 
     @model_validator(mode="after")
     def _ordered(self) -> Timesteps:
@@ -121,7 +124,7 @@ class Evaluate(Section):
     prompts: str | list[str] | None = key(
         None, "captions to judge a text-to-image model by, a file or a list; null = those of the training"
     )
-    teacher_steps: int = key(50, "DDIM steps of the teacher's reference row", ge=1, le=1000)
+    teacher_steps: Positive = key(50, "DDIM steps of the teacher's reference row")
 
 
 class Checkpoint(Section):

@@ -28,6 +28,8 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
     data = recipe_to_dict(recipe)
     for key in ("steps", "checkpoint", "output", "resume"):
         del data[key]
+    if data["null_class"] is None:  # as in runs that were started before there was such a key
+        del data["null_class"]
     data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher
     for key in ("stall_s", "cuda_graph", "threads", "offload", "deepspeed", "shard_teacher"):  # how fast, not what
         del data["engine"][key]
@@ -129,10 +131,10 @@ def _explicit_checkpoint(path: Path) -> Path:
 def _same_recipe(recipe: Recipe, run_dir: Path) -> None:
     there = load_recipe(run_dir / RECIPE)
     mine, theirs = _flat(trajectory(recipe)), _flat(trajectory(there))
-    for key, value in mine.items():
-        if theirs.get(key) != value:
+    for key in dict.fromkeys((*mine, *theirs)):
+        if theirs.get(key) != mine.get(key):
             raise OutputError(
-                f"{run_dir}: holds another run ({key} is {theirs.get(key)} there, {value} here); "
+                f"{run_dir}: holds another run ({key} is {theirs.get(key)} there, {mine.get(key)} here); "
                 "give another output, or resume=never to start over in it"
             )
 
@@ -153,6 +155,11 @@ def _wipe(run_dir: Path) -> None:
                 shutil.rmtree(path)
             elif path.exists() or path.is_symlink():
                 path.unlink()
+
+
+def note(message: str) -> None:
+    """One line on stderr."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def warn(message: str) -> None:

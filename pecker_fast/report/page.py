@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ _HEAD = """<!doctype html>
 {style}</style>
 </head>
 """
+MANY_CLASSES = 40  # rows of the table of classes, at most
 _GRIDS = (
     ("before", "Before", "one-step generator, before forgetting"),
     ("after", "After", "one-step generator, the result"),
@@ -214,6 +215,7 @@ def _classes(run: RunData) -> str:
     forget = run.recipe.get("forget")
     forgotten = {_plain(item) for item in (forget if isinstance(forget, list) else [forget])}
     names = sorted({name for column in columns for name in found[column]}, key=lambda name: (len(name), name))
+    names, left = _most_changed(names, found, forgotten)
     rows = []
     for name in names:
         cells = "".join(
@@ -224,9 +226,23 @@ def _classes(run: RunData) -> str:
         rows.append(f"<tr{marked}><th scope='row'>{escape(name)}</th>{cells}</tr>")
     head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
     table = f"<table><thead><tr><th scope='col'>Class</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    told = f" Shown are forgotten classes and those that changed most; {left} more are in metrics.json." if left else ""
     return _section(
-        "Class by class", f"<p class='faint'>Samples judged as conditioned.</p><div class='scroll'>{table}</div>"
+        "Class by class", f"<p class='faint'>Samples judged as conditioned.{told}</p><div class='scroll'>{table}</div>"
     )
+
+
+def _most_changed(
+    names: Sequence[str], found: Mapping[str, Mapping[str, Any]], forgotten: Collection[str]
+) -> tuple[list[str], int]:
+    """At most `MANY_CLASSES` of the names, in their order, and how many are left out."""
+
+    def change(name: str) -> tuple[bool, float]:
+        before, after = (number(found[column].get(name)) for column in ("before", "after"))
+        return name in forgotten, abs(before - after) if before is not None and after is not None else 0.0
+
+    kept = set(sorted(names, key=change, reverse=True)[:MANY_CLASSES])
+    return [name for name in names if name in kept], len(names) - len(kept)
 
 
 def _bar(value: Any, tone: str) -> str:

@@ -15,7 +15,7 @@ from pecker_fast import files
 from pecker_fast.account import Account, Clock, add_times, counted, joules, stopwatch
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.errors import OutputError, RecipeError
-from pecker_fast.loading import Parts, load_parts, pick_device
+from pecker_fast.loading import Parts, fit_timesteps, load_parts, pick_device
 from pecker_fast.machine import hardware
 from pecker_fast.recipe import Recipe, recipe_from, recipe_to_dict
 from pecker_fast.runs.loop import iteration
@@ -42,6 +42,7 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
     if recipe.engine.zero:
         raise RecipeError("engine.zero: bench measures one process; leave it out")
     parts, device = parts or load_parts(recipe), pick_device()
+    recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
     engine = LocalEngine(recipe, parts.conditions, device)
     state = engine.start(parts.teacher, parts.score.clone(), parts.generator.clone())
     meter = stopwatch(device)
@@ -75,6 +76,7 @@ def bench(recipe: Recipe, iterations: int, json_file: Path | None = None) -> dic
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise OutputError(f"--json {json_file}: not a file in a folder that is there; give another")
     parts = load_parts(recipe)
+    recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
     recipes = {"dense": dense_of(recipe)} | ({"masked": recipe} if recipe.uses_mask else {})
     setups: dict[str, Setup] = {}
     accounts: dict[str, Account] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
+from pecker_fast.conditions import short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, OutputError, RecipeError
 from pecker_fast.evaluate import PROTOCOLS, Prompt, celebrity, i2p, load_detector, read_prompts
@@ -64,7 +65,8 @@ def sample_run(
 ) -> Path:
     """Draw `count` images of each class or prompt into one PNG grid, one a row; before=True draws from what θ started as.
 
-    classes: None = all the model can draw. prompts: of a text-to-image run; None = the grid of its own prompts.
+    classes: None = all the model can draw, or of very many those of the run's own grids.
+    prompts: of a text-to-image run; None = the grid of its own prompts.
     Raises RecipeError for a class out of range. Returns the PNG's path.
     """
     run = load_run(run_dir)
@@ -90,11 +92,13 @@ def _wanted(model: Model, classes: Sequence[int] | None, prompts: Sequence[str] 
         if prompts is not None:
             return list(teacher.table.index(prompts))
         return [row for row, _ in grid_rows(model.text.judged, teacher.table)]
-    wanted = list(classes) if classes else teacher.classes
-    for c in wanted:
+    conditions = model.conditions
+    if not classes:
+        return shown_classes(conditions.forget, conditions.cover, teacher.classes)
+    for c in classes:
         if c not in teacher.classes:
-            raise RecipeError(f"classes: {c} is out of range; the model's classes are {teacher.classes}")
-    return wanted
+            raise RecipeError(f"classes: {c} is out of range; the model's classes are {short_range(teacher.classes)}")
+    return list(classes)
 
 
 def evaluate_run(

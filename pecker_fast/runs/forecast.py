@@ -11,7 +11,7 @@ from pecker_fast import files
 from pecker_fast.account.memory import Prediction, enough, predict
 from pecker_fast.conditions import PromptPlan
 from pecker_fast.errors import ModelError
-from pecker_fast.loading import config_folder, plan_of
+from pecker_fast.loading import check_source, config_folder, plan_of
 from pecker_fast.machine import hardware
 from pecker_fast.networks import architectures
 from pecker_fast.recipe import Recipe
@@ -54,6 +54,7 @@ def configs_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None, P
         vae = "sdxl_vae" if known == "sdxl" else "sd15_vae"
         return architectures.architecture(f"{known}_unet"), architectures.architecture(vae), None
     source = files.resolve_model(recipe.model)
+    check_source(recipe, source)
     folder = config_folder(recipe, source)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     config = files.read_json(unet / files.CONFIG_NAME, error=ModelError)

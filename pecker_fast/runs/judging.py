@@ -8,6 +8,8 @@ from pecker_kernels import SaliencyMask
 from torch import Tensor
 
 from pecker_fast import files
+from pecker_fast.conditions import shown_classes
+from pecker_fast.errors import ModelError
 from pecker_fast.evaluate import Sampler, evaluate, fid_floor
 from pecker_fast.forgetting import ddim_sample, grid_labels, one_step_sample, save_grid
 from pecker_fast.loading import Model
@@ -29,11 +31,16 @@ class BaseJudging:
         return self._polled(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
 
     def multi_step(self) -> Sampler:
-        """The teacher's own sampler, the reference row."""
+        """The teacher's own sampler, the reference row. It raises ModelError where the images are not finite."""
         steps, guidance = self.recipe.evaluate.teacher_steps, self.recipe.guidance.teacher
-        return self._polled(
-            lambda labels, seed: ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance)
-        )
+
+        def sample(labels: Tensor, seed: int) -> Tensor:
+            images = ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance)
+            if not bool(images.isfinite().all()):
+                raise ModelError("the teacher's multi-step sampler drew images that are not finite")
+            return images
+
+        return self._polled(sample)
 
     def _polled(self, sampler: Sampler) -> Sampler:
         def sample(labels: Tensor, seed: int) -> Tensor:
@@ -57,8 +64,9 @@ class Judging(BaseJudging):
         return evaluate(sampler, judge, self.parts.reference, c.forget, c.cover, c.retain, samples, seed)
 
     def grid(self, sampler: Sampler, path: Path) -> Path:
-        """A row of images for every forget and retain class, equal noise in every grid of a run."""
-        classes = sorted((*self.parts.conditions.forget, *self.parts.conditions.retain))
+        """A row of images for every forget and retain class (see `shown_classes`), equal noise in every grid of a run."""
+        c = self.parts.conditions
+        classes = shown_classes(c.forget, c.cover, c.retain)
         return save_grid(sampler(grid_labels(classes, GRID_COLUMNS), GRID_SEED), GRID_COLUMNS, path)
 
     def trust(self, teacher: dict[str, Any] | None) -> dict[str, Any] | None:

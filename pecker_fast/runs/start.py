@@ -15,7 +15,7 @@ from pecker_fast.errors import ModelError, OutputError, RecipeError
 from pecker_fast.export import write_unet
 from pecker_fast.files import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
 from pecker_fast.forgetting import ForgetImages
-from pecker_fast.loading import Parts, load_parts, plan_of
+from pecker_fast.loading import Parts, fit_timesteps, load_parts, plan_of
 from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import ALONE, Ranks, joined
 from pecker_fast.networks import TextDenoiser, load_unet
@@ -26,6 +26,7 @@ from pecker_fast.records import (
     Tracker,
     is_run_folder,
     locked,
+    note,
     open_run_folder,
     plan_run_folder,
     require_tensorboard,
@@ -52,6 +53,7 @@ def train(
         if dry_run and dry_run_text(recipe):
             return RunResult(Path(recipe.output), None, None)
         parts = ranks.agree(lambda: load_parts(recipe))
+        recipe = ranks.agree(lambda: fit_timesteps(recipe, parts.teacher.schedule.num_timesteps))
         if (commit := revision_of(parts.folder)) is not None:
             recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
         forget_images = ranks.agree(lambda: _forget_images(recipe, parts))
@@ -61,6 +63,7 @@ def train(
         if tensorboard:
             ranks.agree(require_tensorboard)
         if dry_run:
+            ranks.first(lambda: [note(line) for line in parts.notes])
             return RunResult(plan.run_dir, None, None)
         console = "none" if quiet else "auto"
         with ExitStack() as stack:
@@ -129,15 +132,17 @@ def unlearn(
     model: shipped name, diffusers folder, hub name, or an object with `.unet` and `.scheduler` (a diffusers pipeline).
     method: "pecker" or "sfd"; None = the recipe's (pecker by default). output: None = the recipe's, or runs/unlearn.
     recipe: what the other settings come from (name, file or Recipe); keys: recipe keys, sections as dicts.
-    null_class: index of the label-dropout embedding of a model given as an object, if it has one.
+    null_class: index of the label-dropout embedding, if it has one; None = what the recipe, or the model's folder, says.
     Raises PeckerError subclasses, one line each.
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    data = base.model_dump(by_alias=True)
+    data = base.model_dump(by_alias=True, exclude_unset=True)  # so that defaults stay defaults
     if output is None:
         output = "runs/unlearn" if recipe is None else base.output
     if not isinstance(model, str | Path):
         model = _write_base(model, Path(output), null_class)
+    elif null_class is not None:
+        keys["null_class"] = null_class
     given = {"model": str(model), "forget": forget, "cover": cover, "output": str(output), **keys}
     given |= {key: value for key, value in (("method", method), ("retain", retain)) if value is not None}
     for key, value in given.items():
@@ -171,6 +176,7 @@ def distill(
     if recipe.engine.zero:
         raise RecipeError("engine.zero: distilling a generator beside its teacher is one process; leave it out")
     parts = load_parts(recipe)
+    recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
     identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
     plan = plan_run_folder(recipe, identity)
     with locked(run_dir), StopFlag() as stop:

@@ -12,7 +12,8 @@ from pecker_fast import files
 from pecker_fast.account.memory import ITERATION, Prediction, size
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.zero import ZeroEngine
-from pecker_fast.errors import CheckpointError
+from pecker_fast.errors import CheckpointError, Interrupted
+from pecker_fast.evaluate import Sampler
 from pecker_fast.export import export_folder
 from pecker_fast.forgetting import ForgetImages
 from pecker_fast.loading import Parts, pick_device, start_generator
@@ -28,6 +29,7 @@ from pecker_fast.records import (
     load_checkpoint,
     read_checkpoint_stage,
     save_checkpoint,
+    warn,
 )
 from pecker_fast.report import write_report
 from pecker_fast.runs.judging import outside_sha256
@@ -83,6 +85,8 @@ class Training:
         total = self.recipe.distill_steps + self.recipe.steps
         for key in idle_keys(self.recipe):
             self.tracker.say(f"note: {key}")
+        for line in self.parts.notes:
+            self.tracker.say(f"note: {line}")
         if checkpoint is None:
             state = self.start()
         else:
@@ -294,11 +298,8 @@ class Training:
         """Figures, pipeline and report of the averaged generator, on rank 0."""
         assert generator is not None
         self.parts.teacher = self.parts.teacher.to(self.device)
-        samplers = {"after": self.judging.one_step(generator), "teacher": self.judging.multi_step()}
-        for name, sampler in samplers.items():
-            self.judging.grid(sampler, self.run_dir / "samples" / f"{name}.png")
-            if self.judging.possible and self.recipe.evaluate.final:
-                self.metrics[name] = self.judging.figures(sampler, self.recipe.evaluate.final)
+        self.judge_as("after", self.judging.one_step(generator))
+        self.judge_teacher()
         self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
         self.metrics["outside_mask"] = self.outside_mask(state, generator)
         self.metrics["cost"] = {
@@ -322,6 +323,23 @@ class Training:
                 "not judged: the model folder has no judge/ (give evaluate.judge); metrics.json holds the cost alone"
             )
         return RunResult(self.run_dir, self.metrics, write_report(self.run_dir))
+
+    def judge_as(self, name: str, sampler: Sampler) -> None:
+        """Grid and figures of one row."""
+        self.judging.grid(sampler, self.run_dir / "samples" / f"{name}.png")
+        if self.judging.possible and self.recipe.evaluate.final:
+            self.metrics[name] = self.judging.figures(sampler, self.recipe.evaluate.final)
+
+    def judge_teacher(self) -> None:
+        """The reference row. Where it cannot be made it stays empty, since the run itself is done and is to be exported."""
+        try:
+            self.judge_as("teacher", self.judging.multi_step())
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.metrics["teacher"] = None
+            line = " ".join(str(error).split())[:300] or type(error).__name__
+            warn(f"the teacher's reference row is left empty: {line}")
 
     def memory(self, state: TrainState) -> dict[str, int] | None:
         """Peak bytes of an iteration, as predicted before loading and as measured; None where nothing was predicted."""

@@ -10,12 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError
+from pecker_fast.networks.kinds import other_channels
+from pecker_fast.networks.marks import prediction_keys
+from pecker_fast.networks.schedule import load_schedule
 from pecker_fast.networks.single_file import parts
 from pecker_fast.networks.single_file.names import UNET_PREFIX, kind_of_single_file, modern_vae_name, unet_plan
+from pecker_fast.networks.trial import trial_pass
 
 __all__ = [
     "kind_of_folder",
@@ -65,11 +70,19 @@ def kind_of_folder(folder: Path) -> str:
     return kind
 
 
-def to_single_file(folder: Path, output: Path, *, unet: Mapping[str, Tensor] | None = None) -> Path:
+def to_single_file(
+    folder: Path,
+    output: Path,
+    *,
+    unet: Mapping[str, Tensor] | None = None,
+    marks: Mapping[str, str] | None = None,
+) -> Path:
     """Write a diffusers folder as one safetensors file in the original layout, dtypes kept; returns `output`.
 
     folder: model_index.json, unet/, vae/, text_encoder/ and for SDXL text_encoder_2/, in safetensors, possibly sharded.
     unet: tensors under diffusers' names that take the place of the folder's UNet, whose weights are then not read.
+    marks: metadata of the file beside the format. An SDXL model that predicts velocity gets the tensors by which other
+    programs know that (`v_pred`, `ztsnr`).
     Raises ModelError (folder unsupported, damaged or not matching its configs) and OutputError.
     """
     folder = Path(folder)
@@ -80,7 +93,9 @@ def to_single_file(folder: Path, output: Path, *, unet: Mapping[str, Tensor] | N
         weights = dict(unet) if part == "unet" and unet is not None else _read_part(folder, part)
         parts.check_tensors(f"{folder / part}", weights, shapes)
         tensors |= parts.to_original(parts.plan_of(part, kind, weights), weights)
-    files.write_tensors(output, tensors, {"format": "pt"})
+    if kind == "sdxl" and (folder / "scheduler").is_dir():
+        tensors |= {name: torch.zeros(0) for name in prediction_keys(load_schedule(folder / "scheduler"))}
+    files.write_tensors(output, tensors, {"format": "pt", **(marks or {})})
     return Path(output)
 
 
@@ -101,11 +116,15 @@ def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def replace_unet(
-    single: Path, output: Path, unet: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+    single: Path,
+    output: Path,
+    unet: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `single` again with the UNet's tensors replaced; all else, metadata too, stays bit for bit.
 
-    unet: all tensors of the UNet under diffusers' names; their dtypes are kept.
+    marks: metadata to add. unet: all tensors of the UNet under diffusers' names; their dtypes are kept.
     config: its unet/config.json; None = the names in `unet` say enough.
     Raises ModelError when `unet` is not the file's UNet in names and shapes, and for a file that keeps an averaged copy
     of its UNet beside it (`model_ema.*`), which would go on knowing what was forgotten; and OutputError.
@@ -113,7 +132,7 @@ def replace_unet(
     names = unet_map(config) if config is not None else unet_names(unet)
     tensors, metadata = files.read_tensors(single, error=ModelError)
     put_unet(tensors, unet, names, single)
-    files.write_tensors(output, tensors, metadata)
+    files.write_tensors(output, tensors, {**metadata, **(marks or {})})
     return Path(output)
 
 
@@ -135,6 +154,16 @@ def put_unet(tensors: dict[str, Tensor], unet: Mapping[str, Tensor], names: Mapp
     tensors.update({original: unet[name] for name, original in names.items()})
 
 
+def _check_first_layer(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ModelError where the UNet takes more than latents: an inpainting or depth model."""
+    first = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    channels = first.shape[1] if first is not None and first.ndim == 4 else None
+    if (what := other_channels(channels)) is not None:
+        raise ModelError(
+            f"{path}: the UNet takes {channels} channels: {what}; inpainting and depth models are not supported yet"
+        )
+
+
 def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
     """The modules of a single file: "unet", "vae", "text_encoder" and for SDXL "text_encoder_2", in evaluation mode.
 
@@ -145,9 +174,11 @@ def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
     path, config_folder = Path(path), Path(config_folder)
     tensors, _ = files.read_tensors(path, error=ModelError)
     kind = kind_of_single_file(tensors)
+    _check_first_layer(tensors, path)
     modules = {}
     for part in parts.parts_of(kind):
         module = parts.empty_module(part, parts.read_config(config_folder / part))
+        trial_pass(module, config_folder / part / files.CONFIG_NAME)
         shapes, prefix, what = parts.shapes_of(part, module), parts.prefix_of(part, kind), f"{path}: {part}"
         plan = parts.plan_of(part, kind, shapes)
         used = {entry.original.removeprefix(prefix) for entry in plan}

@@ -28,6 +28,7 @@ TEXT_ENCODERS = {
 _OTHERS = {
     "lora_": "a LoRA",
     "control_model.": "a ControlNet",
+    "depth_model.": "a depth model",
     "conditioner.embedders.0.model.": "the SDXL refiner",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "Flux",

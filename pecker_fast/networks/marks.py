@@ -1,0 +1,82 @@
+"""What a weights file says of itself beside its weights: its prediction type, zero terminal SNR, that it is no teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pecker_fast import files
+from pecker_fast.errors import ModelError
+from pecker_fast.networks.schedule import Schedule
+
+KIND, T_INIT, PREDICTION = "pecker_fast.kind", "pecker_fast.t_init", "modelspec.prediction_type"
+MARKS = (KIND, T_INIT, PREDICTION)
+ONE_STEP, ZERO_SNR = "one-step generator", "zero terminal SNR"
+V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors by which SDXL files of this kind are known
+_SAID = {
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
+    **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
+    **dict.fromkeys(("sample", "x0"), "sample"),
+}
+_SHORT = {"v_prediction": "v"}
+_PREDICTION_KEYS = (PREDICTION, "modelspec.predict_key", "prediction_type")
+_EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+
+def one_step_marks(schedule: Schedule, t_init: int) -> dict[str, str]:
+    """Metadata of an exported generator's weights file."""
+    prediction = schedule.prediction_type
+    return {KIND: ONE_STEP, T_INIT: str(t_init), PREDICTION: _SHORT.get(prediction, prediction)}
+
+
+def prediction_keys(schedule: Schedule) -> tuple[str, ...]:
+    """Names of the empty tensors that a single file of SDXL holds for this schedule."""
+    if schedule.prediction_type != "v_prediction":
+        return ()
+    return (V_KEY, ZERO_SNR_KEY) if not bool((schedule.a > 0).all()) else (V_KEY,)
+
+
+def refuse_one_step(folder: Path) -> None:
+    """Raise ModelError where a model's folder or single file is a one-step generator: it is nobody's teacher."""
+    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
+    found = isinstance(card, dict) and card.get("kind") == ONE_STEP
+    weights = [folder] if folder.is_file() else files.weight_files(_unet(folder))
+    if found or any(files.read_head(file, error=ModelError)[1].get(KIND) == ONE_STEP for file in weights):
+        raise ModelError(
+            f"{folder}: a one-step generator cannot be the teacher; give the model it came from (to forget more, name it all "
+            "in one run), or use it as generator="
+        )
+
+
+def check_said(path: Path, schedule: Schedule, where: Path) -> None:
+    """Raise ModelError where a single file, or a folder's UNet, says another schedule of itself than the one read at `where`."""
+    prediction = schedule.prediction_type
+    snr = ZERO_SNR if not bool((schedule.a > 0).all()) else "false"
+    for file in [path] if path.is_file() else files.weight_files(_unet(path)):
+        names, metadata = files.read_head(file, error=ModelError)
+        for key, said in said_of(names, metadata).items():
+            key_of, ours = ("rescale_betas_zero_snr", snr) if said == ZERO_SNR else ("prediction_type", prediction)
+            if said != ours:
+                raise ModelError(
+                    f"{file}: {key} says {said}, but {where} has {key_of} {ours}; give configs that are the "
+                    f"file's own, or correct {key_of} there"
+                )
+
+
+def said_of(names: Collection[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Key or tensor → the prediction type, or `ZERO_SNR`, that it stands for."""
+    said = {key: _SAID.get(value.strip().lower(), value) for key in _PREDICTION_KEYS if (value := metadata.get(key))}
+    if str(metadata.get("ss_v_parameterization")).lower() == "true":
+        said["ss_v_parameterization"] = "v_prediction"
+    if V_KEY in names:
+        said[V_KEY] = "v_prediction"
+    if ZERO_SNR_KEY in names:
+        said[ZERO_SNR_KEY] = ZERO_SNR
+    if str(metadata.get("ss_zero_terminal_snr")).lower() == "true":
+        said["ss_zero_terminal_snr"] = ZERO_SNR
+    said |= {name: "the noise levels of EDM" for name in _EDM if name in names}
+    return said
+
+
+def _unet(folder: Path) -> Path:
+    return folder / "unet" if (folder / "unet").is_dir() else folder
