@@ -108,7 +108,7 @@ def betas_of(path: Path, config: Mapping[str, Any], kind: Any) -> tuple[Tensor, 
     Keys that are missing take the defaults of the class, which differ. Raises ModelError.
     """
     defaults = inspect.signature(kind.__init__).parameters
-    given = {key: config[key] for key in _BETAS if key in defaults and config.get(key) is not None}
+    given: dict[str, Any] = {key: config[key] for key in _BETAS if key in defaults and config.get(key) is not None}
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in defaults:
         raise ModelError(
             f"{path}: rescale_betas_zero_snr is a key that {kind.__name__} ignores; name a scheduler that follows it, such "

@@ -317,7 +317,7 @@ def check_fit(networks: Networks, table: TextTable, where: Path) -> None:
         raise ModelError(f"{where}: the text encoder gives {table.embeds.shape[-1]} channels, the UNet wants {width}")
     if (unet.addition_embed_type == "text_time") != (table.pooled is not None):
         raise ModelError(f"{where}: UNet and text encoders are of different kinds of models (added conditions)")
-    if table.pooled is not None:
+    if table.pooled is not None and table.time_ids is not None:
         added = unet.projection_class_embeddings_input_dim - table.time_ids.numel() * unet.addition_time_embed_dim
         if table.pooled.shape[-1] != added:
             raise ModelError(f"{where}: text_encoder_2 gives {table.pooled.shape[-1]} channels, the UNet wants {added}")

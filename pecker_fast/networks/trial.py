@@ -37,7 +37,9 @@ def _size(config: Any) -> tuple[int, int]:
     """(height, width) that the network was trained on; without one the least that it can halve."""
     size = config.sample_size or 2 ** len(config.block_out_channels)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return int(height), int(width)
+    if type(height) is not int or type(width) is not int:
+        raise TypeError(f"sample_size {size!r} is no whole number, nor two")
+    return height, width
 
 
 def _same_size(output: Tensor, x: Tensor) -> None:

@@ -21,8 +21,7 @@ def class_list(value: Any, distinct: bool = True) -> list[int]:
         if not 0 <= item <= MANY:
             raise ValueError(f"a class number is 0 or more, got {item}")
     if distinct and len(set(items)) < len(items):
-        twice = next(item for item in items if items.count(item) > 1)
-        raise ValueError(f"class {twice} is named twice in {show(items)}")
+        raise ValueError(f"a class is named twice in {show(items)}")
     return items
 
 

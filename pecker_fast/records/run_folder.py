@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,10 @@ def _wipe(run_dir: Path) -> None:
                 path.unlink()
 
 
-def note(message: str) -> None:
-    """One line on stderr."""
-    print(f"note: {message}", file=sys.stderr)
+def note(lines: Iterable[str]) -> None:
+    """Lines on stderr."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def warn(message: str) -> None:

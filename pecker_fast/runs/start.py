@@ -63,7 +63,7 @@ def train(
         if tensorboard:
             ranks.agree(require_tensorboard)
         if dry_run:
-            ranks.first(lambda: [note(line) for line in parts.notes])
+            ranks.first(lambda: note(parts.notes))
             return RunResult(plan.run_dir, None, None)
         console = "none" if quiet else "auto"
         with ExitStack() as stack:
