@@ -10,7 +10,7 @@ from pecker_fast.cli import app
 from pecker_fast.recipe import Recipe, recipe_help
 
 KEYS_TEXT = """
-model revision model_config method forget cover retain steps distill_steps generator batch_size lr.generator lr.score
+model revision model_config method forget cover retain null_class steps distill_steps generator batch_size lr.generator lr.score
 lr.warmup alpha timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher
 guidance.text_dropout guidance.unconditional detach_score weights.score_retain weights.score_forget weights.retain
 weights.forget mask.source mask.score mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope

@@ -77,7 +77,7 @@ def test_null_class_of_the_recipe_comes_before_that_of_the_folder(tmp_path):
     folder = write_tiny_model(tmp_path / "model", judge=False)
     assert load_denoiser(folder).null_class == 3
     assert load_denoiser(folder, 0).classes == [1, 2, 3]
-    with pytest.raises(RecipeError, match="null_class: 4 is out of range.* 0 to 3"):
+    with pytest.raises(RecipeError, match=r"null_class: 4 is out of range.* 0 to 3"):
         load_denoiser(folder, 4)
     (folder / "model.json").write_text(json.dumps({"null_class": "3"}))
     with pytest.raises(ModelError, match=r"model.json: null_class '3' is out of range"):

@@ -327,3 +327,17 @@ def test_read_run_changes_nothing(run):
     before = sorted(path.name for path in run.rglob("*"))
     read_run(run)
     assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_the_table_of_a_thousand_classes_is_short(run):
+    """Forgotten classes stay, then those that changed most."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    for column, accuracy in (("before", 0.9), ("after", 0.8)):
+        metrics[column]["per_class"] = {str(c): accuracy for c in range(1000)}
+    metrics["after"]["per_class"]["777"] = 0.1
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    text = write_report(run).read_text()
+    rows = re.findall(r"<th scope='row'>(\d+)</th>", text)
+    assert len(rows) == 40
+    assert {"0", "777"} <= set(rows)
+    assert "960 more are in metrics.json" in text
