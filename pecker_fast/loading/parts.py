@@ -15,7 +15,7 @@ from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
 from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, timesteps_note
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
-from pecker_fast.networks import Denoiser, TextDenoiser, load_denoiser, load_unet, lora_score
+from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, lora_score
 from pecker_fast.recipe import Recipe
 
 
@@ -148,6 +148,7 @@ def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
 
 
 def _load_like(teacher: Denoiser, folder: Path) -> Denoiser:
+    check_said(folder, teacher.schedule, "the teacher's scheduler")
     network = teacher.with_network(in_dtype(load_unet(folder), teacher.dtype))
     _match_teacher(network, teacher, folder)
     return network

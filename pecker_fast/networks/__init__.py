@@ -2,7 +2,7 @@
 
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
 from pecker_fast.networks.lora import lora_score, pair_x0
-from pecker_fast.networks.marks import MARKS, ONE_STEP, one_step_marks
+from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 from pecker_fast.networks.text_model import is_text_model
@@ -15,6 +15,7 @@ __all__ = [
     "TextDenoiser",
     "TextTable",
     "check_class_folder",
+    "check_said",
     "is_text_model",
     "load_denoiser",
     "load_schedule",

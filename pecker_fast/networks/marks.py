@@ -48,7 +48,7 @@ def refuse_one_step(folder: Path) -> None:
         )
 
 
-def check_said(path: Path, schedule: Schedule, where: Path) -> None:
+def check_said(path: Path, schedule: Schedule, where: Path | str) -> None:
     """Raise ModelError where a single file, or a folder's UNet, says another schedule of itself than the one read at `where`."""
     prediction = schedule.prediction_type
     snr = ZERO_SNR if not bool((schedule.a > 0).all()) else "false"

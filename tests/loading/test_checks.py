@@ -156,6 +156,8 @@ def test_weights_that_say_another_prediction_than_their_scheduler_are_refused(ti
         else:
             with pytest.raises(ModelError, match=f"{key} says .*, but .*scheduler has"):
                 load_model(recipe)
+            with pytest.raises(ModelError, match=f"{key} says .*, but the teacher's scheduler has"):
+                load_parts(tiny_recipe(generator=str(model)))
 
 
 @pytest.mark.parametrize("how", ["not finite", "raises"])
