@@ -86,7 +86,7 @@ def _followed(name: Any, path: Path) -> str:
     what = next((what for piece, what in _OTHERS.items() if piece in str(name)), "another kind of process")
     raise ModelError(
         f"{path}: {str(name)[:80]} ({what}) is not supported: the noise of its model is not that of DDPM; supported are "
-        f"discrete schedulers such as {', '.join(sorted(FOLLOWED)[:3])}"
+        "those of discrete timesteps, such as DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler"
     )
 
 
