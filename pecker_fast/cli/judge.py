@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pecker_fast.cli.verb import RunFolder, examples, show
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import OutputError, RecipeError
 
 
 @examples(
@@ -41,7 +41,7 @@ def sample(
 
 @examples(
     "pecker-fast evaluate runs/digits",
-    "pecker-fast evaluate runs/digits --samples 5000 --seed 1",
+    "pecker-fast evaluate runs/digits --samples 5000 --seed 1 --all --json figures.json",
     "pecker-fast evaluate runs/shapes --protocol classes",
     "pecker-fast evaluate runs/sd15 --protocol celebrity --prompts people.txt --detector my_detector:faces",
 )
@@ -62,15 +62,24 @@ def evaluate(
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Images of each prompt of the protocol.")] = None,
     before: Annotated[bool, typer.Option("--before", help="With --protocol: the model before forgetting.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also draw the model before forgetting and the teacher again, all alike.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Add the figures to evaluations.jsonl of the run.")] = False,
 ) -> None:
     """Judge the model of a run again, with other images or another judge, or by a protocol for concepts."""
+    check_file(json)
     if protocol is not None:
         if judge is not None:
             raise RecipeError("--judge: a protocol is judged by --detector; leave one out")
+        if everything:
+            raise RecipeError("--all: a protocol judges one model; use --before for the model before forgetting")
         from pecker_fast.evaluate import TABLE_HEADER, protocol_table
         from pecker_fast.runs import evaluate_protocol
 
         figures = evaluate_protocol(run, protocol, detector or (), prompts, seeds, samples, seed, before)
+        kept(figures, run if keep else None, json)
         show(protocol_table(figures), TABLE_HEADER)
         return
     given = {"--prompts": prompts, "--detector": detector, "--seeds": seeds, "--before": before}
@@ -79,7 +88,25 @@ def evaluate(
     from pecker_fast.report import metrics_table
     from pecker_fast.runs import evaluate_run
 
-    show(metrics_table(evaluate_run(run, samples=samples, seed=seed, judge=judge)))
+    found = evaluate_run(run, samples=samples, seed=seed, judge=judge, everything=everything)
+    kept(found, run if keep else None, json)
+    show(metrics_table(found))
+
+
+def check_file(path: Path | None) -> None:
+    """Raises OutputError, before anything is drawn, where no file can be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise OutputError(f"--json {path}: not a file in a folder that is there; give another")
+
+
+def kept(figures: dict[str, Any], run: Path | None, json: Path | None) -> None:
+    """Keep figures where that was asked for, and say where."""
+    if run is None and json is None:
+        return
+    from pecker_fast.runs import keep_figures
+
+    for path in keep_figures(figures, run, json):
+        typer.echo(f"figures: {path}")
 
 
 def class_list(text: str | None) -> list[int] | None:

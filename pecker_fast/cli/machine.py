@@ -7,19 +7,33 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import examples, show
+from pecker_fast.cli.verb import examples, show, tables_of_refusals
+from pecker_fast.errors import RecipeError
 
 
 @examples(
-    "pecker-fast doctor", "pecker-fast doctor digits", "pecker-fast doctor sd15_celebrity score=lora batch_size=1"
+    "pecker-fast doctor",
+    "pecker-fast doctor digits",
+    "pecker-fast doctor sd15_celebrity score=lora --device cuda:24GB",
 )
 def doctor(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Also check what this recipe needs.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Plan for this device: cpu, cpu:16GB, cuda:80GB; default: what is here."),
+    ] = None,
 ) -> None:
-    """Show versions, backends, what is missing, and the memory a recipe will take. Exits with 1 if something must be mended."""
+    """Show versions, backends, what is missing, and the memory and time a recipe will take. Exits with 1 if something must be
+    mended."""
     from pecker_fast.machine import doctor as examine
+    from pecker_fast.machine.devices import device_of
     from pecker_fast.recipe import load_recipe
+
+    if device is not None:
+        device_of(device)
+        if recipe is None:
+            raise RecipeError("--device: plans for a recipe; name one")
 
     resolved = load_recipe(recipe, overrides or ()) if recipe else None
     checks = examine(resolved)
@@ -27,15 +41,15 @@ def doctor(
         [(check.name, check.state, check.found, check.remedy) for check in checks], ("part", "state", "found", "remedy")
     )
     if resolved is not None and not any(check.name == "model" and check.state == "missing" for check in checks):
-        from pecker_fast.runs import check_memory
+        from pecker_fast.runs import plan_rows
 
-        prediction = None if resolved.engine.zero else check_memory(resolved)
-        if resolved.engine.zero:
-            typer.echo("memory: not predicted for many ranks; docs/scaling.md has the formula")
-        elif prediction is None:
-            typer.echo("memory: not known before the model is fetched from the hub")
+        with tables_of_refusals():
+            times, memory = plan_rows(resolved, device)
+        show(times, ("plan", "time (estimated)"))
+        if len(memory) == 1:
+            typer.echo(": ".join(memory[0]))
         else:
-            show(prediction.table(), ("memory (predicted)", "bytes"))
+            show(memory, ("memory (predicted)", "bytes"))
     if any(check.state == "missing" for check in checks):
         raise typer.Exit(1)
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import examples
-from pecker_fast.errors import DataError
+from pecker_fast.cli.verb import examples, tables_of_refusals
+from pecker_fast.errors import DataError, RecipeError
 
 PRETRAIN_NAMES = ("digits", "cifar10", "stl10", "images", "shapes")
 
@@ -17,6 +17,7 @@ PRETRAIN_NAMES = ("digits", "cifar10", "stl10", "images", "shapes")
     "pecker-fast pretrain digits",
     "pecker-fast pretrain cifar10 --data cifar-10-batches-bin",
     "pecker-fast pretrain images --data photos --size 64 --output runs/photos-teacher",
+    "pecker-fast pretrain images --data photos --size 64 --batch-size 16 --channels 64,128,128,256 --steps 20000",
 )
 def pretrain(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"Data set: {', '.join(PRETRAIN_NAMES)}.")],
@@ -34,6 +35,12 @@ def pretrain(
     size: Annotated[
         int | None, typer.Option("--size", help="Pixels that the images of a folder are resized to.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images of a training step; default: the data set's own.")
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option("--channels", help="Channels of each level of the network, as 64,128,128.")
+    ] = None,
 ) -> None:
     """Train a teacher, and the classifier that judges it, from your own copy of a data set."""
     if name not in PRETRAIN_NAMES:
@@ -44,7 +51,19 @@ def pretrain(
         raise DataError(f"pretrain {name}: no such data set{hint} (one of {', '.join(PRETRAIN_NAMES)})")
     from pecker_fast.pretrain import pretrain as run_pretrain
 
-    folder = run_pretrain(
-        name, data=data, output=output, steps=steps, seed=seed, distill_steps=distill_steps, size=size
-    )
+    wide = widths(channels)
+    with tables_of_refusals():
+        folder = run_pretrain(
+            name, data=data, output=output, steps=steps, seed=seed, distill_steps=distill_steps, size=size,
+            batch_size=batch_size, channels=wide,
+        )  # fmt: skip
     typer.echo(f"model folder: {folder}")
+
+
+def widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(f"--channels: expected numbers such as 64,128,128, got {text[:60]!r}") from None

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import examples, show
+from pecker_fast.cli.verb import examples, show, tables_of_refusals
 
 
 @examples(
     "pecker-fast train digits",
     "pecker-fast train digits forget=3 cover=8 mask.density=0.1 output=runs/three",
     "pecker-fast train digits method=sfd output=runs/sfd",
+    "pecker-fast train sd15_celebrity --dry-run --device cuda:80GB",
     "pecker-fast train my.yaml lr=1e-5 steps=2000 --tensorboard",
 )
 def train(
@@ -24,13 +25,20 @@ def train(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the recipe, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, print what was found and the recipe, write nothing.")
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="With --dry-run: plan for cpu, cpu:16GB, cuda:80GB; default: what is here."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables; errors only.")] = False,
 ) -> None:
     """Run a recipe: saliency, mask, forgetting, evaluation, export, report. Continues where it stopped."""
+    from pecker_fast.errors import RecipeError
     from pecker_fast.recipe import load_recipe, recipe_to_yaml
 
+    if device is not None and not dry_run:
+        raise RecipeError("--device: a run uses what is here; to plan for another device add --dry-run")
     if "RANK" not in os.environ:
         load_recipe(recipe, overrides or ())  # a mistake in it shows before anything heavy is imported
     from pecker_fast.machine.ranks import launched
@@ -38,10 +46,14 @@ def train(
 
     with launched() as ranks:
         resolved = ranks.agree(lambda: load_recipe(recipe, overrides or ()))
-        result = run_train(resolved, tensorboard=tensorboard, quiet=quiet, dry_run=dry_run, ranks=ranks)
+        planned = {"device": device} if dry_run else {}
+        with tables_of_refusals():
+            result = run_train(resolved, tensorboard=tensorboard, quiet=quiet, dry_run=dry_run, ranks=ranks, **planned)
     if not ranks.is_first:
         return
     if dry_run:
+        for name, value in result.found:
+            typer.echo(f"# {name}: {value}")
         typer.echo(recipe_to_yaml(resolved), nl=False)
     elif not quiet:
         if result.metrics:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+from pecker_fast.errors import PeckerError
 
 HELP = {"help_option_names": ["-h", "--help"]}
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as written by `train`.")]
@@ -54,6 +57,17 @@ def show(table: Any, header: Sequence[str] = ()) -> None:
     for row in rows:
         drawn.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(drawn)
+
+
+@contextlib.contextmanager
+def tables_of_refusals() -> Iterator[None]:
+    """Inside, an error that brings a table has it printed before it goes on."""
+    try:
+        yield
+    except PeckerError as error:
+        if (table := getattr(error, "table", None)) is not None:
+            show(table, ("memory (predicted)", "bytes"))
+        raise
 
 
 def _cell(value: Any) -> str:

@@ -8,16 +8,19 @@ from pecker_fast.evaluate.judge import Judge, Reference, SmallClassifier, load_j
 from pecker_fast.evaluate.metrics import fid, fid_floor, inception_score, precision_recall
 from pecker_fast.evaluate.obedience import word_figures
 from pecker_fast.evaluate.prompts_file import read_prompts
+from pecker_fast.evaluate.verdict import Interval, Verdict, share, verdict_of
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
 
 __all__ = [
     "PROTOCOLS",
     "TABLE_HEADER",
+    "Interval",
     "Judge",
     "Prompt",
     "Reference",
     "Sampler",
     "SmallClassifier",
+    "Verdict",
     "WordJudge",
     "celebrity",
     "evaluate",
@@ -33,5 +36,7 @@ __all__ = [
     "read_prompts",
     "save_judge",
     "save_word_judge",
+    "share",
+    "verdict_of",
     "word_figures",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.errors import PeckerError, RecipeError
+from pecker_fast.evaluate.intervals import wilson
 from pecker_fast.evaluate.judge import Judge, Reference
 from pecker_fast.evaluate.metrics import fid, inception_score, precision_recall
 
@@ -49,7 +50,7 @@ def evaluate(
         `retain_accuracy`: fraction of retain samples judged as conditioned.
         `fid`, `inception_score`, `precision`, `recall`: of the retain samples, against the real retain classes.
         `samples`: as given. `per_class`: accuracy of every class, forget classes included, keyed by the class as text
-        (the same before and after JSON).
+        (the same before and after JSON). `intervals`: 95 % of each share, by the same keys.
 
     Raises:
         RecipeError: no class or no samples to judge, or covers and forget classes that do not pair.
@@ -86,7 +87,10 @@ def evaluate(
         result["fid"] = fid(real, features)
         result["precision"], result["recall"] = precision_recall(real, features, k=_NEIGHBOURS)
     labels, seen = torch.cat([forget_labels, retain_labels]), torch.cat([forget_seen, retain_seen])
-    result["per_class"] = {str(c): _fraction(seen[labels == c] == c) for c in sorted(labels.unique().tolist())}
+    counts = {c: int((labels == c).sum()) for c in sorted(labels.unique().tolist())}
+    result["per_class"] = {str(c): _fraction(seen[labels == c] == c) for c in counts}
+    result["intervals"] = {key: _interval(result[key], samples) for key in ("ua", "cover_rate", "retain_accuracy")}
+    result["intervals"]["per_class"] = {str(c): _interval(result["per_class"][str(c)], n) for c, n in counts.items()}
     return result
 
 
@@ -110,3 +114,7 @@ def _draw(
 
 def _fraction(hits: Tensor) -> float:
     return hits.double().mean().item()
+
+
+def _interval(share: float, n: int) -> list[float]:
+    return list(wilson(min(n, round(share * n)), n) or ())

@@ -6,6 +6,7 @@ and logits, so a metric can be tested with a tiny network and used with a standa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pecker_fast.errors import DataError, ModelError
 from pecker_fast.files import read_json, read_tensors, write_json, write_tensors
 
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
+MOST_NUMBERS = 500 * 3 * 32 * 32  # of the images judged at a time
 _SIZES = ("in_channels", "sample_size", "num_classes", "width", "features")
 
 
@@ -90,6 +92,8 @@ class Judge:
     def judge(self, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
         """Features [N, F] and logits [N, K] of `images` [N, C, H, W] in [-1, 1]; both float32, on the CPU.
 
+        batch_size: images at a time; fewer of those larger than 3×32×32, so that memory does not grow with them.
+
         Raises:
             ModelError: the images have not the size the network was made for, or its answer has not K columns.
         """
@@ -98,7 +102,8 @@ class Judge:
             expected = (config["in_channels"], config["sample_size"], config["sample_size"])
             if tuple(images.shape[1:]) != expected:
                 raise ModelError(f"the judge was made for images of {expected}, got {tuple(images.shape[1:])}")
-        pairs = [self._pair(batch.to(self._device)) for batch in images.split(batch_size)]
+        at_once = max(1, min(batch_size, MOST_NUMBERS // max(1, math.prod(images.shape[1:]))))
+        pairs = [self._pair(batch.to(self._device)) for batch in images.split(at_once)]
         features = torch.cat([pair[0].flatten(1).float().cpu() for pair in pairs])
         logits = torch.cat([pair[1].float().cpu() for pair in pairs])
         if logits.shape != (len(images), self.num_classes):

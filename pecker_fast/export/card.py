@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pecker_fast.evaluate import Verdict, share, verdict_of
 from pecker_fast.recipe import Recipe, recipe_to_yaml
+
+SHARES = ("ua", "cover_rate", "retain_accuracy", "ira", "cra")
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,24 @@ class Card:
     weights_sha256: str
     metrics: dict[str, Any] | None = None
 
+    @property
+    def verdict(self) -> Verdict:
+        metrics = self.metrics or {}
+        return verdict_of(metrics, metrics.get("forget_steps", self.recipe.steps))
+
     def markdown(self, forgotten: str, code: str, judged: str, tag: str = "", pictures: str = "") -> str:
         """What was forgotten, how to draw, how good it is, hashes, the recipe.
 
         code: Python that draws with stock diffusers. judged: what the figures mean. tag: a line of the card's header, with
         its end. pictures: a section of its own.
         """
-        recipe = self.recipe
+        recipe, verdict = self.recipe, self.verdict
+        said = f"{judged}\n\nVerdict: {verdict.line()}." if verdict.figures else judged
         return f"""---
 library_name: diffusers
 {tag}tags: [diffusion, unlearning, one-step]
 ---
-# One-step generator that has forgotten {forgotten}
+# One-step generator that {verdict.said_of(forgotten)}
 
 Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
 It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
@@ -44,7 +54,7 @@ It is not a denoiser: do not run it over many steps.
 
 ## Figures
 
-{judged}
+{said}
 
 {figures_table(self.metrics)}
 
@@ -63,13 +73,20 @@ sha256 of these weights: `{self.weights_sha256}`
 def figures_table(metrics: dict[str, Any] | None) -> str:
     """Markdown table of the figures of `before`, `after` and `teacher`."""
     names = ("ua", "cover_rate", "retain_accuracy", "ira", "cra", "fid", "inception_score", "precision", "recall")
-    columns = [(metrics or {}).get(key) for key in ("before", "after", "teacher")]
+    columns = [(metrics or {}).get(key) or {} for key in ("before", "after", "teacher")]
     if not all(columns[:2]):  # the teacher's row may be missing
         return "Not evaluated."
-    known = [name for name in names if any(name in column for column in columns if column)]
-    rows = [f"| {name} | " + " | ".join(_figure((c or {}).get(name)) for c in columns) + " |" for name in known]
+    known = [name for name in (*names, "samples", "seed") if any(name in column for column in columns)]
+    rows = [f"| {name} | " + " | ".join(_figure(column, name) for column in columns) + " |" for name in known]
     return "\n".join(["| | before | after | teacher, multi-step |", "|---|---|---|---|", *rows])
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _figure(column: Mapping[str, Any], name: str) -> str:
+    """A figure, shares with their 95 % interval."""
+    value = column.get(name)
+    if value is None:
+        return "–"
+    if name in ("samples", "seed"):
+        return str(value)
+    interval = share(column, name) if name in SHARES else None
+    return f"{value:.4g}" + (f" ({interval.low:.3g} … {interval.high:.3g})" if interval else "")

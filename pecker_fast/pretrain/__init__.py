@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from pecker_fast import draws, files
+from pecker_fast.account.memory import Prediction
 from pecker_fast.data import Dataset
 from pecker_fast.data import datasets as data_sets
 from pecker_fast.errors import RecipeError
+from pecker_fast.pretrain import memory
 from pecker_fast.pretrain import output as folders
-from pecker_fast.pretrain.fit import TrainState
+from pecker_fast.pretrain.fit import resumable
 from pecker_fast.pretrain.judge import train_judge
-from pecker_fast.pretrain.settings import SETTINGS, Settings, settings_for, unet_config
+from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
 from pecker_fast.pretrain.teacher import train_unet
 
 __all__ = ["SETTINGS", "Settings", "measure", "pretrain", "settings_for", "unet_config"]
@@ -33,6 +36,8 @@ def pretrain(
     *,
     size: int | None = None,
     settings: Settings | None = None,
+    batch_size: int | None = None,
+    channels: tuple[int, ...] | None = None,
 ) -> Path:
     """Train a class-conditional teacher and its judge, and write them as a model folder.
 
@@ -45,6 +50,8 @@ def pretrain(
     distill_steps: steps of distilling a one-step generator beside the teacher, 0 = none; None = the name's own.
     size: pixels that an image folder is resized to.
     settings: replaces the name's own settings.
+    batch_size: images of a training step. channels: of each level of the teacher's UNet. None = the name's own; of an image
+        folder as its number of images and their size allow, see `settings.fitted`.
 
     Returns the folder. Raises `DataError`, `OutputError`, `RecipeError`, `CheckpointError` and, after a signal,
     `Interrupted`.
@@ -54,8 +61,11 @@ def pretrain(
 
         if data is not None or size is not None or settings is not None:
             raise RecipeError("shapes: it draws its own pictures; leave out data, size and settings")
-        return pretrain_shapes(output, steps, seed, distill_steps)
-    settings = settings_for(name, steps) if settings is None else settings
+        return pretrain_shapes(output, steps, seed, distill_steps, batch_size=batch_size, channels=channels)
+    given = {"steps": steps, "batch_size": batch_size, "channels": channels}
+    fixed = frozenset(key for key, value in given.items() if value is not None)
+    fits = name == "images" and settings is None
+    settings = settings_for(name, steps, batch_size, channels) if settings is None else settings
     distill_steps = settings.distill_steps if distill_steps is None else distill_steps
     for key, value, least in (("steps", settings.steps, 1), ("seed", seed, 0), ("distill_steps", distill_steps, 0)):
         if value < least:
@@ -67,7 +77,16 @@ def pretrain(
 
     begun = time.monotonic()
     dataset = data_sets.open_data(name, data, size=size)
-    config = unet_config(settings, dataset.channels, dataset.sample_size, dataset.num_classes)
+    if fits:
+        settings = fitted(settings, len(dataset), dataset.sample_size, fixed)
+
+    def config_of(settings: Settings) -> dict[str, Any]:
+        return unet_config(settings, dataset.channels, dataset.sample_size, dataset.num_classes)
+
+    config = config_of(settings)
+    prediction = memory.check(config_of, settings, dataset.images.nbytes)
+    if fits or prediction is not None:
+        _tell(dataset, settings, config, prediction)
     identity = {"name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()}
     folders.claim_for(folder, identity)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +98,8 @@ def pretrain(
         "kind": "teacher",
         "null_class": dataset.num_classes,
         "num_classes": dataset.num_classes,
-        "command": _command(name, settings, seed, distill_steps, data is not None, size),
+        "command": _command(name, settings, seed, distill_steps, data is not None, size)
+        + options(batch_size, channels),
         "seed": seed,
         "settings": identity["settings"],
         "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
@@ -112,23 +132,21 @@ def _teacher(
         unet: Any = UNet2DModel(**config)
     unet = unet.to(device=device, memory_format=torch.channels_last)
     folders.write_scheduler(folder)
-    state = TrainState.fresh(unet, settings)
-    saved = folders.load_partial(folder)
-    if saved:
-        state.load(*saved)
-
+    state, save, resumed_from = resumable(folder, folders.TEACHER, unet, settings)
     schedule = load_schedule(folder / "scheduler")
-    train_unet(
-        state,
-        schedule,
-        dataset,
-        settings,
-        seed,
-        save=lambda tensors, step: folders.save_partial(folder, tensors, step),
-    )
+    train_unet(state, schedule, dataset, settings, seed, save)
     write_unet(Denoiser(unet, schedule, dataset.num_classes), folder / "unet", getattr(torch, settings.storage))
     folders.write_index(folder)
-    return saved[1] if saved else None
+    return resumed_from
+
+
+def _tell(dataset: Dataset, settings: Settings, config: dict[str, Any], prediction: Prediction | None) -> None:
+    """What will be trained, on standard error, where data decide it."""
+    widths = ", ".join(map(str, config["block_out_channels"]))
+    size = f"{dataset.sample_size}×{dataset.sample_size}"
+    line = f"{len(dataset)} images of {size}: {settings.steps} steps in batches of {settings.batch_size}, channels {widths}"
+    needs = f"; about {prediction.table()[-1][1]} of memory" if prediction is not None else ""
+    print(line + needs, file=sys.stderr, flush=True)
 
 
 def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pecker_fast.errors import CheckpointError
 from pecker_fast.machine import StopFlag
+from pecker_fast.pretrain.output import load_partial, save_partial
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SAVE_S = 180.0  # seconds of work at most that a kill takes
 Save = Callable[[dict[str, Tensor], int], None]
 
 
@@ -57,6 +61,16 @@ class TrainState:
         self.step = step
 
 
+def resumable(folder: Path, part: str, network: nn.Module, settings: Settings) -> tuple[TrainState, Save, int | None]:
+    """State of a part of the model in `folder`: fresh, or as an interrupted run has saved it; how to save it; the step that was
+    saved, None where there was none."""
+    state = TrainState.fresh(network, settings)
+    saved = load_partial(folder, part)
+    if saved:
+        state.load(*saved)
+    return state, lambda tensors, step: save_partial(folder, tensors, step, part), saved[1] if saved else None
+
+
 def fit(
     what: str,
     state: TrainState,
@@ -68,7 +82,8 @@ def fit(
     """Train `state` in place up to `settings.steps`; afterwards its network holds the averaged weights, frozen.
 
     what: name for the console. loss_at: the loss of a step, a function of the step and the weights alone.
-    save: called with the state's tensors and the step, every `checkpoint_every` steps, on a signal and at the end.
+    save: called with the state's tensors and the step, every `checkpoint_every` steps and every `SAVE_S` seconds, on a signal
+    and at the end.
     resumed: what a signal after so many steps is answered with; None = where the same command goes on.
     Raises `Interrupted` after a signal, state saved.
     """
@@ -81,6 +96,7 @@ def fit(
     parameters = list(state.network.parameters())
     state.network.train()
     recent: list[Tensor] = []
+    saved_s = time.monotonic()
     with StopFlag() as stop, Ticker(what, settings.steps, state.step) as ticker:
         while state.step < settings.steps:
             loss = loss_at(state.step)
@@ -97,8 +113,10 @@ def fit(
             recent = [*recent[-99:], loss.detach()]
             if ticker.due(state.step):
                 ticker.note(state.step, f"loss {torch.stack(recent).mean().item():.4f}")
-            if save and (stop.signum or state.step % settings.checkpoint_every == 0 or state.step == settings.steps):
+            due = state.step % settings.checkpoint_every == 0 or time.monotonic() - saved_s >= SAVE_S
+            if save and (stop.signum or due or state.step == settings.steps):
                 save(state.tensors(), state.step)
+                saved_s = time.monotonic()
             stop.check(resumed(state.step))
     with torch.no_grad():
         for parameter, average in zip(parameters, state.ema):

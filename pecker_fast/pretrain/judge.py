@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pecker_fast import draws
 from pecker_fast.data import Dataset
 from pecker_fast.errors import DataError
-from pecker_fast.pretrain.fit import TrainState, fit
+from pecker_fast.pretrain.fit import fit, resumable
 from pecker_fast.pretrain.settings import Settings
 
 BATCH_SIZE = 64
@@ -58,7 +58,7 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, seed: int, devi
             data.channels, data.sample_size, data.num_classes, settings.judge_width, settings.judge_features
         )
     network.to(device)
-    _fit(network, data, train, settings, seed, device)
+    _fit(folder.parent, network, data, train, settings, seed, device)
 
     save_judge(folder, network, None, {})  # rounds the weights; everything below is measured with the rounded judge
     judge, _ = load_judge(folder)
@@ -78,7 +78,10 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, seed: int, devi
     return info
 
 
-def _fit(network: nn.Module, data: Dataset, index: Tensor, settings: Settings, seed: int, device: torch.device) -> None:
+def _fit(
+    model: Path, network: nn.Module, data: Dataset, index: Tensor, settings: Settings, seed: int, device: torch.device
+) -> None:
+    """Train the judge of the model folder `model`, or go on training it."""
     plan = replace(
         settings, steps=settings.judge_steps, lr=settings.judge_lr, lr_warmup=0.3, lr_decay=True,
         weight_decay=WEIGHT_DECAY, clip_norm=None, ema=0.0,
@@ -91,6 +94,7 @@ def _fit(network: nn.Module, data: Dataset, index: Tensor, settings: Settings, s
         return F.cross_entropy(network(images), data.labels[chosen].to(device), label_smoothing=LABEL_SMOOTHING)
 
     def resumed(step: int) -> str:
-        return "the teacher is saved, the same command continues with its judge"
+        return f"the teacher is saved, the same command continues with its judge after step {step} of {plan.steps}"
 
-    fit("judge", TrainState.fresh(network, plan), loss_at, plan, resumed=resumed)
+    state, save, _ = resumable(model, "judge", network, plan)
+    fit("judge", state, loss_at, plan, save, resumed)

@@ -12,6 +12,7 @@ from pecker_fast.errors import CheckpointError, OutputError
 
 PARTIAL = "partial.json"
 PARTIAL_TENSORS = "partial.safetensors"
+TEACHER = "teacher"
 MODEL = "model.json"
 
 
@@ -40,13 +41,18 @@ def claim_for(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def save_partial(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
-    files.write_tensors(folder / PARTIAL_TENSORS, tensors, {"step": str(step)})
+def _partial(folder: Path, part: str) -> Path:
+    """Where the training state of a part of the model lies."""
+    return folder / (PARTIAL_TENSORS if part == TEACHER else f"partial-{part}.safetensors")
 
 
-def load_partial(folder: Path) -> tuple[dict[str, Tensor], int] | None:
+def save_partial(folder: Path, tensors: dict[str, Tensor], step: int, part: str = TEACHER) -> None:
+    files.write_tensors(_partial(folder, part), tensors, {"step": str(step)})
+
+
+def load_partial(folder: Path, part: str = TEACHER) -> tuple[dict[str, Tensor], int] | None:
     """Training state of an interrupted run, None where there is none. Raises `CheckpointError` where it is damaged."""
-    path = folder / PARTIAL_TENSORS
+    path = _partial(folder, part)
     if not path.is_file():
         return None
     tensors, metadata = files.read_tensors(path, error=CheckpointError)
@@ -58,7 +64,8 @@ def load_partial(folder: Path) -> tuple[dict[str, Tensor], int] | None:
 def finish(folder: Path) -> None:
     """Remove what an interrupted run would need; the folder is a finished model from here on."""
     with files.output_errors(folder):
-        (folder / PARTIAL_TENSORS).unlink(missing_ok=True)
+        for path in folder.glob("partial*.safetensors"):
+            path.unlink(missing_ok=True)
         (folder / PARTIAL).unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pecker_fast.errors import DataError
+from pecker_fast.errors import DataError, RecipeError
 
 OFFICIAL_MULTIPLIERS = (1, 2, 2, 2, 4)
 
@@ -78,12 +78,82 @@ SETTINGS: dict[str, Settings] = {
 }  # fmt: skip
 
 
-def settings_for(name: str, steps: int | None = None) -> Settings:
-    """The settings of a name. steps replaces the number of training steps. Raises `DataError` for unknown names."""
+FEW = 5000  # images: fewer get a network of half the width
+EPOCHS, JUDGE_EPOCHS = 1000, 300  # at most, of an image folder
+NUMBERS = 128 * 32 * 32  # pixels of a batch at most: the papers' batch at 32×32
+
+
+def settings_for(
+    name: str, steps: int | None = None, batch_size: int | None = None, channels: tuple[int, ...] | None = None
+) -> Settings:
+    """The settings of a name, some of them replaced: training steps, images of a step, channels of each level of the UNet.
+
+    Raises `DataError` for unknown names, `RecipeError` for values that cannot be.
+    """
     if name not in SETTINGS:
         raise DataError(f"unknown pretraining name {name!r}; choose one of {', '.join(SETTINGS)}")
     settings = SETTINGS[name]
-    return settings if steps is None else replace(settings, steps=steps)
+    settings = settings if steps is None else replace(settings, steps=steps)
+    return with_size(settings, batch_size, channels)
+
+
+def with_size(settings: Settings, batch_size: int | None = None, channels: tuple[int, ...] | None = None) -> Settings:
+    """Another batch, another width. Raises `RecipeError`."""
+    if batch_size is not None:
+        if not 1 <= batch_size <= 1 << 20:
+            raise RecipeError(f"batch_size: {batch_size} is out of range, 1 to {1 << 20} expected")
+        settings = replace(settings, batch_size=batch_size)
+    if channels is not None:
+        if not 1 <= len(channels) <= 8 or any(not 8 <= width <= 4096 or width % 8 for width in channels):
+            given = ",".join(map(str, channels))[:60]
+            raise RecipeError(
+                f"channels: {given or 'nothing'}: one to eight multiples of 8 expected, such as 64,128,128"
+            )
+        head = settings.attention_head_dim
+        fits = head is not None and not any(width % head for width in channels)
+        groups = math.gcd(settings.norm_num_groups, *channels)
+        settings = replace(
+            settings, channels=channels, norm_num_groups=groups, attention_head_dim=head if fits else None
+        )
+    return settings
+
+
+def fitted(settings: Settings, images: int, size: int, fixed: frozenset[str] = frozenset()) -> Settings:
+    """The settings of an image folder, for as many images of so many pixels; `fixed` keys stay as they are.
+
+    Larger images go in smaller batches; few images get smaller batches, a network of half the width and fewer steps, since
+    training on would only teach them by heart.
+    """
+    batch = settings.batch_size
+    if "batch_size" not in fixed:
+        batch = max(8, min(batch, _power_of_two(NUMBERS // size**2), _power_of_two(images // 4)))
+    channels = settings.channels
+    if "channels" not in fixed and images < FEW:
+        channels = tuple(width // 2 for width in widths_of(settings, size))
+    steps = settings.steps if "steps" in fixed else min(settings.steps, max(2000, EPOCHS * images // batch))
+    judge_steps = min(settings.judge_steps, max(1500, JUDGE_EPOCHS * images // 64))
+    return replace(settings, batch_size=batch, channels=channels, steps=steps, judge_steps=judge_steps)
+
+
+def options(batch_size: int | None, channels: tuple[int, ...] | None) -> str:
+    """Those of the command that were given."""
+    words = f" --batch-size {batch_size}" if batch_size is not None else ""
+    return words + (f" --channels {','.join(map(str, channels))}" if channels is not None else "")
+
+
+def _power_of_two(n: int) -> int:
+    """The greatest power of two up to n, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def widths_of(settings: Settings, sample_size: int) -> tuple[int, ...]:
+    """Channels of every level of the UNet."""
+    if settings.channels is not None:
+        return settings.channels
+    levels, side = 1, sample_size
+    while side % 2 == 0 and side >= 8:
+        levels, side = levels + 1, side // 2
+    return tuple(128 * OFFICIAL_MULTIPLIERS[min(i, 4)] for i in range(levels))
 
 
 def unet_config(settings: Settings, channels: int, sample_size: int, num_classes: int) -> dict[str, Any]:
@@ -91,12 +161,7 @@ def unet_config(settings: Settings, channels: int, sample_size: int, num_classes
 
     Raises `DataError` where the image cannot be halved often enough.
     """
-    sizes = [sample_size]
-    while sizes[-1] % 2 == 0 and sizes[-1] >= 8:
-        sizes.append(sizes[-1] // 2)
-    widths = settings.channels
-    if widths is None:
-        widths = tuple(128 * OFFICIAL_MULTIPLIERS[min(i, 4)] for i in range(len(sizes)))
+    widths = widths_of(settings, sample_size)
     if sample_size % 2 ** (len(widths) - 1):
         raise DataError(f"images of {sample_size} pixels cannot be halved {len(widths) - 1} times; give another size")
     sizes = [sample_size // 2**i for i in range(len(widths))]

@@ -3,7 +3,15 @@
 from pecker_fast.recipe.classes import check_classes, class_list
 from pecker_fast.recipe.errors import closest, show
 from pecker_fast.recipe.keys import idle_keys, recipe_help
-from pecker_fast.recipe.load import RECIPES, load_recipe, recipe_from, recipe_to_dict, recipe_to_yaml, shipped_recipes
+from pecker_fast.recipe.load import (
+    RECIPES,
+    load_recipe,
+    recipe_from,
+    recipe_to_dict,
+    recipe_to_yaml,
+    shipped_recipes,
+    with_overrides,
+)
 from pecker_fast.recipe.schema import Recipe, is_text
 from pecker_fast.recipe.sections import MEANT_FOR, LearningRates, Timesteps
 
@@ -25,4 +33,5 @@ __all__ = [
     "recipe_to_yaml",
     "shipped_recipes",
     "show",
+    "with_overrides",
 ]

@@ -85,6 +85,16 @@ def _apply(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = {**old, **value} if section and isinstance(old, dict) and isinstance(value, dict) else value
 
 
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with other values of some keys, `key.sub=value` each. Raises RecipeError."""
+    data, given = recipe_to_dict(recipe), {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        given[key] = parse_yaml(text, f"override {key}")
+        _apply(data, key, given[key])
+    return recipe_from(data, overridden=given)
+
+
 def recipe_from(data: Mapping[str, Any], where: str = "recipe", overridden: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a mapping as it stands in YAML; raises RecipeError starting with `where`."""
     try:

@@ -11,6 +11,7 @@ from pecker_fast.records.checkpoint import (
 from pecker_fast.records.events import EVENTS, NoTracker, Tracker, read_events, require_tensorboard
 from pecker_fast.records.run_folder import (
     BASE,
+    EVALUATIONS,
     MASK,
     METRICS,
     PIPELINE,
@@ -26,6 +27,7 @@ from pecker_fast.records.run_folder import (
 
 __all__ = [
     "BASE",
+    "EVALUATIONS",
     "EVENTS",
     "MASK",
     "METRICS",

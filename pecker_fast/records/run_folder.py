@@ -17,7 +17,20 @@ from pecker_fast.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_ya
 from pecker_fast.records.checkpoint import check_identity, latest_checkpoint, list_checkpoints, verify_checkpoint
 
 RECIPE, METRICS, MASK, REPORT, PIPELINE = "recipe.yaml", "metrics.json", "mask.safetensors", "report.html", "pipeline"
-OWN = (RECIPE, METRICS, MASK, REPORT, PIPELINE, "run.jsonl", "checkpoints", "samples", "tensorboard", "mask.png")
+EVALUATIONS = "evaluations.jsonl"
+OWN = (
+    RECIPE,
+    METRICS,
+    MASK,
+    REPORT,
+    PIPELINE,
+    EVALUATIONS,
+    "run.jsonl",
+    "checkpoints",
+    "samples",
+    "tensorboard",
+    "mask.png",
+)
 LOCK = ".lock"
 MARK = "# Resolved recipe, written by `pecker-fast train`: a folder with it is a run folder.\n"
 BASE = "base"  # a model given as an object is written here first; it is not wiped when a run starts over

@@ -15,8 +15,12 @@ from pecker_fast.report.read import RunData
 from pecker_fast.report.text import (
     COLUMNS,
     NONE,
+    UNCOUNTED,
+    Row,
+    blanks,
     count,
     figure,
+    interval,
     judge_line,
     number,
     ratio,
@@ -25,6 +29,7 @@ from pecker_fast.report.text import (
     seconds,
     section,
     times,
+    verdict_line,
 )
 
 _HEAD = """<!doctype html>
@@ -82,7 +87,8 @@ def _summary(run: RunData) -> str:
     after, cost = section(run.metrics, "after"), section(run.metrics, "cost")
     if number(after.get("ua")) is None:
         return "<p class='lead'>There is no final evaluation of this run.</p>\n"
-    text = f"{figure(after['ua'], True)} of the samples drawn for the forgotten class are no longer judged to be it"
+    text = f"{verdict_line(run.metrics, run.recipe.get('steps'))}. {figure(after['ua'], True)} of the samples drawn for what "
+    text += "was to be forgotten are not judged to be it"
     if number(after.get("cover_rate")) is not None:
         text += f", {figure(after['cover_rate'], True)} show the cover class"
     if number(after.get("retain_accuracy")) is not None:
@@ -113,11 +119,12 @@ def _tags(run: RunData) -> str:
 def _cards(run: RunData) -> str:
     after, before = section(run.metrics, "after"), section(run.metrics, "before")
     cards = []
-    for key, name, tone in (("ua", "Forgotten (UA)", "forget"), ("cover_rate", "Shows the cover", "cover"),
+    for key, name, tone in (("ua", "Unlearning accuracy", "forget"), ("cover_rate", "Shows the cover", "cover"),
                             ("retain_accuracy", "Kept", "real")):  # fmt: skip
         if number(after.get(key)) is not None:
-            was = f"before {figure(before.get(key), True)}" if number(before.get(key)) is not None else ""
-            cards.append((tone, name, figure(after[key], True), was))
+            was = [f"before {figure(before.get(key), True)}"] if number(before.get(key)) is not None else []
+            between = [f"95 %: {interval(after, key)}"] if interval(after, key) != NONE else []
+            cards.append((tone, name, figure(after[key], True), " · ".join(between + was)))
     if number(after.get("fid")) is not None:
         share = ratio(run.metrics)
         note = f"{times(share)} the teacher's" if share is not None else "retain classes"
@@ -147,19 +154,25 @@ def _verdict(run: RunData) -> str:
         )
     rows = []
     for row in rows_of(run.metrics):
-        values = [figure(section(run.metrics, column).get(row.key), row.fraction) for column in columns]
+        values = [_with_interval(section(run.metrics, column), row) for column in columns]
         rows.append(_row(f"{row.name} {row.better}", row.says, zip(columns, values)))
         if row.key == "fid" and ratio(run.metrics) is not None:
             shares = [times(ratio(run.metrics, column)) for column in columns]
             rows.append(_row("FID / teacher's ↓", "one step against the multi-step sampler", zip(columns, shares)))
-    samples = [count(section(run.metrics, column).get("samples")) for column in columns]
-    if set(samples) != {NONE}:
-        rows.append(_row("Samples", "of each group", zip(columns, samples)))
+    for key, name, says in (("samples", "Samples", "of each group"), ("seed", "Seed", "of the noise")):
+        counts = [count(section(run.metrics, column).get(key)) for column in columns]
+        if set(counts) != {NONE}:
+            rows.append(_row(name, says, zip(columns, counts)))
     head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
-    note = judge_line(run.metrics)
-    caption = f"<caption>{escape(note[0].upper() + note[1:])}.</caption>" if note else ""
+    notes = [note[0].upper() + note[1:] for note in (*blanks(run.metrics), judge_line(run.metrics)) if note]
+    caption = f"<caption>{escape('. '.join(notes))}.</caption>" if notes else ""
     table = f"<table>{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return _section("Before and after", f"<div class='scroll'>{table}</div>")
+
+
+def _with_interval(figures: Mapping[str, Any], row: Row) -> str:
+    value, between = figure(figures.get(row.key), row.fraction), interval(figures, row.key) if row.fraction else NONE
+    return value if between == NONE or row.key in UNCOUNTED else f"{value} ({between})"
 
 
 def _row(name: str, says: str, values: Iterable[tuple[str, str]]) -> str:

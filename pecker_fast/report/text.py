@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pecker_fast.evaluate import share, verdict_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,6 +41,7 @@ ROWS = (
 
 WORDS = ("obeyed_all", "ira", "cra")  # of prompts; classes have none
 CLASSES = ("inception_score",)
+UNCOUNTED = ("precision", "recall")  # shares whose number of samples is not that of a group
 
 
 def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
@@ -70,6 +73,19 @@ def figure(value: Any, fraction: bool) -> str:
     return f"{x:.2f}" if abs(x) < 1000 else f"{x:,.0f}"
 
 
+def interval(figures: Mapping[str, Any], key: str) -> str:
+    """The 95 % interval of a share as text, "–" where it has none: "97.3–98.7 %"."""
+    found = share(figures, key)
+    return NONE if found is None else f"{100 * found.low:.1f}–{100 * found.high:.1f} %"
+
+
+def verdict_line(metrics: Mapping[str, Any], steps: Any = None) -> str:
+    """Whether it may be said that something was forgotten, as one sentence. steps: of the recipe, where metrics do not tell."""
+    known = metrics.get("forget_steps", steps)
+    line = verdict_of(metrics, known if isinstance(known, int) else None).line()
+    return line[0].upper() + line[1:]
+
+
 def ratio(metrics: Mapping[str, Any], column: str = "after") -> float | None:
     """FID of `column` over the teacher's multi-step FID, None where one is missing."""
     mine, teacher = number(section(metrics, column).get("fid")), number(section(metrics, "teacher").get("fid"))
@@ -98,16 +114,29 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """
     from rich.table import Table
 
-    table = Table(caption=judge_line(metrics) or None, caption_justify="left")
+    lines = [verdict_line(metrics), *blanks(metrics), judge_line(metrics)]
+    table = Table(caption="\n".join(filter(None, lines)), caption_justify="left")
     table.add_column("")
     for column in COLUMNS:
         table.add_column(column, justify="right", style="bold" if column == "after" else "")
     for row in rows_of(metrics):
         values = [figure(section(metrics, column).get(row.key), row.fraction) for column in COLUMNS]
         table.add_row(f"{row.name} {row.better}", *values)
+        between = [interval(section(metrics, column), row.key) for column in COLUMNS] if row.fraction else []
+        if set(between) - {NONE} and row.key not in UNCOUNTED:
+            table.add_row("  95 % interval", *between, style="dim")
         if row.key == "fid" and ratio(metrics) is not None:
             table.add_row("FID / teacher's ↓", *(times(ratio(metrics, column)) for column in COLUMNS))
+    for key, name in (("samples", "Samples of each group"), ("seed", "Seed")):
+        counts = [count(section(metrics, column).get(key)) for column in COLUMNS]
+        if set(counts) - {NONE}:
+            table.add_row(name, *counts)
     return table
+
+
+def blanks(metrics: Mapping[str, Any]) -> list[str]:
+    """Why columns are empty, a line each."""
+    return [f"{column}: {why}" for column, why in section(metrics, "blank").items()]
 
 
 def times(value: float | None) -> str:

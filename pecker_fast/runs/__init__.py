@@ -3,6 +3,8 @@
 from pecker_fast.runs.benchmark import bench
 from pecker_fast.runs.finished import apply_delta_file, evaluate_protocol, evaluate_run, export_run, sample_run
 from pecker_fast.runs.forecast import check_memory
+from pecker_fast.runs.kept import keep_figures
+from pecker_fast.runs.planning import plan_rows
 from pecker_fast.runs.start import distill, train, unlearn
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "evaluate_protocol",
     "evaluate_run",
     "export_run",
+    "keep_figures",
+    "plan_rows",
     "sample_run",
     "train",
     "unlearn",

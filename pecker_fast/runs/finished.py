@@ -8,8 +8,8 @@ from typing import Any
 from pecker_fast import files
 from pecker_fast.conditions import short_range, shown_classes
 from pecker_fast.engine import blend_average
-from pecker_fast.errors import CheckpointError, OutputError, RecipeError
-from pecker_fast.evaluate import PROTOCOLS, Prompt, celebrity, i2p, load_detector, read_prompts
+from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
+from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector, read_prompts
 from pecker_fast.export import FORMATS, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
 from pecker_fast.loading import Model, load_model, start_generator
@@ -102,23 +102,59 @@ def _wanted(model: Model, classes: Sequence[int] | None, prompts: Sequence[str] 
 
 
 def evaluate_run(
-    run_dir: str | Path, samples: int | None = None, seed: int | None = None, judge: str | Path | None = None
+    run_dir: str | Path,
+    samples: int | None = None,
+    seed: int | None = None,
+    judge: str | Path | None = None,
+    everything: bool = False,
 ) -> dict[str, Any]:
-    """Judge the exported generator again: {"before", "after", "teacher"} with `after` new and the others as recorded."""
+    """Judge the exported generator again: {"before", "after", "teacher"}, all by the same judge, samples and seed.
+
+    `before` and `teacher` are taken from the run where they were made so, else None, with the reason under "blank";
+    everything: they are drawn again, as far as there is something to draw from.
+    """
     run = load_run(run_dir)
-    recipe = run.recipe
+    recipe, other = run.recipe, judge is not None and str(judge) != run.recipe.evaluate.judge
     if judge is not None:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": str(judge)})})
     parts = load_model(recipe)
     if parts.judge is None and parts.words is None:
         raise RecipeError("evaluate: the model folder has no judge/; give --judge FOLDER")
     judging = judging_of(recipe, parts)
-    sampler = judging.one_step(trained_generator(run, parts))
-    after = judging.figures(
-        sampler, samples or recipe.evaluate.final or 2000, EVALUATION_SEED if seed is None else seed
-    )
-    recorded = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() and judge is None else {}
-    return {"before": recorded.get("before"), "after": after, "teacher": recorded.get("teacher")}
+    asked = {"samples": samples or recipe.evaluate.final or 2000, "seed": EVALUATION_SEED if seed is None else seed}
+
+    def drawn(sampler: Sampler) -> dict[str, Any]:
+        return judging.figures(sampler, **asked)
+
+    recorded = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
+    found: dict[str, Any] = {"before": None, "after": drawn(judging.one_step(trained_generator(run, parts)))}
+    blank: dict[str, str] = {}
+    for name in ("before", "teacher"):
+        row = recorded.get(name)
+        if everything and name == "teacher":
+            try:
+                found[name] = drawn(judging.multi_step())
+            except ModelError as error:
+                found[name], blank[name] = None, str(error)
+        elif everything and not recipe.distill_steps:
+            found[name] = drawn(judging.one_step(start_generator(recipe, parts.teacher).freeze()))
+        elif row and not other and asked == {"samples": row["samples"], "seed": row.get("seed", EVALUATION_SEED)}:
+            found[name] = row
+        else:
+            found[name], blank[name] = None, _why_blank(row, other, everything)
+    steps = recorded.get("forget_steps", recipe.steps)
+    return found | {"blank": blank, "forget_steps": steps, "judge": judging.trust(found["teacher"])}
+
+
+def _why_blank(row: dict[str, Any] | None, other_judge: bool, everything: bool) -> str:
+    if everything:
+        return "the run distilled its own start, which is not kept"
+    if not row:
+        return "not judged in the run; --all draws it"
+    if other_judge:
+        return "the run had another judge; --all draws it again"
+    seed = row.get("seed", EVALUATION_SEED)
+    return f"the run has it of {row['samples']} samples with seed {seed}; --all draws it again"
 
 
 def export_run(
@@ -207,9 +243,10 @@ def evaluate_protocol(
     texts = file.texts if file else [model.teacher.table.prompts[row] for row in model.text.judged.forget]
     asked = [Prompt(row, text) for row, text in zip(model.teacher.table.index(texts), texts)]
     if protocol == "celebrity":
-        return celebrity(sampler, asked, found[0], seeds or 20, number)
+        return celebrity(sampler, asked, found[0], seeds or 20, number) | {"seed": number}
     of_file = (file.seeds, file.categories) if file else (None, None)
-    return i2p(sampler, asked, found, seeds or 10, number, *of_file)
+    figures = i2p(sampler, asked, found, seeds or 10, number, *of_file)
+    return figures | {"seed": number if of_file[0] is None else None}  # None: of each prompt, as the file has them
 
 
 def _is_export(folder: Path) -> bool:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from pecker_fast import files
+from pecker_fast.account import measured_rate
 from pecker_fast.account.memory import Prediction, enough, predict
 from pecker_fast.conditions import PromptPlan
-from pecker_fast.errors import ModelError
+from pecker_fast.errors import ModelError, PeckerError
 from pecker_fast.loading import check_source, config_folder, plan_of
-from pecker_fast.machine import hardware
+from pecker_fast.machine.devices import Device, device_of
 from pecker_fast.networks import architectures
-from pecker_fast.recipe import Recipe
+from pecker_fast.recipe import Recipe, with_overrides
 
 HUB = {  # hub models whose sizes are known without asking
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -24,10 +25,10 @@ HUB = {  # hub models whose sizes are known without asking
 FLOAT_BYTES = 4
 
 
-def forecast(recipe: Recipe) -> Prediction | None:
+def forecast(recipe: Recipe, device: Device | None = None) -> Prediction | None:
     """Peak memory of a run by part; None for a hub model whose sizes are not known before it is fetched.
 
-    Raises ModelError for a model whose configs cannot be read or built.
+    device: None = what runs here use. Raises ModelError for a model whose configs cannot be read or built.
     """
     found = configs_of(recipe)
     if found is None:
@@ -39,9 +40,9 @@ def forecast(recipe: Recipe) -> Prediction | None:
         rows = _prompts(*plan_of(recipe, folder))
     width = unet.get("cross_attention_dim") or 0
     width = max(width) if isinstance(width, list | tuple) else width
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = (device or device_of()).kind
     return predict(
-        recipe, unet, vae_config=vae, table_bytes=FLOAT_BYTES * rows * tokens * width, device=device, tokens=tokens
+        recipe, unet, vae_config=vae, table_bytes=FLOAT_BYTES * rows * tokens * width, device=kind, tokens=tokens
     )
 
 
@@ -51,15 +52,24 @@ def configs_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None, P
         known = HUB.get(recipe.model)
         if known is None:
             return None
-        vae = "sdxl_vae" if known == "sdxl" else "sd15_vae"
-        return architectures.architecture(f"{known}_unet"), architectures.architecture(vae), None
+        vae = architectures.architecture("sdxl_vae" if known == "sdxl" else "sd15_vae")
+        return _resized(architectures.architecture(f"{known}_unet"), vae, recipe), vae, None
     source = files.resolve_model(recipe.model)
     check_source(recipe, source)
     folder = config_folder(recipe, source)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     config = files.read_json(unet / files.CONFIG_NAME, error=ModelError)
     vae_file = folder / "vae" / files.CONFIG_NAME
-    return config, files.read_json(vae_file, error=ModelError) if vae_file.is_file() else None, folder
+    found = files.read_json(vae_file, error=ModelError) if vae_file.is_file() else None
+    return _resized(config, found, recipe), found, folder
+
+
+def _resized(unet: dict[str, Any], vae: dict[str, Any] | None, recipe: Recipe) -> dict[str, Any]:
+    """The UNet's config with latents of the recipe's resolution."""
+    if recipe.resolution is None or vae is None:
+        return unet
+    halved = len(vae.get("block_out_channels") or ()) - 1
+    return {**unet, "sample_size": max(1, recipe.resolution >> max(0, halved))}
 
 
 def _tokens(folder: Path | None) -> int:
@@ -73,17 +83,52 @@ def _prompts(*plans: PromptPlan) -> int:
     return len({prompt for plan in plans for group in (plan.forget, plan.cover, plan.retain) for prompt in group}) + 1
 
 
-def available_bytes() -> int:
-    """Memory that a run can have: of the first GPU, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return hardware.memory_bytes()
+def check_memory(recipe: Recipe, device: Device | None = None) -> Prediction | None:
+    """`forecast`; raises RecipeError, with figures and remedies that were tried, where it will not fit."""
+    device = device or device_of()
+    prediction = forecast(recipe, device)
 
+    def again(overrides: list[str]) -> Prediction | None:
+        try:
+            return forecast(with_overrides(recipe, overrides), device)
+        except PeckerError:  # keys that do not go together, or a network that cannot
+            return None
 
-def check_memory(recipe: Recipe) -> Prediction | None:
-    """`forecast`; raises RecipeError, with figures and remedies, where it will not fit."""
-    prediction = forecast(recipe)
-    available = available_bytes()
-    if prediction is not None and available:
-        enough(prediction, available)
+    if prediction is not None and device.memory_bytes:
+        enough(prediction, device.memory_bytes, again)
     return prediction
+
+
+def surely_fits(recipe: Recipe) -> bool:
+    """Whether a class model that was loaded is so small against this machine that its forecast, seconds of work, need not be made.
+
+    A rough bound from above: 40 copies of the weights on disk, and 200 activations of every level's size a sample and layer.
+    """
+    config, _, folder = configs_of(recipe) or ({}, None, None)
+    if folder is None or not config.get("block_out_channels"):
+        return True  # a hub name
+    side = config.get("sample_size") or 0
+    side = max(side) if isinstance(side, list | tuple) else side
+    values = sum(int(width) * int(max(1, side >> i)) ** 2 for i, width in enumerate(config["block_out_channels"]))
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    stored = sum(path.stat().st_size for path in unet.glob("*.safetensors"))
+    needed = 40 * stored + 200 * FLOAT_BYTES * recipe.batch_size * values * (config.get("layers_per_block") or 2)
+    return needed < device_of().memory_bytes / 2
+
+
+def iteration_seconds(recipe: Recipe, prediction: Prediction, device: Device) -> tuple[dict[str, float], str] | None:
+    """(seconds of an iteration by stage, where that comes from); None where nothing is known of the network.
+
+    Both are estimates: FLOPs of the rehearsed iteration over a rate, which is measured on blocks of the network's shapes where
+    the device is here, and else read off a data sheet.
+    """
+    found = configs_of(recipe)
+    if found is None or not prediction.flops or not found[0].get("block_out_channels"):
+        return None
+    if device.here:
+        batch = recipe.engine.micro_batch or recipe.batch_size
+        rate = measured_rate(found[0], batch, recipe.precision, torch.device(device.kind))
+        source = f"at {rate / 1e9:.3g} GFLOP/s, measured here on convolutions of its sizes"
+    else:
+        rate, source = device.sheet_rate(recipe.precision)
+    return {stage: flops / rate for stage, flops in prediction.flops.items()}, source

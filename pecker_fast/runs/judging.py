@@ -10,7 +10,7 @@ from torch import Tensor
 from pecker_fast import files
 from pecker_fast.conditions import shown_classes
 from pecker_fast.errors import ModelError
-from pecker_fast.evaluate import Sampler, evaluate, fid_floor
+from pecker_fast.evaluate import Sampler, evaluate, fid_floor, share
 from pecker_fast.forgetting import ddim_sample, grid_labels, one_step_sample, save_grid
 from pecker_fast.loading import Model
 from pecker_fast.networks import Denoiser
@@ -19,6 +19,8 @@ from pecker_fast.recipe import Recipe
 GRID_COLUMNS = 8
 GRID_SEED = 7
 EVALUATION_SEED = 1_000_003  # apart from every training seed a user is likely to choose
+TRIED = 48  # samples of each group that the teacher draws before training
+TRUSTED = 0.8  # share of its teacher's samples that a judge is expected to see as asked
 
 
 class BaseJudging:
@@ -26,6 +28,48 @@ class BaseJudging:
 
     def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
         self.recipe, self.parts, self.poll = recipe, parts, poll  # poll is called before every draw and may raise
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a judge."""
+        raise NotImplementedError
+
+    def shares(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+        """`figures` without what compares distributions."""
+        raise NotImplementedError
+
+    def tried(self) -> dict[str, Any] | None:
+        """UA and retain accuracy of a few samples of the teacher's own, and `doubts`; None where nothing is to be judged, or
+        where the teacher cannot draw (its reference row says so)."""
+        evaluate = self.recipe.evaluate
+        wanted = max(evaluate.final, evaluate.samples if evaluate.every else 0)
+        if not wanted or not self.possible:
+            return None
+        try:
+            figures = self.shares(self.multi_step(), min(TRIED, wanted))
+        except ModelError:
+            return None
+        return {key: figures[key] for key in ("ua", "retain_accuracy", "samples")} | {"doubts": self.doubts(figures)}
+
+    def doubts(self, figures: dict[str, Any]) -> str | None:
+        """One line where the judge does not see in the teacher's own samples what was asked for; None where it does.
+
+        figures: `shares` of the teacher. A share counts as too low when its whole 95 % interval lies below `TRUSTED`.
+        """
+        found = []
+        for key, group in (("ua", "forget"), ("retain_accuracy", "retain")):
+            seen = share(figures, key)
+            if seen is None:
+                continue
+            seen = seen.opposite() if key == "ua" else seen
+            if seen.high < TRUSTED:
+                found.append(f"{seen.text()} of its {group} samples")
+        if not found:
+            return None
+        return (
+            f"the judge sees what was asked for in only {' and '.join(found)}, {figures['samples']} of each drawn by the teacher "
+            "in its own steps; figures made by it will mean little: give another judge (evaluate.judge), or a better teacher"
+        )
 
     def one_step(self, generator: Denoiser) -> Sampler:
         return self._polled(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
@@ -61,7 +105,14 @@ class Judging(BaseJudging):
         """UA, cover rate, retain figures of `samples` forget and `samples` retain images; see `evaluate`."""
         judge, c = self.parts.judge, self.parts.conditions
         assert judge is not None
-        return evaluate(sampler, judge, self.parts.reference, c.forget, c.cover, c.retain, samples, seed)
+        found = evaluate(sampler, judge, self.parts.reference, c.forget, c.cover, c.retain, samples, seed)
+        return found | {"seed": seed}
+
+    def shares(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+        """`figures` without what compares distributions."""
+        judge, c = self.parts.judge, self.parts.conditions
+        assert judge is not None
+        return evaluate(sampler, judge, None, c.forget, c.cover, c.retain, samples, seed)
 
     def grid(self, sampler: Sampler, path: Path) -> Path:
         """A row of images for every forget and retain class (see `shown_classes`), equal noise in every grid of a run."""

@@ -54,16 +54,22 @@ class PromptJudging(BaseJudging):
                 features.append(judge.features(images))
             return images
 
-        forget, retain = ([Prompt(row, self.table.prompts[row]) for row in group] for group in (c.forget, c.retain))
-        covers = [self.table.prompts[row] for row in c.cover]
-        figures = word_figures(noted, judge, forget, covers, retain, samples, seed)
-        figures |= dict.fromkeys(("fid", "inception_score", "precision", "recall"))
-        real = self._real(judge, [prompt.text for prompt in forget], covers)
+        figures = self.shares(noted, samples, seed)
+        figures |= {"seed": seed, **dict.fromkeys(("fid", "inception_score", "precision", "recall"))}
+        table = self.table.prompts
+        real = self._real(judge, [table[row] for row in c.forget], [table[row] for row in c.cover])
         if real is not None and samples > NEIGHBOURS:
             drawn = torch.cat(features)
             figures["fid"] = fid(real, drawn)
             figures["precision"], figures["recall"] = precision_recall(real, drawn, k=NEIGHBOURS)
         return figures
+
+    def shares(self, sampler: Sampler, samples: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+        """`figures` without what compares distributions."""
+        judge, c = self.parts.words, self.judged
+        assert judge is not None
+        forget, retain = ([Prompt(row, self.table.prompts[row]) for row in group] for group in (c.forget, c.retain))
+        return word_figures(sampler, judge, forget, [self.table.prompts[row] for row in c.cover], retain, samples, seed)
 
     def _real(self, judge: WordJudge, forget: list[str], covers: list[str]) -> Tensor | None:
         """Features of real images without the forgotten word; None without a reference, or with several words of a kind."""

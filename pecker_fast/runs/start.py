@@ -32,28 +32,44 @@ from pecker_fast.records import (
     require_tensorboard,
     trajectory_sha256,
 )
-from pecker_fast.runs.forecast import check_memory
+from pecker_fast.runs.forecast import check_memory, surely_fits
+from pecker_fast.runs.planning import found_rows, planned, prompt_rows, run_rows
 from pecker_fast.runs.training import RunResult, Training
 
 __all__ = ["RunResult", "distill", "train", "unlearn"]
 
 
 def train(
-    recipe: Recipe, *, tensorboard: bool = False, quiet: bool = False, dry_run: bool = False, ranks: Ranks = ALONE
+    recipe: Recipe,
+    *,
+    tensorboard: bool = False,
+    quiet: bool = False,
+    dry_run: bool = False,
+    ranks: Ranks = ALONE,
+    device: str | None = None,
 ) -> RunResult:
     """Run a recipe in its output folder, from where it stopped (`resume`). Raises PeckerError with nothing lost.
 
-    dry_run loads and checks everything, and writes nothing. ranks: the processes a launcher has started, all of which call
+    dry_run loads and checks everything, and writes nothing; the result tells what was found. device: what a dry run plans
+    for, see `device_of`; None = what runs here use. ranks: the processes a launcher has started, all of which call
     this with the same recipe (`ranks.launched`).
     """
     started = time.perf_counter()
     with ranks_of(recipe, ranks) as ranks:
         check_ranks(recipe, ranks)
-        prediction = check_memory(recipe) if recipe.uses_prompts and not recipe.engine.zero else None
-        if dry_run and dry_run_text(recipe):
-            return RunResult(Path(recipe.output), None, None)
+        text, found = recipe.uses_prompts, []
+        prediction = None if dry_run or not text or recipe.engine.zero else check_memory(recipe)
+        if dry_run and text:
+            found = ranks.first(lambda: planned(recipe, device)) or []
+            if (prompts := dry_run_text(recipe)) is not None:
+                return RunResult(Path(recipe.output), None, None, (*prompts, *found))
         parts = ranks.agree(lambda: load_parts(recipe))
         recipe = ranks.agree(lambda: fit_timesteps(recipe, parts.teacher.schedule.num_timesteps))
+        if not text:  # small as a rule, and only looked at when the folder is known to be sound
+            if dry_run:
+                found = ranks.first(lambda: planned(recipe, device)) or []
+            elif not recipe.engine.zero and not surely_fits(recipe):
+                prediction = check_memory(recipe)
         if (commit := revision_of(parts.folder)) is not None:
             recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
         forget_images = ranks.agree(lambda: _forget_images(recipe, parts))
@@ -64,7 +80,8 @@ def train(
             ranks.agree(require_tensorboard)
         if dry_run:
             ranks.first(lambda: note(parts.notes))
-            return RunResult(plan.run_dir, None, None)
+            found = [*found_rows(recipe, parts), *run_rows(recipe, plan.checkpoint), *found]
+            return RunResult(plan.run_dir, None, None, tuple(found))
         console = "none" if quiet else "auto"
         with ExitStack() as stack:
             ranks.first(lambda: stack.enter_context(locked(plan.run_dir)))
@@ -189,13 +206,14 @@ def distill(
     shutil.rmtree(run_dir)
 
 
-def dry_run_text(recipe: Recipe) -> bool:
-    """For a hub model: look at all but the weights, which are not fetched for it. False for every other recipe."""
+def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
+    """For a hub model: look at all but the weights, which are not fetched for it. None for every other recipe."""
     if not recipe.uses_prompts or not is_hub_name(recipe.model):
-        return False
-    plan_of(recipe, None)
-    plan_run_folder(recipe, {})
-    return True
+        return None
+    plan, _ = plan_of(recipe, None)
+    folder = plan_run_folder(recipe, {})
+    model = ("model", f"{recipe.model} of the Hugging Face hub; nothing was fetched")
+    return [model, *prompt_rows(plan), *run_rows(recipe, folder.checkpoint)]
 
 
 def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:

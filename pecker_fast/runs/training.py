@@ -46,11 +46,12 @@ def engine_of(recipe: Recipe, parts: Parts, device: torch.device, ranks: Ranks) 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `train` leaves: the run folder, its metrics (None after a dry run) and the report."""
+    """What `train` leaves: the run folder, its metrics (None after a dry run) and the report. found: rows of a dry run."""
 
     run_dir: Path
     metrics: dict[str, Any] | None
     report: Path | None
+    found: tuple[tuple[str, str], ...] = ()
 
 
 class Training:
@@ -103,6 +104,8 @@ class Training:
                 return RunResult(self.run_dir, self.metrics, report)
             self.metrics |= {"after": None, "step": None}
         self.log_start(checkpoint, state)
+        if checkpoint is None:
+            self.ranks.first(self.try_judge)
         if state.stage == "distill":
             self.iterate(state, self.recipe.distill_steps)
             state = self.enter_forget(state)
@@ -251,7 +254,7 @@ class Training:
             def judge() -> None:
                 assert generator is not None
                 result = self.judging.figures(self.judging.one_step(generator), self.recipe.evaluate.samples)
-                del result["per_class"]
+                del result["per_class"], result["intervals"]["per_class"], result["seed"]
                 self.tracker.event("evaluate", self.total_step(state), **result)
 
             self.ranks.first(judge)
@@ -271,6 +274,14 @@ class Training:
         self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))
 
     # -- the end ------------------------------------------------------------------------------------------------
+
+    def try_judge(self) -> None:
+        """Before anything is trained: does the judge see in the teacher's own samples what they were drawn for?"""
+        tried = None if self.recipe.engine.shard_teacher else self.judging.tried()
+        if tried is not None:
+            self.tracker.event("judge", 0, **tried)
+            if tried["doubts"] is not None:
+                self.tracker.say(f"warning: {tried['doubts']}")
 
     def judge_start(self, state: TrainState) -> None:
         """`before`: θ as forgetting finds it. Kept in metrics.json at once, since a resumed run cannot make it again."""
@@ -298,6 +309,8 @@ class Training:
         """Figures, pipeline and report of the averaged generator, on rank 0."""
         assert generator is not None
         self.parts.teacher = self.parts.teacher.to(self.device)
+        self.metrics["forget_steps"] = state.step if state.stage == "forget" else 0
+        self.metrics["before"] = self.before_again()
         self.judge_as("after", self.judging.one_step(generator))
         self.judge_teacher()
         self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
@@ -340,6 +353,17 @@ class Training:
             self.metrics["teacher"] = None
             line = " ".join(str(error).split())[:300] or type(error).__name__
             warn(f"the teacher's reference row is left empty: {line}")
+
+    def before_again(self) -> dict[str, Any] | None:
+        """Figures of `before`, of as many samples as those of `after`: drawn again where a resumed run is judged by other
+        numbers than the run it goes on from, None where θ started as what was distilled and is not kept."""
+        before, samples = self.metrics["before"], self.recipe.evaluate.final
+        if not self.judging.possible or not samples or (before and before["samples"] == samples):
+            return before
+        if self.recipe.distill_steps:
+            return None
+        start = start_generator(self.recipe, self.parts.teacher).to(self.device).freeze()
+        return self.judging.figures(self.judging.one_step(start), samples)
 
     def memory(self, state: TrainState) -> dict[str, int] | None:
         """Peak bytes of an iteration, as predicted before loading and as measured; None where nothing was predicted."""

@@ -85,6 +85,9 @@ def test_no_command_prints_help_and_version_prints_one_line(capsys):
         (["bench", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: not a file in a folder that"),
         (["bench", "mask.data=photos"], "mask.data: bench opens no images, got 'photos'; use pseudo or teacher"),
         (["doctor", "nope"], "recipe nope: no such recipe or file"),
+        (["pretrain", "digits", "--channels", "a,b"], "--channels: expected numbers such as 64,128,128, got 'a,b'"),
+        (["pretrain", "digits", "--batch-size", "0"], "batch_size: 0 is out of range"),
+        (["evaluate", "runs/x", "--json", "no/such/f.json"], "--json no/such/f.json: not a file in a folder that"),
         (["pretrain", "digit"], "pretrain digit: no such data set, did you mean digits?"),
         (["sample", "runs/x", "--classes", "a"], "--classes: expected numbers such as 0,1,2, got 'a'"),
         (["sample", "runs/x", "--count", "0"], "Invalid value for '--count'"),
@@ -123,11 +126,15 @@ def test_train_resolves_the_recipe_and_prints_what_came_of_it(capsys, monkeypatc
 
 
 def test_a_dry_run_prints_the_resolved_recipe(capsys, monkeypatch, tmp_path):
-    result = types.SimpleNamespace(run_dir=tmp_path, metrics=None, report=None)
-    stand_in(monkeypatch, "pecker_fast.runs", train=recorder(result))
-    assert cli.main(["train", "digits", "seed=7", "--dry-run"]) == 0
+    found = (("memory (predicted)", "3 MiB: teacher 1 MiB"), ("model", "a: # b"))
+    result = types.SimpleNamespace(run_dir=tmp_path, metrics=None, report=None, found=found)
+    train = recorder(result)
+    stand_in(monkeypatch, "pecker_fast.runs", train=train)
+    assert cli.main(["train", "digits", "seed=7", "--dry-run", "--device", "cuda:80GB"]) == 0
+    assert train.calls[0][1]["device"] == "cuda:80GB"
     path = tmp_path / "r.yaml"
     path.write_text(capsys.readouterr().out)
+    assert path.read_text().startswith("# memory (predicted): 3 MiB: teacher 1 MiB\n# model: a: # b\n")
     assert load_recipe(path) == load_recipe("digits", ["seed=7"])
 
 
@@ -201,10 +208,11 @@ def test_the_verbs_hand_their_options_on(capsys, monkeypatch):
     )
     keys = {"classes": [0, 2], "count": 3, "seed": 5, "output": Path("o.png"), "before": True, "prompts": None}
     assert sample.calls == [((run,), keys)]
-    assert evaluate.calls == [((run,), {"samples": 10, "seed": 2, "judge": Path("j")})]
+    assert evaluate.calls == [((run,), {"samples": 10, "seed": 2, "judge": Path("j"), "everything": False})]
     assert export.calls == [((run,), {"output": Path("out"), "weights": "raw", "form": "diffusers"})]
     assert report.calls == [((run,), {})]
     keys = {"data": Path("d"), "output": None, "steps": 9, "seed": 1, "distill_steps": 0, "size": 32}
+    keys |= {"batch_size": None, "channels": None}
     assert pretrain.calls == [(("images",), keys)]
     assert capsys.readouterr().out == "images: a.png\nthe table\npipeline: p\nreport: r.html\nmodel folder: m\n"
 

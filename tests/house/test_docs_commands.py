@@ -81,5 +81,8 @@ def tried(line: str) -> list[str] | None:
 
 @pytest.mark.parametrize("line", [line for line in OURS if tried(line)])
 def test_it_works(line, scratch, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "pecker_fast.runs.start.planned", lambda recipe, device: []
+    )  # tests/runs/test_planning.py has it
     monkeypatch.chdir(scratch / "new" if line.startswith("train") else scratch)
     assert cli.main(tried(line)) == 0, capsys.readouterr().err

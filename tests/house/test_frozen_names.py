@@ -59,8 +59,19 @@ DEFAULTS = {
 }  # fmt: skip
 
 COMMANDS = {
-    "train": {"recipe", "overrides", "--tensorboard", "--dry-run", "--quiet", "-q"},
-    "pretrain": {"name", "--data", "--output", "-o", "--steps", "--seed", "--distill-steps", "--size"},
+    "train": {"recipe", "overrides", "--tensorboard", "--dry-run", "--device", "--quiet", "-q"},
+    "pretrain": {
+        "name",
+        "--data",
+        "--output",
+        "-o",
+        "--steps",
+        "--seed",
+        "--distill-steps",
+        "--size",
+        "--batch-size",
+        "--channels",
+    },
     "sample": {"run", "--classes", "--prompt", "--count", "--seed", "--output", "-o", "--before"},
     "evaluate": {
         "run",
@@ -72,11 +83,14 @@ COMMANDS = {
         "--detector",
         "--seeds",
         "--before",
+        "--all",
+        "--json",
+        "--keep",
     },
     "report": {"run"},
     "mask": {"run", "--plot"},
     "export": {"what", "--output", "-o", "--weights", "--format"},
-    "doctor": {"recipe", "overrides"},
+    "doctor": {"recipe", "overrides", "--device"},
     "bench": {"recipe", "overrides", "--iterations", "--json"},
     "recipes list": set(),
     "recipes show": {"name", "--all"},

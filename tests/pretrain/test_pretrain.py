@@ -13,16 +13,17 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from pecker_fast import draws, files
+from pecker_fast.account.memory import TooLarge, size
 from pecker_fast.data import datasets as data_sets
 from pecker_fast.data.datasets import Dataset
 from pecker_fast.errors import CheckpointError, DataError, Interrupted, OutputError, PeckerError, RecipeError
 from pecker_fast.evaluate.judge import load_judge
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser
 from pecker_fast.networks.schedule import Schedule, load_schedule
-from pecker_fast.pretrain import SETTINGS, Settings, pretrain, unet_config
+from pecker_fast.pretrain import SETTINGS, Settings, memory, pretrain, unet_config
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.judge import augment
-from pecker_fast.pretrain.settings import lr_at
+from pecker_fast.pretrain.settings import fitted, lr_at, settings_for
 from pecker_fast.pretrain.teacher import noise_prediction_loss
 
 SHORT = replace(
@@ -312,3 +313,127 @@ def test_too_few_images_for_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(data_sets, "open_data", lambda *args, **kwargs: two)
     with pytest.raises(DataError, match="too few"):
         run(tmp_path / "out")
+
+
+def image_folder(folder: Path, count: int = 12, size: int = 16) -> Path:
+    from PIL import Image
+
+    for i in range(count):
+        path = folder / ("cats" if i % 2 else "dogs") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (size, size), 20 * i).save(path)
+    return folder
+
+
+def test_defaults_of_an_image_folder_follow_its_images() -> None:
+    own = SETTINGS["images"]
+    assert fitted(own, 50_000, 32) == own  # the papers' settings, at the papers' size
+    large = fitted(own, 50_000, 64)
+    assert (large.batch_size, large.channels, large.steps) == (32, None, own.steps)
+    few = fitted(own, 200, 64)
+    assert few.batch_size == 32
+    assert few.channels == (64, 128, 128, 128, 256)
+    assert few.steps == 1000 * 200 // 32
+    assert few.judge_steps == 1500
+    assert fitted(own, 10, 256).batch_size == 8
+    kept = fitted(settings_for("images", 7, 64, (32, 64)), 200, 64, frozenset({"steps", "batch_size", "channels"}))
+    assert (kept.steps, kept.batch_size, kept.channels) == (7, 64, (32, 64))
+    for given in ({"batch_size": 0}, {"channels": ()}, {"channels": (12,)}, {"channels": (8,) * 9}):
+        with pytest.raises(RecipeError, match=next(iter(given))):
+            settings_for("images", **given)
+    for channels in ((64,), (40, 48), (8, 16)):  # groups and heads that divide them
+        unet = UNet2DModel(**unet_config(settings_for("digits", None, None, channels), 1, 8, 10))
+        assert unet(torch.zeros(1, 1, 8, 8), 0, class_labels=torch.zeros(1, dtype=torch.long)).sample.shape[1] == 1
+
+
+def test_predicted_memory_is_what_a_step_takes() -> None:
+    from pecker_fast.account.memory import measured_peak
+
+    config = unet_config(SETTINGS["digits"], 1, 8, 10)
+    unet: Any = UNet2DModel(**config)
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
+    average = [p.detach().clone() for p in unet.parameters()]
+
+    def step() -> None:
+        x = torch.zeros(64, 1, 8, 8)
+        t = torch.zeros(64, dtype=torch.long)
+        torch.nn.functional.mse_loss(unet(x, t, class_labels=t).sample, x).backward()
+
+    step()
+    optimizer.step()
+    optimizer.zero_grad()
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    with measured_peak(torch.device("cpu"), [*unet.parameters(), *average, *moments]) as peak:
+        step()
+    prediction = memory.predict_teacher(config, 64, beside_bytes=1000)
+    assert prediction.peak_bytes == pytest.approx(peak.bytes + 1000, rel=0.03)
+    assert sum(prediction.parts.values()) == prediction.peak_bytes
+    assert prediction.parts["images"] == 1000
+
+
+def test_what_does_not_fit_is_refused_with_options_that_do() -> None:
+    settings = replace(SETTINGS["digits"], batch_size=64)
+
+    def config_of(settings: Settings) -> dict[str, Any]:
+        return unet_config(settings, 1, 8, 10)
+
+    peak = memory.predict_teacher(config_of(settings), 64).peak_bytes
+    assert memory.check(config_of, settings, 0, peak).peak_bytes == peak  # type: ignore[union-attr]
+    assert memory.check(config_of, settings, 0, 1 << 50) is None  # so small that it is not looked at
+    with pytest.raises(TooLarge, match="in batches of 64 needs about") as refused:
+        memory.check(config_of, settings, 0, int(0.8 * peak))
+    assert "--batch-size 32 takes" in str(refused.value)
+    assert "--channels 16,24 takes" in str(refused.value)
+    assert ("peak", size(peak)) in refused.value.table
+    with pytest.raises(TooLarge, match="needs a smaller --size, or a larger machine"):
+        memory.check(config_of, settings, 0, 1000)
+
+
+@pytest.mark.parametrize("name", ["images", "shapes"])
+def test_every_kind_refuses_before_it_starts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pecker_fast import cli
+
+    monkeypatch.setattr("pecker_fast.machine.hardware.memory_bytes", lambda: 1 << 20)
+    data = ["--data", str(image_folder(tmp_path / "photos"))] if name == "images" else []
+    arguments = ["pretrain", name, *data, "--output", str(tmp_path / "model"), "--batch-size", "64", "--steps", "1"]
+    assert cli.main([*arguments, "--channels", "64,64"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: memory: training at")
+    assert "activations" in printed.out
+    assert not (tmp_path / "model" / "unet").exists()
+
+
+def test_state_is_saved_by_the_clock_and_the_judge_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SHORT, checkpoint_every=100)
+    saved: list[tuple[str, int]] = []
+    save = folders.save_partial
+
+    def noted(folder: Path, tensors: dict[str, torch.Tensor], step: int, part: str = "teacher") -> None:
+        saved.append((part, step))
+        save(folder, tensors, step, part)
+
+    monkeypatch.setattr("pecker_fast.pretrain.fit.save_partial", noted)
+    run(tmp_path / "whole", settings)
+    assert saved == [("teacher", 4), ("judge", 4)]
+    monkeypatch.setattr("pecker_fast.pretrain.fit.SAVE_S", 0.0)
+    saved.clear()
+
+    def killed(folder: Path, tensors: dict[str, torch.Tensor], step: int, part: str = "teacher") -> None:
+        noted(folder, tensors, step, part)
+        if (part, step) == ("judge", 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pecker_fast.pretrain.fit.save_partial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", settings)
+    assert saved == [*(("teacher", i) for i in (1, 2, 3, 4)), *(("judge", i) for i in (1, 2, 3))]
+    monkeypatch.setattr("pecker_fast.pretrain.fit.save_partial", noted)
+    saved.clear()
+    run(tmp_path / "cut", settings)
+    assert saved == [("judge", 4)]
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert not list((tmp_path / "cut").glob("partial*"))

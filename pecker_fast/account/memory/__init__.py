@@ -1,6 +1,29 @@
 """How much memory a run will take, found before anything is loaded, and how much an iteration took."""
 
+from pecker_fast.account.memory.fitting import predict_fit
 from pecker_fast.account.memory.measured import Peak, alive, measured_peak
-from pecker_fast.account.memory.prediction import DECODED_AT_ONCE, ITERATION, Prediction, enough, predict, size
+from pecker_fast.account.memory.networks import build
+from pecker_fast.account.memory.prediction import (
+    DECODED_AT_ONCE,
+    ITERATION,
+    Prediction,
+    TooLarge,
+    enough,
+    predict,
+    size,
+)
 
-__all__ = ["DECODED_AT_ONCE", "ITERATION", "Peak", "Prediction", "alive", "enough", "measured_peak", "predict", "size"]
+__all__ = [
+    "DECODED_AT_ONCE",
+    "ITERATION",
+    "Peak",
+    "Prediction",
+    "TooLarge",
+    "alive",
+    "build",
+    "enough",
+    "measured_peak",
+    "predict",
+    "predict_fit",
+    "size",
+]

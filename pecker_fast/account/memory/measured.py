@@ -14,15 +14,20 @@ from torch.utils._pytree import tree_iter
 
 from pecker_fast.account.iteration import state_tensors
 from pecker_fast.account.live import LiveBytes
+from pecker_fast.account.memory.work import flops_of
 from pecker_fast.engine import TrainState
 
 
 class LiveMode(TorchDispatchMode):
-    """Shows every tensor that an operation returns to a LiveBytes. What autograd keeps is alive like all else."""
+    """Shows every tensor that an operation returns to a LiveBytes. What autograd keeps is alive like all else.
+
+    flops: of all operations so far.
+    """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = LiveBytes(known)
+        self.flops = 0
 
     def peak_since(self) -> int:
         """The peak so far; it starts again from what is alive now."""
@@ -31,6 +36,7 @@ class LiveMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.flops += flops_of(func, args, kwargs or {}, out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self.live.see(tensor)

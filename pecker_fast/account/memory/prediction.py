@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,9 @@ from pecker_fast.recipe import Recipe
 DECODED_AT_ONCE = 1  # latents that pass through the VAE together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GIB = 1 << 30
+TRIES, TRIES_OF_LARGE = 6, 3  # remedies that are tried: each takes as long as the forecast, of a large network a minute
+LARGE_BYTES = 1 << 30  # of the teacher's weights
+Again = Callable[[list[str]], "Prediction | None"]  # overrides as on the command line
 ITERATION = ("score step", "generator step", "average")  # the phases of one
 
 
@@ -32,11 +35,12 @@ ITERATION = ("score step", "generator step", "average")  # the phases of one
 class Prediction:
     """parts: bytes of each kind; "activations" are what the largest phase holds beyond the others, so they add up to
     `peak_bytes`. phases: peak bytes of each phase, all that is alive then. remedies: keys of the recipe that would take
-    less, each with what it makes smaller ("state" or "activations")."""
+    less, each with what it makes smaller ("state" or "activations"). flops: of an iteration, by stage."""
 
     parts: dict[str, int]
     phases: dict[str, int]
     remedies: tuple[tuple[str, str], ...] = ()
+    flops: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -59,19 +63,68 @@ def size(n: int) -> str:
     return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / (1 << 20):.1f} MiB"
 
 
-def enough(prediction: Prediction, available_bytes: int) -> None:
-    """Raises RecipeError, with what is needed and how to need less, unless the prediction fits."""
+class TooLarge(RecipeError):
+    """A recipe that will not fit. table: the parts and phases behind the message, as `Prediction.table`."""
+
+    def __init__(self, message: str, table: list[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.table = table
+
+
+def enough(prediction: Prediction, available_bytes: int, again: Again | None = None) -> None:
+    """Raises RecipeError, with what is needed and how to need less, unless the prediction fits.
+
+    again: predicts the recipe with other keys (None where they do not fit together); then every remedy named was tried, with
+    its peak, the greatest gain first, and if none is enough alone how many of them are together.
+    """
     if prediction.peak_bytes <= available_bytes:
         return
-    state = prediction.state_bytes > available_bytes  # then no smaller batch helps
-    useful = [key for kind, key in prediction.remedies if kind == "state" or not state]
     largest = sorted(prediction.parts.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {size(n)}" for name, n in largest)
-    remedy = f"try {', '.join(useful)}" if useful else "it needs a larger device, or a smaller model"
-    raise RecipeError(
+    remedy = _tried(prediction, available_bytes, again) if again else _untried(prediction, available_bytes)
+    raise TooLarge(
         f"memory: this recipe needs about {size(prediction.peak_bytes)} ({parts}), "
-        f"{size(available_bytes)} are available; {remedy}"
+        f"{size(available_bytes)} are available; {remedy or 'it needs a larger device, or a smaller model'}",
+        prediction.table(),
     )
+
+
+def _untried(prediction: Prediction, available_bytes: int) -> str:
+    useful = _useful(prediction, available_bytes)
+    return f"try {', '.join(useful)}" if useful else ""
+
+
+def _useful(prediction: Prediction, available_bytes: int) -> list[str]:
+    """Remedies that may be enough: where the state alone is too large, no smaller batch helps."""
+    state = prediction.state_bytes > available_bytes
+    return [key for kind, key in prediction.remedies if kind == "state" or not state]
+
+
+def _tried(prediction: Prediction, available_bytes: int, again: Again) -> str:
+    peaks = {}
+    tries = TRIES_OF_LARGE if prediction.parts.get("teacher", 0) > LARGE_BYTES else TRIES
+    for key in _useful(prediction, available_bytes)[:tries]:
+        key = _override(key)
+        found = again([key])
+        if found is not None and found.peak_bytes < prediction.peak_bytes:
+            peaks[key] = found.peak_bytes
+    order = sorted(peaks, key=peaks.__getitem__)
+    if not order:
+        return ""
+    said = f"tried: {', '.join(f'{key} takes {size(peaks[key])}' for key in order)}"
+    if peaks[order[0]] <= available_bytes:
+        return said
+    for count in range(2, len(order) + 1):
+        found = again(order[:count])
+        if found is not None and found.peak_bytes <= available_bytes:
+            return f"{said}; together {' '.join(order[:count])} take {size(found.peak_bytes)}"
+    return f"{said}; that is not enough, nor is all of it together"
+
+
+def _override(remedy: str) -> str:
+    """A remedy as a key that can be tried."""
+    name, _, n = remedy.partition(" below ")
+    return f"{name}={int(n) // 2}" if n else remedy
 
 
 def predict(
@@ -113,8 +166,8 @@ class Settings:
         recipe = self.recipe
         split = batch_size > 1 and self.micro_batch != 1
         found = (
-            (split, "activations", "engine.micro_batch=1"),
             (not self.checkpointing, "activations", "engine.checkpointing=true"),
+            (split, "activations", "engine.micro_batch=1"),
             (recipe.precision == "fp32", "activations", "precision=bf16"),
             (recipe.score == "full", "state", "score=lora"),
             (self.weights == torch.float32, "state", "engine.weights=bf16"),
@@ -167,10 +220,13 @@ class _Plan:
 
     def prediction(self) -> Prediction:
         phases: dict[str, int] = {}
+        flops: dict[str, int] = {}
         scored = self.mask is not None and self.recipe.mask.source == "saliency"
         if self.recipe.distill_steps:
             distill = self._rested("distill")
-            steps = self.engine.phases(distill, self._live(distill))
+            live = self._live(distill)
+            steps = self.engine.phases(distill, live)
+            flops["distill"] = round(live.flops * self.engine.repeats)
             phases |= {f"distillation's {name}": n for name, n in steps.items()}
             del distill
         if scored and not self.recipe.mask.refresh:
@@ -188,14 +244,15 @@ class _Plan:
             phases["saliency pass"] = self.engine.saliency(state, live)
         with unset_fake_temporarily():  # which rows are live is read off the bits
             self.engine.plan(state)
+        before = live.flops
         phases |= self.engine.phases(state, live)
+        flops["forget"] = round((live.flops - before) * self.engine.repeats)
         if self.vae is not None:
             phases["decoding"] = self._decoding(self.vae, state, live)
         phases = {name: n + self.table_bytes for name, n in phases.items()}
         parts = self._parts(state)
         parts["activations"] = max(phases.values()) - sum(parts.values())
-        before = self.setting.recipe.batch_size
-        return Prediction(parts, phases, self.setting.remedies(before))
+        return Prediction(parts, phases, self.setting.remedies(self.recipe.batch_size), flops)
 
     def _rested(self, stage: str) -> TrainState:
         state = self._state(stage)

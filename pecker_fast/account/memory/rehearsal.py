@@ -17,6 +17,7 @@ from pecker_fast.recipe import Recipe
 
 Gradients = Any
 CPU = torch.device("cpu")
+PIECES = 2  # of a batch that passes in pieces: all further ones are as the second, whose gradients join the first's
 
 
 class _Trusting(FiniteGuard):
@@ -41,12 +42,22 @@ class Rehearsal(LocalEngine):
         super().__init__(recipe.model_copy(update={"engine": plain}), nobody, CPU, late=device == "cuda")
         self.guard = _Trusting(CPU, late=device == "cuda")
         self.gradient_bytes = 0  # the most that was handed to one step
+        most = PIECES * recipe.engine.micro_batch or recipe.batch_size
+        self.batch_size = min(recipe.batch_size, most)
 
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
-        n = self.recipe.batch_size
+        return self._batch(self.batch_size, state, role, branch)
+
+    @staticmethod
+    def _batch(n: int, state: TrainState, role: str, branch: str) -> Batch:
         z = torch.empty(n, *state.generator.sample_shape)
         t, c = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
         return Batch(z, torch.empty_like(z), t, c, c if role == "score" or branch != "forget" else torch.zeros_like(c))
+
+    @property
+    def repeats(self) -> float:
+        """What a rehearsed batch is to be multiplied by."""
+        return self.recipe.batch_size / self.batch_size
 
     def rest(self, state: TrainState) -> None:
         """Give the optimizers the state they have after a step, and let them take none."""
@@ -100,7 +111,7 @@ class Rehearsal(LocalEngine):
             live.peak_since()
             scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
             more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
-            self.saliency_pass(state).loss(self.draw(state, "generator", "forget")).backward()
+            self.saliency_pass(state).loss(self._batch(recipe.batch_size, state, "generator", "forget")).backward()
             del scores, more
         self._forget_gradients(generator)
         self._forget_gradients(state.score)

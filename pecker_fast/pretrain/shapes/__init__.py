@@ -15,16 +15,20 @@ from pecker_fast.data import captions, random_words, render
 from pecker_fast.errors import RecipeError
 from pecker_fast.evaluate import WordJudge, fid, fid_floor
 from pecker_fast.networks import load_schedule
+from pecker_fast.pretrain import memory
 from pecker_fast.pretrain import output as folders
+from pecker_fast.pretrain.settings import Settings, options, with_size
 from pecker_fast.pretrain.shapes.folder import write_pipeline
 from pecker_fast.pretrain.shapes.judge import quantise, train_judge
-from pecker_fast.pretrain.shapes.settings import LENGTH, ShapesSettings
+from pecker_fast.pretrain.shapes.settings import LENGTH, SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words
-from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher
+from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher, unet_config
 from pecker_fast.pretrain.shapes.vae import encode, psnr_db, train_vae
 
 __all__ = ["ShapesSettings", "draw", "measure", "obedience", "pretrain_shapes"]
 
+MOST_LEVELS = 4  # of the UNet: latents are 8×8
+POOL_BYTES = 4 * 3 * SIZE * SIZE  # of a picture as it is drawn
 CAPTIONS, HELD_OUT = "captions.txt", "held_out.txt"
 
 
@@ -35,6 +39,8 @@ def pretrain_shapes(
     distill_steps: int | None = None,
     *,
     settings: ShapesSettings | None = None,
+    batch_size: int | None = None,
+    channels: tuple[int, ...] | None = None,
 ) -> Path:
     """Train VAE, text encoder, UNet and judge on drawn shapes, and write them as a StableDiffusionPipeline folder.
 
@@ -42,13 +48,14 @@ def pretrain_shapes(
         interrupted is continued: finished parts are kept, the UNet goes on from its last saved step.
     steps: training steps of UNet and text encoder; None = the settings' own.
     distill_steps: steps of distilling a one-step generator beside them, 0 = none; None = the settings' own.
-    settings: replaces the settings.
+    settings: replaces the settings. batch_size: captions of a step of UNet and text encoder. channels: of each level of the UNet.
 
     Returns the folder. Raises `OutputError`, `RecipeError`, `CheckpointError` and, after a signal, `Interrupted`.
     """
     settings = settings or ShapesSettings()
     if steps is not None:
         settings = replace(settings, teacher=replace(settings.teacher, steps=steps))
+    settings = _resized(settings, batch_size, channels)
     distill_steps = settings.distill_steps if distill_steps is None else distill_steps
     for key, value, least in (
         ("steps", settings.teacher.steps, 1),
@@ -58,6 +65,7 @@ def pretrain_shapes(
         if not least <= value < 1 << 63:
             raise RecipeError(f"{key}: {value} is out of range, a number from {least} and below 2^63 expected")
     folder = Path(output) if output is not None else Path("runs") / "pretrain-shapes"
+    memory.check(lambda teacher: _memory_config(settings, teacher), settings.teacher, settings.pool * POOL_BYTES)
     folders.claim(folder)
 
     begun = time.monotonic()
@@ -82,7 +90,7 @@ def pretrain_shapes(
         "name": "shapes",
         "kind": "teacher",
         "command": f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
-        f"--distill-steps {distill_steps}",
+        f"--distill-steps {distill_steps}{options(batch_size, channels)}",
         "seed": seed,
         "settings": identity["settings"],
         "versions": _versions(),
@@ -94,6 +102,27 @@ def pretrain_shapes(
     files.write_json(folder / folders.MODEL, card)
     folders.finish(folder)
     return folder
+
+
+def _resized(settings: ShapesSettings, batch_size: int | None, channels: tuple[int, ...] | None) -> ShapesSettings:
+    """Another batch and width of the UNet. Raises `RecipeError`."""
+    teacher = with_size(settings.teacher, batch_size)
+    if channels is None:
+        return replace(settings, teacher=teacher)
+    with_size(settings.teacher, None, channels)
+    head = settings.unet_head_dim
+    if len(channels) > MOST_LEVELS or any(width % head for width in channels):
+        given = ",".join(map(str, channels))
+        raise RecipeError(
+            f"channels: {given}: shapes takes up to {MOST_LEVELS} levels, multiples of {head}, such as 32,64"
+        )
+    return replace(settings, teacher=teacher, unet_channels=channels)
+
+
+def _memory_config(settings: ShapesSettings, teacher: Settings) -> dict[str, Any]:
+    """The UNet's config, as wide as `teacher` asks for, and the tokens of a caption."""
+    wide = replace(settings, unet_channels=teacher.channels or settings.unet_channels)
+    return {**unet_config(wide), "tokens": LENGTH}
 
 
 def distil(folder: Path, settings: ShapesSettings, steps: int, seed: int) -> None:

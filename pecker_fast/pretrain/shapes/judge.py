@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pecker_fast import draws
 from pecker_fast.data import ATTRIBUTES, random_words, render
 from pecker_fast.evaluate import SmallClassifier, WordJudge, load_word_judge, save_word_judge
-from pecker_fast.pretrain.fit import TrainState, fit
+from pecker_fast.pretrain.fit import fit, resumable
 from pecker_fast.pretrain.shapes.settings import SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.vae import as_floats, decode, encode
 
@@ -62,7 +62,8 @@ def train_judge(
         x = augment(as_floats(images), settings.judge_noise, g).contiguous(memory_format=torch.channels_last)
         return word_loss(network(x.to(device)), words[index].to(device))
 
-    fit("judge", TrainState.fresh(network, plan), loss_at, plan)
+    state, save, _ = resumable(folder.parent, "judge", network, plan)
+    fit("judge", state, loss_at, plan, save)
     save_word_judge(folder, network, ATTRIBUTES)  # rounded; everything below is measured with the rounded judge
     judge = load_word_judge(folder)
     assert judge is not None

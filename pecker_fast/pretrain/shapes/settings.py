@@ -83,7 +83,7 @@ class ShapesSettings:
     kl: float = 1e-3
     snr_clip: float = 5.0
     lateness: float = 2.0
-    unet_channels: tuple[int, int] = (32, 64)
+    unet_channels: tuple[int, ...] = (32, 64)
     unet_head_dim: int = 16
     text_width: int = 64
     text_layers: int = 2

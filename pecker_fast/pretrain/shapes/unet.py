@@ -11,33 +11,38 @@ from torch import Tensor, nn
 from pecker_fast import draws
 from pecker_fast.data import TEMPLATES, caption
 from pecker_fast.networks import Schedule
-from pecker_fast.pretrain.fit import TrainState, fit
-from pecker_fast.pretrain.output import load_partial, save_partial
+from pecker_fast.pretrain.fit import fit, resumable
+from pecker_fast.pretrain.output import TEACHER
 from pecker_fast.pretrain.settings import Settings
 from pecker_fast.pretrain.shapes.folder import TEXT_WEIGHTS, read_network, write_network
 from pecker_fast.pretrain.shapes.settings import LATENT_CHANNELS, LATENT_SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import token_ids
 
 
+def unet_config(settings: ShapesSettings) -> dict[str, Any]:
+    """Arguments of diffusers' UNet2DConditionModel."""
+    levels = len(settings.unet_channels)
+    return {
+        "sample_size": LATENT_SIZE,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "layers_per_block": 1,
+        "block_out_channels": settings.unet_channels,
+        "down_block_types": ("CrossAttnDownBlock2D",) * levels,
+        "up_block_types": ("CrossAttnUpBlock2D",) * levels,
+        "attention_head_dim": tuple(width // settings.unet_head_dim for width in settings.unet_channels),
+        "cross_attention_dim": settings.text_width,
+        "norm_num_groups": 8,
+    }
+
+
 def build_unet(settings: ShapesSettings, seed: int) -> Any:
     """A UNet2DConditionModel with fresh weights, a function of the seed."""
     from diffusers import UNet2DConditionModel
 
-    levels = len(settings.unet_channels)
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(seed, "shapes-unet-init").initial_seed())
-        return UNet2DConditionModel(
-            sample_size=LATENT_SIZE,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            layers_per_block=1,
-            block_out_channels=settings.unet_channels,
-            down_block_types=("CrossAttnDownBlock2D",) * levels,
-            up_block_types=("CrossAttnUpBlock2D",) * levels,
-            attention_head_dim=tuple(width // settings.unet_head_dim for width in settings.unet_channels),
-            cross_attention_dim=settings.text_width,
-            norm_num_groups=8,
-        )
+        return UNet2DConditionModel(**unet_config(settings))
 
 
 def build_text_encoder(settings: ShapesSettings, tokenizer: Any, seed: int) -> Any:
@@ -114,10 +119,7 @@ def train_teacher(
         return None
     parts.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = settings.teacher
-    state = TrainState.fresh(parts, plan)
-    saved = load_partial(folder)
-    if saved:
-        state.load(*saved)
+    state, save, resumed_from = resumable(folder, TEACHER, parts, plan)
     schedule = schedule.to(device)
 
     def loss_at(step: int) -> Tensor:
@@ -130,7 +132,7 @@ def train_teacher(
         output = unet(x_t, t, encoder_hidden_states=text_encoder(ids)[0]).sample
         return weighted_error(output, e, t, schedule, settings.snr_clip)
 
-    fit("teacher", state, loss_at, plan, save=lambda tensors, step: save_partial(folder, tensors, step))
+    fit("teacher", state, loss_at, plan, save)
     write_network(text_encoder, folder / "text_encoder", TEXT_WEIGHTS)
     write_network(unet, folder / "unet")
-    return saved[1] if saved else None
+    return resumed_from

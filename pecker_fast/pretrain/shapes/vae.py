@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pecker_fast import draws
-from pecker_fast.pretrain.fit import TrainState, fit
+from pecker_fast.pretrain.fit import fit, resumable
 from pecker_fast.pretrain.shapes.folder import read_network, write_network
 from pecker_fast.pretrain.shapes.settings import LATENT_CHANNELS, SIZE, ShapesSettings
 
@@ -64,7 +64,8 @@ def train_vae(folder: Path, pool: Tensor, settings: ShapesSettings, seed: int, d
             x = as_floats(pool[torch.randint(len(pool), (plan.batch_size,), generator=g)]).to(device)
             return vae_loss(vae, x.contiguous(memory_format=torch.channels_last), settings, g)
 
-        fit("vae", TrainState.fresh(vae, plan), loss_at, plan)
+        state, save, _ = resumable(folder.parent, "vae", vae, plan)
+        fit("vae", state, loss_at, plan, save)
         vae.register_to_config(scaling_factor=1.0)
         std = encode(vae, pool[: 16 * BATCH]).std().item()
         vae.register_to_config(scaling_factor=round(1 / std, 4))
