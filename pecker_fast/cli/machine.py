@@ -26,8 +26,8 @@ def doctor(
 ) -> None:
     """Show versions, backends, what is missing, and the memory and time a recipe will take. Exits with 1 if something must be
     mended."""
+    from pecker_fast.machine import device_of
     from pecker_fast.machine import doctor as examine
-    from pecker_fast.machine.devices import device_of
     from pecker_fast.recipe import load_recipe
 
     if device is not None:

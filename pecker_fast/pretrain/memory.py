@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pecker_fast.account.memory import Prediction, TooLarge, build, predict_fit, size
 from pecker_fast.errors import RecipeError
-from pecker_fast.machine.devices import device_of
+from pecker_fast.machine import device_of
 from pecker_fast.pretrain.settings import Settings, with_size
 
 KEPT = 100  # activations of every level's size that a step may keep, rather too many

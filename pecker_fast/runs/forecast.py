@@ -13,7 +13,7 @@ from pecker_fast.account.memory import Prediction, enough, predict
 from pecker_fast.conditions import PromptPlan
 from pecker_fast.errors import ModelError, PeckerError
 from pecker_fast.loading import check_source, config_folder, plan_of
-from pecker_fast.machine.devices import Device, device_of
+from pecker_fast.machine import Device, device_of
 from pecker_fast.networks import architectures
 from pecker_fast.recipe import Recipe, with_overrides
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pecker_fast.account.memory import Prediction, size
 from pecker_fast.conditions import PromptPlan
 from pecker_fast.loading import Parts
-from pecker_fast.machine.devices import Device, device_of
+from pecker_fast.machine import Device, device_of
 from pecker_fast.networks import TextDenoiser
 from pecker_fast.recipe import Recipe
 from pecker_fast.runs.forecast import check_memory, iteration_seconds
