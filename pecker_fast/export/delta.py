@@ -11,7 +11,6 @@ The metadata holds format, version, the hashes of base and result, and the list 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -25,13 +24,12 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError
-from pecker_fast.networks import MARKS
+from pecker_fast.networks import MARKS, copy_file, copy_part, is_small
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
 
 FORMAT, VERSION = "pecker-fast delta", "1"
 _FORMS = {"same": (), "mask": ("mask", "values"), "indices": ("indices", "values"), "whole": ("whole",)}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TEXT_FILES = {".json", ".txt", ".md", ""}
 
 
 @dataclass(frozen=True)
@@ -325,24 +323,16 @@ def _put_scheduler(delta: _Delta, target: Path) -> None:
 
 
 def _copy_model(base: Path, target: Path) -> None:
-    """Copy a diffusers folder without its UNet's weights and without pickles; raises ModelError and OSError."""
-    index = files.read_json(base / "model_index.json", error=ModelError)
-    if not isinstance(index, dict):
-        raise ModelError(f"{base / 'model_index.json'}: damaged: a JSON object was expected")
-    parts = {name for name, value in index.items() if isinstance(value, list) and Path(name).name == name} | {"unet"}
-    for folder in (base, *(base / name for name in sorted(parts) if (base / name).is_dir())):
-        files.check_parts(base, (folder.name if folder != base else "",))
+    """Copy a diffusers folder without its UNet's weights, parts that are left out and pickles; raises ModelError and OSError."""
+    index = files.read_index(base)
+    if not index:
+        raise ModelError(f"{base}: no model_index.json in it; a diffusers folder was expected")
+    files.check_parts(base, files.PARTS)
+    for folder in (base, base / "unet"):
         for file in sorted(folder.iterdir()):
-            if folder == base or folder.name == "unet":
-                wanted = file.suffix in _TEXT_FILES and not file.name.endswith(".safetensors.index.json")
-            else:
-                wanted = file.suffix.lower() not in files.PICKLE_SUFFIXES
-            if wanted and file.is_file() and not file.name.startswith("."):
-                _copy(file, target / file.relative_to(base))
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())
+            if file.is_file() and is_small(file):
+                copy_file(file, target / file.relative_to(base))
+    files.write_json(target / "model_index.json", files.without_parts_beside(index))
+    for part in sorted(files.USED.keys() & index.keys() - {"unet"}):
+        if (base / part).is_dir():
+            copy_part(base / part, target / part)

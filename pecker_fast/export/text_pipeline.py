@@ -39,7 +39,8 @@ JUDGED = "UA: share of forget samples in which the judge does not see the forgot
 
 def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """θ's tensors as they go to a file: in the base's dtypes, and where a weight is what the base's became on loading, the
-    base's very bits (weights kept in bf16 have lost digits that the file need not lose)."""
+    base's very bits (weights kept in bf16 have lost digits that the file need not lose). A float8 tensor that has changed
+    becomes float16."""
     stored = {}
     for name, tensor in named.items():
         tensor = tensor.detach().cpu()
@@ -47,6 +48,12 @@ def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[s
             stored[name] = tensor
             continue
         original = base[name]
+        if files.is_float8(original):
+            wide = original.to(tensor.dtype)
+            if torch.equal(wide, tensor):
+                stored[name] = original
+                continue
+            original = wide.to(torch.float16)  # float8 would round away what was trained
         kept = original.to(tensor.dtype) == tensor
         stored[name] = torch.where(kept, original, tensor.to(original.dtype))
     return stored
@@ -73,14 +80,9 @@ def export_text_pipeline(
         files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, marks)
         files.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
         text.write_other_parts(temporary)
-        index = files.read_json(text.configs / "model_index.json")
+        index = files.without_parts_beside(files.read_index(text.configs))
         index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
-        for part in ("safety_checker", "feature_extractor", "image_encoder"):
-            if part in index:
-                index[part] = [None, None]
-        if "requires_safety_checker" in index:
-            index["requires_safety_checker"] = False
-        files.write_json(temporary / "model_index.json", {k: v for k, v in index.items() if k != "_name_or_path"})
+        files.write_json(temporary / "model_index.json", index)
         weights_sha256 = files.sha256_tensors(sorted(weights.items()))
         files.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
         for name, path in (pictures or {}).items():

@@ -1,15 +1,9 @@
 """The only door to the disk: safe reading, checks of model folders, atomic writing."""
 
-from pecker_fast.files.folders import (
-    CONFIG_NAME,
-    UNETS,
-    WEIGHTS_NAME,
-    check_model_folder,
-    check_parts,
-    read_weights,
-    weight_files,
-)
+from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_parts, model_notes
 from pecker_fast.files.hashes import sha256_file, sha256_tensors
+from pecker_fast.files.hub import look_at_hub
+from pecker_fast.files.index import PARTS, UNETS, USED, read_index, without_parts_beside
 from pecker_fast.files.names import is_hub_name, resolve_model, revision_of, shipped_models
 from pecker_fast.files.reading import (
     MAX_HEADER_BYTES,
@@ -20,6 +14,20 @@ from pecker_fast.files.reading import (
     read_json,
     read_tensors,
     read_text,
+)
+from pecker_fast.files.weights import (
+    TEXT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    is_float8,
+    is_old_convolution,
+    named_after,
+    read_weights,
+    todays_names,
+    variant_of,
+    weight_files,
+    weights_name,
+    widened,
+    wrapper_of,
 )
 from pecker_fast.files.writing import (
     fsync_folder,
@@ -38,16 +46,25 @@ __all__ = [
     "CONFIG_NAME",
     "MAX_HEADER_BYTES",
     "MAX_TEXT_BYTES",
+    "PARTS",
     "PICKLE_SUFFIXES",
+    "TEXT_WEIGHTS_NAME",
     "UNETS",
+    "USED",
     "WEIGHTS_NAME",
     "check_model_folder",
     "check_parts",
     "check_tensors",
     "fsync_folder",
+    "is_float8",
     "is_hub_name",
+    "is_old_convolution",
+    "look_at_hub",
+    "model_notes",
+    "named_after",
     "output_errors",
     "read_head",
+    "read_index",
     "read_json",
     "read_tensors",
     "read_text",
@@ -60,8 +77,14 @@ __all__ = [
     "sha256_file",
     "sha256_tensors",
     "shipped_models",
+    "todays_names",
+    "variant_of",
     "weight_files",
+    "weights_name",
     "whole_folder",
+    "widened",
+    "without_parts_beside",
+    "wrapper_of",
     "write_bytes",
     "write_json",
     "write_tensors",

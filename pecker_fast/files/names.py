@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from pecker_fast.errors import ModelError
-from pecker_fast.files.reading import first_line, reason_of
+from pecker_fast.files import hub
+from pecker_fast.files.reading import reason_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -55,16 +56,4 @@ def revision_of(folder: Path) -> str | None:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    # of the weights at the top a diffusers folder has no need (single files of many gigabytes lie there); variants neither
-    wanted = ["*.json", "*/*.json", "*/*.txt", "diffusion_pytorch_model*.safetensors", "*/*.safetensors"]
-    unwanted = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.bf16.safetensors", "safety_checker/*"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-    except Exception as reason:  # the client raises a wide family: HTTP, cache, offline, validation
-        why = f"{type(reason).__name__}: {first_line(reason)}"
-        raise ModelError(
-            f"{name}: no such local folder, and the Hugging Face hub did not give it ({why}); "
-            f"give a local folder or a shipped model ({', '.join(shipped_models())})"
-        ) from None
+    return hub.fetch(name, revision)

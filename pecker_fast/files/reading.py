@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
 MAX_TEXT_BYTES = 8 << 20
 MAX_HEADER_BYTES = 8 << 20
+_POINTER = b"version https://git-lfs"
+_NO_FILE = "a git-lfs pointer, not the file itself; run `git lfs pull` in the folder that was cloned"
 NO_PICKLE = "pickle weights are never opened; convert them to safetensors"
 
 
@@ -57,12 +59,25 @@ def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES, error: type[Peck
 def read_json(path: str | Path, *, error: type[PeckerError] = DataError) -> Any:
     """The value in a JSON file; raises `error`, with line and column, when it is damaged."""
     text = read_text(path, error=error)
+    if text.startswith(_POINTER.decode()):
+        raise error(f"{path}: {_NO_FILE}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as reason:
         raise error(f"{path}: damaged JSON, line {reason.lineno} column {reason.colno}: {reason.msg}") from None
     except (ValueError, RecursionError) as reason:
         raise error(f"{path}: damaged JSON: {type(reason).__name__}") from None
+
+
+def check_no_pointer(path: str | Path, *, error: type[PeckerError] = DataError) -> None:
+    """Raises `error` where a file that was to be fetched by git-lfs is still the few lines that stand for it."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(len(_POINTER))
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason_of(reason)}") from None
+    if head == _POINTER:
+        raise error(f"{path}: {_NO_FILE}")
 
 
 def check_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> None:
@@ -82,6 +97,7 @@ def check_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> 
     header = int.from_bytes(head[:8], "little")
     if len(head) == 9 and head[8:] == b"{" and header <= min(size - 8, MAX_HEADER_BYTES):
         return
+    check_no_pointer(path, error=error)
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise error(f"{path}: holds a pickle, whatever its name; {NO_PICKLE}")
     if len(head) == 9 and head[8:] == b"{" and MAX_HEADER_BYTES < header <= size - 8:

@@ -1,6 +1,6 @@
 """What a recipe names, loaded."""
 
-from pecker_fast.loading.checks import check_source, fit_timesteps
+from pecker_fast.loading.checks import check_source, fit_timesteps, look_at_hub
 from pecker_fast.loading.parts import Model, Parts, load_model, load_parts, pick_device, start_generator
 from pecker_fast.loading.text_parts import TextParts, config_folder, plan_of
 
@@ -13,6 +13,7 @@ __all__ = [
     "fit_timesteps",
     "load_model",
     "load_parts",
+    "look_at_hub",
     "pick_device",
     "plan_of",
     "start_generator",

@@ -20,6 +20,20 @@ def check_source(recipe: Recipe, source: Path) -> None:
         check_class_folder(source)
 
 
+def look_at_hub(recipe: Recipe) -> tuple[str, ...] | None:
+    """Notes on the recipe's hub model, of which only what is small is fetched; None where the hub cannot be asked.
+
+    Raises RecipeError or ModelError for a model that is refused by its configs.
+    """
+    folder = files.look_at_hub(recipe.model, recipe.revision)
+    if folder is None:
+        return None
+    check_kind(recipe, folder)
+    if recipe.uses_prompts:
+        text_model.check_text_folder(folder)
+    return tuple(files.model_notes(folder))
+
+
 def check_kind(recipe: Recipe, folder: Path) -> None:
     """Raises RecipeError where prompts are given for classes, or classes for prompts."""
     if folder.is_file():

@@ -13,7 +13,7 @@ from pecker_fast.conditions import Conditions, class_conditions
 from pecker_fast.engine import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
-from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, timesteps_note
+from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, look_at_hub, timesteps_note
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
 from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, lora_score
 from pecker_fast.recipe import Recipe
@@ -77,6 +77,8 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
 
     Raises RecipeError or ModelError, one line.
     """
+    if files.is_hub_name(recipe.model):
+        look_at_hub(recipe)  # refused before its weights are fetched
     folder = files.resolve_model(recipe.model, recipe.revision)
     check_source(recipe, folder)
     model: Model
@@ -94,7 +96,8 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
         model = Model(folder=folder, teacher=denoiser, conditions=conditions, judge=judge, reference=reference)
     length = model.teacher.schedule.num_timesteps
     check_schedule(fit_timesteps(recipe, length), model.teacher)
-    model.notes = tuple(filter(None, (timesteps_note(recipe, length), null_class_note(model.teacher))))
+    told = (*files.model_notes(folder), *_start_notes(recipe), timesteps_note(recipe, length))
+    model.notes = tuple(filter(None, (*told, null_class_note(model.teacher))))
     if recipe.engine.weights == "bf16":
         model.teacher.unet.to(torch.bfloat16)
     return model
@@ -131,7 +134,7 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
     """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
     `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
     generator = start_generator(recipe, teacher)
-    folder = files.resolve_model(recipe.generator) if recipe.generator is not None else None
+    folder = start_folder(recipe)
     if recipe.score == "lora" or folder is None or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)
     return generator, _load_like(teacher, folder / "score")
@@ -139,12 +142,28 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
 
 def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     """θ as it starts."""
-    if recipe.generator is None:
+    folder = start_folder(recipe)
+    if folder is None:
         return teacher.clone()
-    folder = files.resolve_model(recipe.generator)
     return _load_like(
         teacher, folder / "generator" if (folder / "generator").is_dir() else files.check_model_folder(folder)
     )
+
+
+def start_folder(recipe: Recipe) -> Path | None:
+    """The folder of the recipe's distilled generator, checked for links and code; None where it names none."""
+    if recipe.generator is None:
+        return None
+    folder = files.resolve_model(recipe.generator)
+    files.check_parts(folder, files.PARTS)
+    return folder
+
+
+def _start_notes(recipe: Recipe) -> list[str]:
+    """What is told of a distilled generator that lies in a folder of its own."""
+    if recipe.generator is None or recipe.generator == recipe.model or files.is_hub_name(recipe.generator):
+        return []
+    return files.model_notes(files.resolve_model(recipe.generator))
 
 
 def _load_like(teacher: Denoiser, folder: Path) -> Denoiser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,11 @@ from torch import Tensor
 from pecker_fast import files
 from pecker_fast.conditions import Conditions, PromptPlan, plan_prompts
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.networks import TextDenoiser, text_model
+from pecker_fast.networks import TextDenoiser, copy_part, save_part, text_model
 from pecker_fast.networks.single_file import load_single_file, unet_map, unet_of
 from pecker_fast.recipe import RECIPES, Recipe
 
 COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-UNWANTED = (
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.pkl",
-    "*.msgpack",
-    "*.onnx",
-    "*.py",
-    ".*",
-)  # what lies beside in some copies
 
 
 @dataclass(frozen=True)
@@ -53,13 +41,13 @@ class TextParts:
         return unet_of(files.read_tensors(self.source, error=ModelError)[0], names, self.source)
 
     def write_other_parts(self, folder: Path) -> None:
-        """The base's VAE, text encoders and tokenizers into a diffusers folder, bit for bit. Raises OutputError."""
+        """The base's VAE, text encoders and tokenizers into a diffusers folder, every bit kept. Raises OutputError."""
         modules = load_single_file(self.source, self.configs) if self.single else {}
         for part in COPIED:
             if part in modules:
-                modules[part].save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+                save_part(modules[part], folder / part)
             elif (self.configs / part).is_dir():
-                shutil.copytree(self.configs / part, folder / part, ignore=shutil.ignore_patterns(*UNWANTED))
+                copy_part(self.configs / part, folder / part)
 
 
 def prompt_folders(model: Path | None) -> list[Path]:

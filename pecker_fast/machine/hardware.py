@@ -48,8 +48,8 @@ def doctor(recipe: Recipe | None = None) -> list[Check]:
     checks += [_package(*package) for package in PACKAGES]
     checks += [_processor(), _native(), *_gpus(), _memory(), _disk(Path(recipe.output) if recipe else Path())]
     if recipe is not None:
-        checks += [_model("model", recipe.model)]
-        checks += [_model("generator", recipe.generator)] if recipe.generator else []
+        checks += _model("model", recipe.model, recipe.revision)
+        checks += _model("generator", recipe.generator) if recipe.generator else []
     return checks
 
 
@@ -158,18 +158,23 @@ def _disk(output: Path) -> Check:
     )
 
 
-def _model(key: str, name: str) -> Check:
-    if files.is_hub_name(name):
-        return Check(key, "note", name, "of the Hugging Face hub; `train` fetches it, or give a local folder")
+def _model(key: str, name: str, revision: str | None = None) -> list[Check]:
+    """Whether a model is there and would be taken; of a hub model only what is small is fetched for it."""
     try:
-        folder = files.resolve_model(name)
-        if folder.is_file():
-            files.check_tensors(folder, error=ModelError)
+        if files.is_hub_name(name):
+            folder = files.look_at_hub(name, revision)
+            remedy = "of the Hugging Face hub; `train` fetches it, or give a local folder"
+            found = Check(key, "note", name if folder else f"{name}: the hub could not be asked", remedy)
         else:
-            files.check_model_folder(folder)
+            folder = files.resolve_model(name)
+            if folder.is_file():
+                files.check_tensors(folder, error=ModelError)
+            else:
+                files.check_model_folder(folder)
+            found = Check(key, "ok", str(folder) if str(folder) == name else f"{name} ({folder})")
     except PeckerError as reason:
-        return Check(key, "missing", str(reason))
-    return Check(key, "ok", str(folder) if str(folder) == name else f"{name} ({folder})")
+        return [Check(key, "missing", str(reason))]
+    return [found, *(Check(key, "note", note) for note in (files.model_notes(folder) if folder else ()))]
 
 
 def device_name() -> str:

@@ -181,7 +181,7 @@ def load_module(folder: Path, class_name: str) -> nn.Module:
     check_weights(planned, tensors, folder)
     trial_pass(planned, folder / files.CONFIG_NAME)
     module: nn.Module = kind.from_config(config)
-    module.load_state_dict(tensors)
+    module.load_state_dict({name: files.widened(tensor) for name, tensor in tensors.items()})
     return module
 
 
@@ -201,7 +201,11 @@ def check_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
             raise ModelError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, the config wants {tuple(value.shape)}"
             )
-        if not bool(torch.isfinite(tensors[name]).all()):
+        if value.is_floating_point() and not tensors[name].is_floating_point():
+            raise ModelError(
+                f"{where}: tensor {name} holds {_dtype(tensors[name])}; quantized weights are not supported, give the plain ones"
+            )
+        if not bool(torch.isfinite(files.widened(tensors[name])).all()):
             raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the weights are damaged")
     extra = sorted(set(tensors) - set(own))
     if extra:
@@ -254,6 +258,10 @@ def _null_class(card: Path, count: int) -> int | None:
             f"{card}: null_class {null_class!r} is out of range, the model has class embeddings 0 to {count - 1}"
         )
     return null_class
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _one_line(error: Exception) -> str:

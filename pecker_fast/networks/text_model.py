@@ -22,6 +22,7 @@ from pecker_fast.networks.kinds import check_text_unet, other_channels, other_pi
 from pecker_fast.networks.latents import check_vae
 from pecker_fast.networks.marks import check_said, refuse_one_step
 from pecker_fast.networks.schedule import Schedule, load_schedule
+from pecker_fast.networks.single_file import load_text_encoder
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 
 ENCODERS = {
@@ -46,9 +47,9 @@ def is_text_model(folder: Path) -> bool:
     if not index.is_file():
         _check_lone_unet(folder)
         return False
-    found = files.read_json(index, error=ModelError)
-    name = found.get("_class_name") if isinstance(found, dict) else None
-    if name in ENCODERS:
+    found = files.read_index(folder)
+    name = found.get("_class_name")
+    if isinstance(name, str) and name in ENCODERS:
         return True
     if "text_encoder" in found or "transformer" in found or "prior" in found:
         raise ModelError(
@@ -78,10 +79,13 @@ def check_text_folder(folder: Path) -> str:
     pipeline: str = files.read_json(folder / "model_index.json", error=ModelError)["_class_name"]
     encoders = ENCODERS[pipeline]
     tokenizers = tuple(name.replace("text_encoder", "tokenizer") for name in encoders)
-    files.check_parts(folder, ("", "unet", "vae", "scheduler", *encoders, *tokenizers))
+    files.check_parts(folder, files.PARTS)
+    index = files.read_index(folder)
     wanted = {"unet": files.CONFIG_NAME, "vae": files.CONFIG_NAME, "scheduler": "scheduler_config.json"}
     wanted |= dict.fromkeys(encoders, files.CONFIG_NAME)
     for part, file in wanted.items():
+        if index.get(part) == [None, None]:
+            raise ModelError(f"{folder}: model_index.json has no {part} ([null, null]); a {pipeline} needs it")
         if not (folder / part / file).is_file():
             raise ModelError(f"{folder}: the component {part}/ is missing or has no {file}; a {pipeline} needs it")
     for part in tokenizers:
@@ -175,8 +179,8 @@ def _encode(
     index = files.read_json(folder / "model_index.json", error=ModelError)
     parts: dict[str, Any] = {}
     for name in ENCODERS[pipeline]:
-        kind = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
-        parts[name] = encoders[name] if encoders else _load_encoder(getattr(transformers, kind), folder / name)
+        encoder = encoders[name] if encoders else load_text_encoder(folder / name)
+        parts[name] = encoder.requires_grad_(False)
         where = folder / name.replace("text_encoder", "tokenizer")
         try:
             parts[where.name] = transformers.CLIPTokenizer.from_pretrained(where, local_files_only=True)
@@ -241,28 +245,6 @@ def _check_tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], where: P
                     f"{where}: the token {name!r} of the prompt {prompt[:80]!r} has no row in the text encoder's table of "
                     f"{rows}; tokenizer and text encoder are not of one model"
                 )
-
-
-def _load_encoder(kind: Any, folder: Path) -> nn.Module:
-    """A text encoder in float32, every tensor accounted for."""
-    for file in files.weight_files(folder, "model.safetensors"):
-        files.check_tensors(file, error=ModelError)
-    try:
-        encoder, info = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # the library's own errors are many
-        raise ModelError(f"{folder}: not a {kind.__name__} ({_line(error)})") from None
-    lost = [*info.get("missing_keys", ()), *(str(k) for k in info.get("mismatched_keys", ()))]
-    lost = [name for name in lost if not name.endswith("position_ids")]
-    if lost:
-        raise ModelError(
-            f"{folder}: tensor {lost[0]} is missing or of another shape; the weights do not belong to this config"
-        )
-    for name, p in encoder.named_parameters():
-        if not bool(torch.isfinite(p).all()):
-            raise ModelError(f"{folder}: tensor {name} holds NaN or infinity; the weights are damaged")
-    return encoder.eval().requires_grad_(False)
 
 
 def load_networks(folder: Path) -> Networks:

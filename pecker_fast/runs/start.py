@@ -15,7 +15,7 @@ from pecker_fast.errors import ModelError, OutputError, RecipeError
 from pecker_fast.export import write_unet
 from pecker_fast.files import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
 from pecker_fast.forgetting import ForgetImages
-from pecker_fast.loading import Parts, fit_timesteps, load_parts, plan_of
+from pecker_fast.loading import Parts, fit_timesteps, load_parts, look_at_hub, plan_of
 from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import ALONE, Ranks, joined
 from pecker_fast.networks import TextDenoiser, load_unet
@@ -212,7 +212,12 @@ def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
         return None
     plan, _ = plan_of(recipe, None)
     folder = plan_run_folder(recipe, {})
-    model = ("model", f"{recipe.model} of the Hugging Face hub; nothing was fetched")
+    notes = look_at_hub(recipe)
+    note(notes or ())
+    looked = (
+        "only its configs were fetched" if notes is not None else "the hub could not be asked, so it was not looked at"
+    )
+    model = ("model", f"{recipe.model} of the Hugging Face hub; {looked}")
     return [model, *prompt_rows(plan), *run_rows(recipe, folder.checkpoint)]
 
 

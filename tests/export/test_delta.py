@@ -291,9 +291,11 @@ def model_folder(folder: Path, seed: int = 0) -> Path:
     weights = files.read_weights(folder / "unet")
     for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "model.safetensors", "generator/x.safetensors"):
         files.write_tensors(folder / name, weights)
-    for name in ("vae/config.json", "vae/diffusion_pytorch_model-1.safetensors", "tokenizer/merges.txt", "README.md"):
+    for name in ("vae/config.json", "tokenizer/merges.txt", "README.md"):
         files.write_text(folder / name, "{}")
-    files.write_text(folder / "vae" / "diffusion_pytorch_model.safetensors.index.json", "{}")
+    files.write_tensors(folder / "vae" / "diffusion_pytorch_model-1.safetensors", {"conv_in.bias": torch.ones(2)})
+    shards = {"weight_map": {"conv_in.bias": "diffusion_pytorch_model-1.safetensors"}}
+    files.write_json(folder / "vae" / "diffusion_pytorch_model.safetensors.index.json", shards)
     files.write_text(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", '{"a": 1}')
     files.write_bytes(folder / "vae" / "weights.bin", b"x")
     return folder

@@ -1,6 +1,5 @@
 """A model folder cannot run code, reach outside itself, or pass for something it is not."""
 
-import fnmatch
 import json
 import os
 from pathlib import Path
@@ -56,6 +55,7 @@ def without(name):
 
 
 WEIGHTS = f"unet/{files.WEIGHTS_NAME}"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 3438167540\n"
 HOSTILE = {
     "auto_map": (config_with(auto_map={"AutoModel": "evil.Model"}), "auto_map names custom code"),
     "custom_pipeline": (index_with(custom_pipeline="evil"), "custom_pipeline names custom code"),
@@ -66,6 +66,32 @@ HOSTILE = {
     ),
     "library of its own": (index_with(unet=["my_module", "UNet2DModel"]), "unet names custom code"),
     "library os": (index_with(scheduler=["os", "system"]), "scheduler names custom code"),
+    "another class in a place that is used": (
+        index_with(unet=["diffusers", "FluxTransformer2DModel"]),
+        "unet is a FluxTransformer2DModel; only UNet2DModel or UNet2DConditionModel is supported in its place",
+    ),
+    "another library in a place that is used": (
+        index_with(vae=["stable_diffusion", "StableDiffusionSafetyChecker"]),
+        "vae names custom code",
+    ),
+    "a checker of its own": (index_with(safety_checker=["checker", "Checker"]), "safety_checker names custom code"),
+    "a checker of its own under a known name": (
+        index_with(safety_checker=["my_checker", "StableDiffusionSafetyChecker"]),
+        "safety_checker names custom code",
+    ),
+    "a class of its own under a known module": (
+        index_with(extra=["stable_diffusion", "Evil"]),
+        "extra names custom code",
+    ),
+    "code in the tokenizer": (
+        lambda folder: put(folder, "tokenizer_2/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.Evil"]}}),
+        "auto_map names custom code",
+    ),
+    "code deep in a config": (config_with(text_config={"vision": {"auto_map": {"A": "b"}}}), "auto_map names custom"),
+    "code in the generator": (
+        lambda folder: put(folder, "generator/config.json", {"auto_map": {"x": "y"}}),
+        "auto_map names custom code",
+    ),
     "a Python file": (config_with(model_file="evil.py"), "model_file names custom code"),
     "code on the hub": (config_with(model_type="someone/repository--evil.py.Model"), "model_type names custom code"),
     "code in the scheduler": (
@@ -86,7 +112,10 @@ HOSTILE = {
     "no class name": (lambda folder: put(folder, "unet/config.json", {}), "only UNet2DModel and"),
     "weights are missing": (without(WEIGHTS), "the folder holds no safetensors weights"),
     "weights are empty": (lambda folder: put(folder, WEIGHTS, b""), "not a safetensors file, or cut short"),
-    "weights are text": (lambda folder: put(folder, WEIGHTS, b"version https://git-lfs"), "not a safetensors file"),
+    "weights are text": (lambda folder: put(folder, WEIGHTS, b"some text, and more"), "not a safetensors file"),
+    "weights are a pointer": (lambda folder: put(folder, WEIGHTS, POINTER), "run `git lfs pull`"),
+    "a config is a pointer": (lambda folder: put(folder, "unet/config.json", POINTER), "run `git lfs pull`"),
+    "merges are a pointer": (lambda folder: put(folder, "tokenizer/merges.txt", POINTER), "run `git lfs pull`"),
     "weights are a folder": (
         lambda folder: (without(WEIGHTS)(folder), (folder / WEIGHTS).mkdir()),
         "not a regular file",
@@ -121,6 +150,38 @@ def model(tmp_path):
 def test_the_folder_in_order_is_accepted(model):
     assert files.check_model_folder(model) == model / "unet"
     assert files.read_weights(model / "unet")["a"].tolist() == [1, 1, 1]
+
+
+BESIDE = {
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "safe_checker": ["stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+    "image_processor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "watermark": ["stable_diffusion_xl", "StableDiffusionXLWatermarker"],
+    "watermarker": ["pipelines", "IFWatermarker"],
+}
+
+
+def test_known_parts_beside_the_model_are_left_out_and_told(model):
+    assert files.model_notes(model) == []
+    index_with(**BESIDE, unet=["diffusers", "UNet2DModel"], nothing=[None, None], mean=[0.5, 0.5, 0.5])(model)
+    put(model, "safety_checker/config.json", b"\x80 never read")
+    assert files.check_model_folder(model) == model / "unet"
+    (note,) = files.model_notes(model)
+    assert note == f"{model}: left out, never loaded: {', '.join(BESIDE)}"
+    plain = files.without_parts_beside(
+        files.read_index(model) | {"requires_safety_checker": True, "_name_or_path": "x"}
+    )
+    assert {name: plain[name] for name in BESIDE} == {name: [None, None] for name in BESIDE}
+    assert plain["unet"] == ["diffusers", "UNet2DModel"]
+    assert plain["requires_safety_checker"] is False
+    assert "_name_or_path" not in plain
+
+
+def test_words_are_no_code(model):
+    put(model, "tokenizer/vocab.json", {"auto_map": 1, "a": 2})
+    files.check_model_folder(model)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -186,40 +247,6 @@ def test_local_folders_stand_before_the_hub(monkeypatch, model, tmp_path):
     with pytest.raises(ModelError, match="no such model folder"):
         files.resolve_model("owner/name")  # `owner` is a folder here: a local path was meant
     assert files.resolve_model("google/ddpm") == Path("/fetched")
-
-
-def wanted(file, asked):
-    """As the hub's client filters file names."""
-    allowed, ignored = (
-        any(fnmatch.fnmatch(file, pattern) for pattern in asked[key]) for key in ("allow_patterns", "ignore_patterns")
-    )
-    return allowed and not ignored
-
-
-def test_the_hub_is_asked_for_json_and_safetensors_alone_and_its_failure_is_one_line(monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def offline(name, **keys):
-        asked.update(keys, name=name)
-        raise OSError("no route to host\nand a second line")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ModelError) as caught:
-        files.resolve_model("nobody-owner/name")
-    assert asked["name"] == "nobody-owner/name"
-    for file in (
-        "model_index.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "tokenizer/merges.txt",
-    ):
-        assert wanted(file, asked), file
-    for file in ("unet/model.bin", "pipeline.py", "v1-5-pruned.safetensors", "unet/model.fp16.safetensors", "run.sh"):
-        assert not wanted(file, asked), file
-    assert "nobody-owner/name: no such local folder, and the Hugging Face hub did not give it" in str(caught.value)
-    assert "second line" not in str(caught.value)
 
 
 def test_a_shipped_name_stands_before_a_local_folder(monkeypatch, tmp_path):

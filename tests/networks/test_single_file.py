@@ -327,6 +327,13 @@ def test_loading_is_strict(folders, singles, tmp_path):
         files.write_tensors(tmp_path / "file.safetensors", held | {found: torch.ones(5, 7)})
         with pytest.raises(ModelError, match="shape"):
             load_single_file(tmp_path / "file.safetensors", folders[kind])
+    (bias, *_) = [name for name in tensors if name.endswith("conv_in.bias")]
+    for value, match in ((torch.nan, "holds NaN"), (None, "holds int8; quantized")):
+        numbers = tensors[bias].to(torch.int8) if value is None else torch.full_like(tensors[bias], value)
+        with pytest.raises(ModelError, match=match):
+            load(tensors | {bias: numbers})
+    with pytest.raises(ModelError, match=r"named after a wrapper \(module\.…\)"):
+        load({f"module.{name}": tensor for name, tensor in tensors.items()})
     for name in (
         "model.diffusion_model.extra",
         "first_stage_model.extra",

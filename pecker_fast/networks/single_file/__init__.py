@@ -19,13 +19,17 @@ from pecker_fast.networks.kinds import other_channels
 from pecker_fast.networks.marks import prediction_keys
 from pecker_fast.networks.schedule import load_schedule
 from pecker_fast.networks.single_file import parts
-from pecker_fast.networks.single_file.names import UNET_PREFIX, kind_of_single_file, modern_vae_name, unet_plan
+from pecker_fast.networks.single_file.names import UNET_PREFIX, kind_of_single_file, unet_plan
+from pecker_fast.networks.single_file.parts import canonical, canonical_text
 from pecker_fast.networks.trial import trial_pass
 
 __all__ = [
+    "canonical",
+    "canonical_text",
     "kind_of_folder",
     "kind_of_single_file",
     "load_single_file",
+    "load_text_encoder",
     "put_unet",
     "replace_unet",
     "to_single_file",
@@ -34,8 +38,6 @@ __all__ = [
     "unet_of",
 ]
 
-_TEXT_WEIGHTS = "model.safetensors"
-_POSITION_IDS = "text_model.embeddings.position_ids"  # constants that older folders hold as a tensor and nobody reads
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -104,15 +106,8 @@ def _read_part(folder: Path, part: str) -> dict[str, Tensor]:
     if not (folder / part).is_dir():
         raise ModelError(f"{folder / part}: no such folder, although model_index.json promises this part")
     files.check_parts(folder, (part,))
-    if part in ("unet", "vae"):
-        weights = files.read_weights(folder / part)
-        return {modern_vae_name(name): tensor for name, tensor in weights.items()} if part == "vae" else weights
-    weights = {}
-    for file in files.weight_files(folder / part, _TEXT_WEIGHTS):
-        weights |= files.read_tensors(file, error=ModelError)[0]
-    named = {parts.canonical(part, name): tensor for name, tensor in weights.items()}
-    named.pop(_POSITION_IDS, None)
-    return named
+    weights = files.read_weights(folder / part, files.weights_name(part))
+    return canonical_text(part, weights, folder / part) if part.startswith("text_encoder") else weights
 
 
 def replace_unet(
@@ -164,6 +159,19 @@ def _check_first_layer(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
+def load_text_encoder(folder: Path) -> nn.Module:
+    """The text encoder in `folder` (text_encoder or text_encoder_2), in float32 and evaluation mode. Raises ModelError.
+
+    Its tensors may have the names of any transformers: with and without `text_model.`, with constants beside the weights.
+    """
+    part = folder.name
+    module = parts.empty_module(part, parts.read_config(folder))
+    weights = canonical_text(part, files.read_weights(folder, files.weights_name(part)), folder)
+    parts.check_tensors(f"{folder}", weights, parts.shapes_of(part, module))
+    parts.check_numbers(f"{folder}", weights)
+    return parts.fill(part, module, {name: tensor.float() for name, tensor in weights.items()})
+
+
 def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
     """The modules of a single file: "unet", "vae", "text_encoder" and for SDXL "text_encoder_2", in evaluation mode.
 
@@ -188,7 +196,8 @@ def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
             raise ModelError(
                 f"{what} has no place for {prefix}{spare[0]} ({len(spare)} in all); is the config its own?"
             )
-        weights = parts.from_original(plan, tensors, what)
+        weights = {name: files.widened(tensor) for name, tensor in parts.from_original(plan, tensors, what).items()}
         parts.check_tensors(what, weights, shapes)
+        parts.check_numbers(what, weights)
         modules[part] = parts.fill(part, module, weights)
     return modules

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from pecker_fast import files
 from pecker_fast.errors import ModelError
 
 UNET_PREFIX = "model.diffusion_model."
@@ -56,7 +57,6 @@ _UNET_ENDS = {
     "conv_out": "out.2",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_VAE_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -91,6 +91,9 @@ def kind_of_single_file(keys: Iterable[str]) -> str:
     def holds(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)
 
+    wrapper = next((piece for piece in ("module.", "_orig_mod.") if holds(piece)), None)
+    if wrapper is not None:
+        raise ModelError(f"single file: {files.named_after(wrapper)}")
     other = next((what for piece, what in _OTHERS.items() if any(piece in key for key in keys)), None)
     if other is None and holds(UNET_PREFIX):
         for kind, encoders in TEXT_ENCODERS.items():
@@ -200,12 +203,6 @@ def vae_plan(names: Iterable[str]) -> list[Entry]:
 
 def _shortcut(name: str) -> str:
     return "nin_shortcut" if name == "conv_shortcut" else name
-
-
-def modern_vae_name(name: str) -> str:
-    """The name that diffusers gives today to a tensor of an autoencoder saved before its attention was renamed."""
-    found = re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(\w+)", name)
-    return f"{found[1]}.{_VAE_OLD_ATTENTION[found[2]]}.{found[3]}" if found else name
 
 
 def text_plan(part: str, kind: str, names: Iterable[str]) -> list[Entry]:

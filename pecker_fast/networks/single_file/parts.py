@@ -5,6 +5,7 @@ Only classes of diffusers and transformers named here are ever made; a configura
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def _make(part: str, config: dict[str, Any]) -> nn.Module:
         return AutoencoderKL.from_config(config)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    text_config = CLIPTextConfig.from_dict(config)
+    whole = config.get("text_config")  # of a CLIP model with its image side, whose text side alone is used
+    text_config = CLIPTextConfig.from_dict(whole if isinstance(whole, dict) else config)
     return (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config)
 
 
@@ -101,6 +103,23 @@ def canonical(part: str, name: str) -> str:
     if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
         return f"text_model.{name}"
     return name
+
+
+# constants, and the image side of a whole CLIP model: nothing of them is read when a prompt is encoded
+_SPARE_TEXT = re.compile(r"text_model\.(embeddings\.position_ids|logit_scale|vision_model\..+|visual_projection\..+)")
+
+
+def canonical_text(part: str, weights: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """A text encoder's tensors under canonical names, without what is not read; raises ModelError for one held twice."""
+    named: dict[str, Tensor] = {}
+    for old, tensor in weights.items():
+        name = canonical(part, old)
+        if _SPARE_TEXT.fullmatch(name) or (part == "text_encoder" and name == "text_projection.weight"):
+            continue
+        if name in named:
+            raise ModelError(f"{where}: tensor {name} is there twice, with and without text_model.; remove one")
+        named[name] = tensor
+    return named
 
 
 def plan_of(part: str, kind: str, names: Iterable[str]) -> list[Entry]:
@@ -123,6 +142,18 @@ def check_tensors(what: str, tensors: Mapping[str, Tensor], shapes: Mapping[str,
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ModelError(f"{what}: {name} has shape {list(tensors[name].shape)}, {list(shape)} was expected")
+
+
+def check_numbers(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError, naming the first tensor, unless all hold finite floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{what}: tensor {name} holds {dtype}; quantized weights are not supported, give the plain ones"
+            )
+        if not bool(files.widened(tensor).isfinite().all()):
+            raise ModelError(f"{what}: tensor {name} holds NaN or infinity; the weights are damaged")
 
 
 def fill(part: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from pecker_fast import files
 from pecker_fast.errors import CheckpointError
 from pecker_fast.networks import load_weights
+from pecker_fast.networks.single_file import canonical, canonical_text
 from pecker_fast.pretrain.shapes.settings import SCHEDULER
 
-TEXT_WEIGHTS = "model.safetensors"
+TEXT_WEIGHTS = files.TEXT_WEIGHTS_NAME
+TEXT_PART = "text_encoder"
 
 
 def write_network(network: nn.Module, folder: Path, weights_name: str = files.WEIGHTS_NAME) -> None:
@@ -26,6 +28,8 @@ def write_network(network: nn.Module, folder: Path, weights_name: str = files.WE
         config |= {"architectures": [type(network).__name__], "dtype": "float32"}
     files.write_json(folder / files.CONFIG_NAME, config)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    if weights_name == TEXT_WEIGHTS:
+        weights = canonical_text(TEXT_PART, weights, folder)  # the names that every transformers reads
     files.write_tensors(folder / weights_name, weights, {"format": "pt"})
 
 
@@ -34,6 +38,10 @@ def read_network(network: nn.Module, folder: Path, weights_name: str = files.WEI
     if not (folder / weights_name).is_file():
         return False
     tensors, _ = files.read_tensors(folder / weights_name, error=CheckpointError)
+    if weights_name == TEXT_WEIGHTS:
+        tensors = canonical_text(TEXT_PART, tensors, folder)
+        own = {canonical(TEXT_PART, name): name for name in network.state_dict()}
+        tensors = {own.get(name, name): tensor for name, tensor in tensors.items()}
     load_weights(network, {name: _wide(value) for name, value in tensors.items()}, folder)
     network.eval().requires_grad_(False)
     return True
