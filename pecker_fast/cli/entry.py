@@ -21,6 +21,7 @@ from pecker_fast.cli.pretrain import pretrain
 from pecker_fast.cli.train import train
 from pecker_fast.cli.verb import HELP, add, epilog
 from pecker_fast.errors import PeckerError
+from pecker_fast.terminal import say, tolerant_streams
 
 app = typer.Typer(
     name="pecker-fast",
@@ -60,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "RANK" in os.environ:  # the deepspeed launcher says it twice, and the second time as an argument
         given = [argument for argument in given if not argument.startswith("--local_rank=")]
+    with tolerant_streams():
+        return _run(given, debug)
+
+
+def _run(given: list[str], debug: bool) -> int:
     try:
         code = app(args=given, prog_name="pecker-fast", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -91,5 +97,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
     return code

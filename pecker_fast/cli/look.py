@@ -32,8 +32,10 @@ def mask(
     if not path.exists():
         why = "the run has no mask (method sfd, or mask.source none)" if run.is_dir() else "no such run folder"
         raise DataError(f"{path}: not there; {why}")
-    from pecker_fast.files import check_tensors
+    from pecker_fast.files import check_picture, check_tensors
 
+    if plot is not None:
+        check_picture(plot)
     check_tensors(path)
     from pecker_kernels import SaliencyMask
 

@@ -42,10 +42,11 @@ def train(
     if "RANK" not in os.environ:
         load_recipe(recipe, overrides or ())  # a mistake in it shows before anything heavy is imported
     from pecker_fast.machine.ranks import launched
+    from pecker_fast.records import read_recipe
     from pecker_fast.runs import train as run_train
 
     with launched() as ranks:
-        resolved = ranks.agree(lambda: load_recipe(recipe, overrides or ()))
+        resolved = ranks.agree(lambda: read_recipe(recipe, overrides or ()))
         planned = {"device": device} if dry_run else {}
         with tables_of_refusals():
             result = run_train(resolved, tensorboard=tensorboard, quiet=quiet, dry_run=dry_run, ranks=ranks, **planned)

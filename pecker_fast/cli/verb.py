@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from pecker_fast.errors import PeckerError
+from pecker_fast.terminal import table_console
 
 HELP = {"help_option_names": ["-h", "--help"]}
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as written by `train`.")]
@@ -39,19 +40,17 @@ def add(app: typer.Typer, verb: Callable[..., None], name: str | None = None) ->
 
 def show(table: Any, header: Sequence[str] = ()) -> None:
     """Print a rich renderable, or rows under a header: a table on a terminal, tab-separated lines elsewhere."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file or a pipe: nothing is cut to the 80 columns of an imagined screen
+    console = table_console()
     if hasattr(table, "__rich_console__") or hasattr(table, "__rich__") or isinstance(table, str):
         console.print(table, markup=False, highlight=False) if isinstance(table, str) else console.print(table)
         return
     rows: Iterable[Sequence[Any]] = [[_cell(value) for value in row] for row in table]
     if not console.is_terminal:
         for row in [header, *rows] if header else rows:
-            typer.echo("\t".join(row).rstrip("\t"))
+            console.file.write("\t".join(row).rstrip("\t") + "\n")
+        console.file.flush()
         return
     drawn = Table(*header, show_header=bool(header))
     for row in rows:

@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 def prompts_or_file(key: str, value: Any, folders: Sequence[Path], expected: str) -> list[Line]:
     """Lines of a list or a prompt file, or the one prompt that is given."""
-    if isinstance(value, list | tuple) or (isinstance(value, str) and _names_file(value, folders)):
+    if isinstance(value, list | tuple) or (isinstance(value, str) and names_file(value, folders)):
         return read_lines(key, value, folders, "prompts")
     return [one_line(key, value, expected)]
 
@@ -72,7 +72,8 @@ def _candidates(name: str, folders: Sequence[Path]) -> list[Path]:
     return [Path(name), *(Path(folder) / name for folder in folders)]
 
 
-def _names_file(text: str, folders: Sequence[Path]) -> bool:
+def names_file(text: str, folders: Sequence[Path]) -> bool:
+    """Whether a text names a prompt file and is none of the prompts itself."""
     return text.lower().endswith(".txt") or any(map(os.path.isfile, _candidates(text, folders)))
 
 

@@ -11,8 +11,6 @@ The metadata holds format, version, the hashes of base and result, and the list 
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,9 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError
-from pecker_fast.networks import MARKS, copy_file, copy_part, is_small
+from pecker_fast.export.folder import one_step_index
+from pecker_fast.files import hash_of
+from pecker_fast.networks import MARKS, ONE_STEP, copy_part, is_small
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
 
 FORMAT, VERSION = "pecker-fast delta", "1"
@@ -42,11 +42,6 @@ class DeltaStats:
     changed_weights: int
     delta_bytes: int
     result_bytes: int
-
-
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over names, dtypes, shapes and bytes of all tensors, by name: what a delta calls its base and result."""
-    return files.sha256_tensors(sorted(tensors.items()))
 
 
 def write_delta(
@@ -247,10 +242,17 @@ def delta_of_folders(base: Path, result: Path, path: Path, *, metadata: Mapping[
 
 
 def _folder_unet(folder: Path) -> dict[str, Tensor]:
+    return files.read_weights(_unet_folder(folder))
+
+
+def _unet_folder(folder: Path) -> Path:
+    """Where a model folder has its UNet: in unet/, or at the top of a class model."""
     if not (folder / "unet").is_dir():
-        raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
+        if not (folder / files.CONFIG_NAME).is_file():
+            raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
+        return files.check_model_folder(folder)
     files.check_parts(folder, ("unet",))
-    return files.read_weights(folder / "unet")
+    return folder / "unet"
 
 
 def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -260,9 +262,9 @@ def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:
 def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
     """Write the model of `base` with the delta's UNet: a diffusers folder for a folder, a single file for a single file.
 
-    The schedule of the result comes with it, where the delta has one. Of a folder, model_index.json, the texts beside
-    it and the parts that it names are copied; other weights of the old UNet (variants, pickles, single files) are not,
-    since they would keep what was forgotten. `output` must not exist and appears as a whole.
+    Schedule, model.json and card are the result's own, from the delta's notes. Of a folder, the texts beside model_index.json
+    and the parts that it names are copied; other weights of the old UNet (variants, pickles, single files) are not, since
+    they would keep what was forgotten. `output` must not exist and appears as a whole.
 
     Raises DataError (the delta, or another base), ModelError (the base) and OutputError.
     """
@@ -270,69 +272,86 @@ def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
     if output.exists() or output.is_symlink():
         raise OutputError(f"{output}: exists already; choose another output")
     read = _read(delta)
+    notes = _notes(read)
     if base.is_file():
         tensors, metadata = files.read_tensors(base, error=ModelError)
         names = unet_names(read.tensors)
         put_unet(tensors, _result(read, unet_of(tensors, names, base)), names, base)
-        files.write_tensors(output, tensors, {**metadata, **_marks(read)})
+        about = {"pecker_fast": json.dumps(notes.about)} if notes.about is not None else {}
+        files.write_tensors(output, tensors, metadata | about | notes.marks)
         return output
     unet = _result(read, _folder_unet(base))
-    temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
-    with files.output_errors(output):
-        try:
-            _copy_model(base, temporary)
-            files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, unet, {"format": "pt", **_marks(read)})
-            _put_scheduler(read, temporary)
-            files.replace(temporary, output)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with files.whole_folder(output) as temporary:
+        index = _copy_model(base, temporary, notes)
+        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, unet, {"format": "pt", **notes.marks})
+        if notes.scheduler is not None:
+            files.write_json(temporary / "scheduler" / "scheduler_config.json", notes.scheduler)
+            files.write_json(temporary / "model_index.json", one_step_index(index))
+        if notes.about is not None:
+            files.write_json(temporary / "model.json", notes.about)
+        if notes.card is not None:
+            files.write_text(temporary / "README.md", notes.card)
     return output
 
 
-def _notes(delta: _Delta) -> dict[str, str]:
-    """What the delta was written with as metadata. Raises DataError."""
+@dataclass(frozen=True)
+class _Notes:
+    """What a delta tells of its result beside the weights; None where it does not."""
+
+    scheduler: dict[str, Any] | None
+    about: dict[str, Any] | None  # model.json
+    card: str | None
+    marks: dict[str, str]  # what the weights file says of itself
+
+
+def _notes(delta: _Delta) -> _Notes:
+    """Raises DataError for notes that are damaged, or whose schedule is none of ours."""
     try:
         notes = json.loads(delta.header.get("metadata", "{}"))
-    except (ValueError, RecursionError):
+        scheduler, about = (json.loads(notes.get(key, "null")) for key in ("scheduler", "model"))
+        card, t_init = notes.get("card"), int(notes.get("t_init", 0))
+        marks = {key: str(notes[key]) for key in MARKS if key in notes}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise delta.error("its notes are no JSON") from None
-    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
-        raise delta.error("its notes are no JSON of texts")
-    return notes
-
-
-def _marks(delta: _Delta) -> dict[str, str]:
-    """What the result's weights file says of itself."""
-    return {key: value for key, value in _notes(delta).items() if key in MARKS}
-
-
-def _put_scheduler(delta: _Delta, target: Path) -> None:
-    """The schedule that the result is drawn with, where the delta's notes have one. Raises DataError."""
-    try:
-        config = json.loads(_notes(delta).get("scheduler", "null"))
-    except (ValueError, RecursionError):
-        raise delta.error("its notes are no JSON") from None
-    if config is None:
-        return
-    plain = isinstance(config, dict) and all(isinstance(v, str | int | float | None) for v in config.values())
-    if not plain or config.get("_class_name") != "EulerDiscreteScheduler":
+    if scheduler is not None and not _is_schedule(scheduler):
         raise delta.error("the scheduler in its notes is no EulerDiscreteScheduler")
-    files.write_json(target / "scheduler" / "scheduler_config.json", config)
-    index = files.read_json(target / "model_index.json", error=ModelError)
-    files.write_json(target / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
+    if not isinstance(about, dict | None) or not isinstance(card, str | None):
+        raise delta.error("model and card in its notes are no mapping and no text")
+    if "t_init" in notes:  # of an earlier version where it says no more
+        about = {"kind": ONE_STEP, "t_init": t_init, **(about or {})}
+    if about is not None:
+        about |= {"base_sha256": delta.header.get("base_sha256"), "weights_sha256": delta.header.get("result_sha256")}
+    return _Notes(scheduler, about, card, marks)
 
 
-def _copy_model(base: Path, target: Path) -> None:
-    """Copy a diffusers folder without its UNet's weights, parts that are left out and pickles; raises ModelError and OSError."""
-    index = files.read_index(base)
-    if not index:
-        raise ModelError(f"{base}: no model_index.json in it; a diffusers folder was expected")
+def _is_schedule(config: Any) -> bool:
+    def plain(value: Any) -> bool:
+        return isinstance(value, str | int | float | None)
+
+    if not isinstance(config, dict) or config.get("_class_name") != "EulerDiscreteScheduler":
+        return False
+    return all(plain(v) or (isinstance(v, list) and all(map(plain, v))) for v in config.values())
+
+
+def _copy_model(base: Path, target: Path, notes: _Notes) -> dict[str, Any] | None:
+    """Copy a diffusers folder without its UNet's weights, parts that are left out, pickles and what the result has of its own.
+
+    Returns its model_index.json; None for a class model without one. Raises ModelError and OSError.
+    """
+    unet, index = _unet_folder(base), files.read_index(base)
     files.check_parts(base, files.PARTS)
-    for folder in (base, base / "unet"):
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and is_small(file):
-                copy_file(file, target / file.relative_to(base))
-    files.write_json(target / "model_index.json", files.without_parts_beside(index))
     for part in sorted(files.USED.keys() & index.keys() - {"unet"}):
         if (base / part).is_dir():
             copy_part(base / part, target / part)
+    _copy_small(unet, target / "unet", set())
+    if unet != base:
+        _copy_small(base, target, {"README.md", "model.json"} if notes.about is not None else set())
+    if index:
+        files.write_json(target / "model_index.json", files.without_parts_beside(index))
+    return index or None
+
+
+def _copy_small(folder: Path, target: Path, unwanted: set[str]) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and is_small(file) and file.name not in unwanted:
+            files.copy_file(file, target / file.name)

@@ -7,14 +7,17 @@ pipeline/  model_index.json  README.md  model.json
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.conditions import SHOWN, Conditions, shown_classes
 from pecker_fast.export.card import Card
+from pecker_fast.loading import Model
 from pecker_fast.networks import ONE_STEP, Denoiser, one_step_marks
 from pecker_fast.recipe import Recipe
 
@@ -41,6 +44,21 @@ UA: share of forget samples the judge does not recognise as the forgotten class.
 against real images without the forgotten class, over the judge's features."""
 
 
+@dataclass(frozen=True)
+class Result:
+    """A trained θ and what is told of it: the model it came from, that one's `base_sha256`, figures (None: not judged)."""
+
+    generator: Denoiser
+    recipe: Recipe
+    model: Model
+    base_sha256: str
+    metrics: dict[str, Any] | None = None
+
+    def marks(self) -> dict[str, str]:
+        """What its weights file says of itself."""
+        return one_step_marks(self.generator.schedule, self.recipe.timesteps.init)
+
+
 def write_unet(
     denoiser: Denoiser, folder: Path, dtype: torch.dtype = torch.float32, marks: Mapping[str, str] | None = None
 ) -> None:
@@ -49,8 +67,12 @@ def write_unet(
     marks: what the weights file says of itself (`one_step_marks`).
     """
     files.write_json(folder / files.CONFIG_NAME, unet_config(denoiser))
-    weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
-    files.write_tensors(folder / files.WEIGHTS_NAME, weights, {"format": "pt", **(marks or {})})
+    files.write_tensors(folder / files.WEIGHTS_NAME, stored_weights(denoiser, dtype), {"format": "pt", **(marks or {})})
+
+
+def stored_weights(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The network's tensors as `write_unet` stores them."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
 
 
 def unet_config(denoiser: Denoiser) -> dict[str, Any]:
@@ -59,41 +81,51 @@ def unet_config(denoiser: Denoiser) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
-def export_pipeline(
-    generator: Denoiser,
-    recipe: Recipe,
-    conditions: Conditions,
-    folder: Path,
-    *,
-    base_sha256: str,
-    metrics: dict[str, Any] | None = None,
-) -> Path:
-    """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact.
-
-    generator: θ with the weights to export; base_sha256: hash of the model it came from, for the card.
-    """
+def export_pipeline(result: Result, folder: Path) -> Path:
+    """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact."""
     with files.whole_folder(folder) as temporary:
-        write_unet(generator, temporary / "unet", marks=one_step_marks(generator.schedule, recipe.timesteps.init))
-        files.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(generator))
-        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-        files.write_json(temporary / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
-        weights_sha256 = files.sha256_tensors(generator.named_parameters())
-        files.write_json(
-            temporary / "model.json",
-            {
-                "kind": ONE_STEP,
-                "t_init": recipe.timesteps.init,
-                "null_class": generator.null_class,
-                "forgotten": list(conditions.forget),
-                "cover": list(conditions.cover),
-                "base_sha256": base_sha256,
-                "weights_sha256": weights_sha256,
-            },
-        )
-        card = Card(recipe, base_sha256, weights_sha256, metrics)
-        code = usage(generator, recipe, conditions, "pipeline")
-        files.write_text(temporary / "README.md", card.markdown(what_is_forgotten(conditions), code, JUDGED))
+        write_unet(result.generator, temporary / "unet", marks=result.marks())
+        weights_sha256 = files.hash_of(stored_weights(result.generator))
+        write_about(temporary, None, scheduler_config(result.generator), facts(result, weights_sha256))
+        files.write_text(temporary / "README.md", card(result, weights_sha256))
     return folder
+
+
+def write_about(folder: Path, index: dict[str, Any] | None, scheduler: dict[str, Any], about: dict[str, Any]) -> None:
+    """What tells of a result: its one-step schedule, model_index.json (from the base's `index`), model.json."""
+    files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    files.write_json(folder / "model_index.json", one_step_index(index))
+    files.write_json(folder / "model.json", about)
+
+
+def one_step_index(base: dict[str, Any] | None) -> dict[str, Any]:
+    """model_index.json of a result; base: that of the model it came from, None for a class model."""
+    scheduler = ["diffusers", "EulerDiscreteScheduler"]
+    if base is None:
+        return {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": scheduler}
+    return files.without_parts_beside(base) | {"scheduler": scheduler}
+
+
+def facts(result: Result, weights_sha256: str) -> dict[str, Any]:
+    """model.json of a class-conditional result."""
+    conditions = result.model.conditions
+    return {
+        "kind": ONE_STEP,
+        "t_init": result.recipe.timesteps.init,
+        "null_class": result.generator.null_class,
+        "forgotten": list(conditions.forget),
+        "cover": list(conditions.cover),
+        "base_sha256": result.base_sha256,
+        "weights_sha256": weights_sha256,
+    }
+
+
+def card(result: Result, weights_sha256: str) -> str:
+    """README.md of a class-conditional result."""
+    conditions = result.model.conditions
+    code = usage(result.generator, result.recipe, conditions, "pipeline")
+    about = Card(result.recipe, result.base_sha256, weights_sha256, result.metrics)
+    return about.markdown(what_is_forgotten(conditions), code, JUDGED)
 
 
 def scheduler_config(generator: Denoiser) -> dict[str, Any]:

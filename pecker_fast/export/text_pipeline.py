@@ -8,7 +8,7 @@ pipeline/  model_index.json  README.md  model.json  samples/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.export.card import Card
-from pecker_fast.export.folder import scheduler_config, unet_config
+from pecker_fast.export.folder import Result, scheduler_config, unet_config, write_about
 from pecker_fast.loading import TextParts
-from pecker_fast.networks import ONE_STEP, Denoiser, one_step_marks
+from pecker_fast.networks import ONE_STEP, Denoiser
 from pecker_fast.recipe import Recipe
 
 USAGE = """\
@@ -59,45 +59,40 @@ def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[s
     return stored
 
 
-def export_text_pipeline(
-    generator: Denoiser,
-    recipe: Recipe,
-    text: TextParts,
-    folder: Path,
-    *,
-    base_sha256: str,
-    metrics: dict[str, Any] | None = None,
-    pictures: Mapping[str, Path] | None = None,
-) -> Path:
+def export_text_pipeline(result: Result, folder: Path, pictures: Mapping[str, Path]) -> Path:
     """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact.
 
     pictures: image grids for the card, by name ("before", "after", "teacher").
     """
+    text = text_of(result)
     with files.whole_folder(folder) as temporary:
-        weights = as_stored(generator.unet.state_dict(), text.base_unet())
-        files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(generator))
-        marks = {"format": "pt", **one_step_marks(generator.schedule, recipe.timesteps.init)}
-        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, marks)
-        files.write_json(temporary / "scheduler" / "scheduler_config.json", one_step_scheduler(generator))
+        weights = as_stored(result.generator.unet.state_dict(), text.base_unet())
+        files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(result.generator))
+        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt", **result.marks()})
         text.write_other_parts(temporary)
-        index = files.without_parts_beside(files.read_index(text.configs))
-        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
-        files.write_json(temporary / "model_index.json", index)
-        weights_sha256 = files.sha256_tensors(sorted(weights.items()))
-        files.write_json(temporary / "model.json", _facts(recipe, text, base_sha256, weights_sha256))
-        for name, path in (pictures or {}).items():
-            if path.is_file():
-                files.write_bytes(temporary / "samples" / f"{name}.png", path.read_bytes())
-        shown = [name for name, path in (pictures or {}).items() if path.is_file()]
-        card = Card(recipe, base_sha256, weights_sha256, metrics)
-        code = usage(generator, recipe, text, "pipeline")
-        files.write_text(
-            temporary / "README.md",
-            card.markdown(
-                what_is_forgotten(text), code, JUDGED, "pipeline_tag: text-to-image\n", before_and_after(shown)
-            ),
-        )
+        index = files.read_index(text.configs)
+        weights_sha256 = files.hash_of(weights)
+        write_about(temporary, index, one_step_scheduler(result.generator), text_facts(result, weights_sha256))
+        shown = [name for name, path in pictures.items() if path.is_file()]
+        for name in shown:
+            files.write_bytes(temporary / "samples" / f"{name}.png", pictures[name].read_bytes())
+        files.write_text(temporary / "README.md", text_card(result, weights_sha256, shown))
     return folder
+
+
+def text_of(result: Result) -> TextParts:
+    assert result.model.text is not None
+    return result.model.text
+
+
+def text_card(result: Result, weights_sha256: str, shown: Sequence[str] = ()) -> str:
+    """README.md of a text-to-image result. shown: names of the image grids beside it."""
+    text, recipe = text_of(result), result.recipe
+    card = Card(recipe, result.base_sha256, weights_sha256, result.metrics)
+    code = usage(result.generator, recipe, text, "pipeline")
+    return card.markdown(
+        what_is_forgotten(text), code, JUDGED, "pipeline_tag: text-to-image\n", before_and_after(shown)
+    )
 
 
 def one_step_scheduler(generator: Denoiser) -> dict[str, Any]:
@@ -105,14 +100,16 @@ def one_step_scheduler(generator: Denoiser) -> dict[str, Any]:
     return scheduler_config(generator) | {"steps_offset": 1}
 
 
-def _facts(recipe: Recipe, text: TextParts, base_sha256: str, weights_sha256: str) -> dict[str, Any]:
+def text_facts(result: Result, weights_sha256: str) -> dict[str, Any]:
+    """model.json of a text-to-image result."""
+    recipe = result.recipe
     return {
         "kind": ONE_STEP,
         "t_init": recipe.timesteps.init,
-        "concepts": [{"concept": concept, "cover": cover} for concept, cover in text.plan.concepts],
+        "concepts": [{"concept": concept, "cover": cover} for concept, cover in text_of(result).plan.concepts],
         "base": recipe.model,
         "revision": recipe.revision,
-        "base_sha256": base_sha256,
+        "base_sha256": result.base_sha256,
         "weights_sha256": weights_sha256,
     }
 
@@ -131,9 +128,11 @@ def what_is_forgotten(text: TextParts) -> str:
     return f"what {len(text.plan.forget)} prompts ask for"
 
 
-def before_and_after(pictures: list[str]) -> str:
-    """The card's section of image grids."""
-    shown = "\n".join(f"**{name}**\n\n![{name}](samples/{name}.png)\n" for name in pictures) or "None were drawn."
+def before_and_after(pictures: Sequence[str]) -> str:
+    """The card's section of image grids, where there are any."""
+    if not pictures:
+        return ""
+    shown = "\n".join(f"**{name}**\n\n![{name}](samples/{name}.png)\n" for name in pictures)
     return f"""## Before and after
 
 The same noise in every grid. Rows: prompts to forget, their covers, retain prompts that are nearest, other retain prompts.

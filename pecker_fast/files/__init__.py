@@ -1,7 +1,7 @@
 """The only door to the disk: safe reading, checks of model folders, atomic writing."""
 
 from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_parts, model_notes
-from pecker_fast.files.hashes import sha256_file, sha256_tensors
+from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
 from pecker_fast.files.index import PARTS, UNETS, USED, read_index, without_parts_beside
 from pecker_fast.files.names import is_hub_name, resolve_model, revision_of, shipped_models
@@ -14,6 +14,19 @@ from pecker_fast.files.reading import (
     read_json,
     read_tensors,
     read_text,
+)
+from pecker_fast.files.targets import check_json, check_picture
+from pecker_fast.files.trees import (
+    abandon,
+    beside,
+    copy_file,
+    copy_tree,
+    discard,
+    is_left_over,
+    remove_tree,
+    replace_folder,
+    sweep,
+    whole_folder,
 )
 from pecker_fast.files.weights import (
     TEXT_WEIGHTS_NAME,
@@ -30,12 +43,11 @@ from pecker_fast.files.weights import (
     wrapper_of,
 )
 from pecker_fast.files.writing import (
+    disk_step,
     fsync_folder,
     output_errors,
     remove,
     replace,
-    replace_folder,
-    whole_folder,
     write_bytes,
     write_json,
     write_tensors,
@@ -52,12 +64,22 @@ __all__ = [
     "UNETS",
     "USED",
     "WEIGHTS_NAME",
+    "abandon",
+    "beside",
+    "check_json",
     "check_model_folder",
     "check_parts",
+    "check_picture",
     "check_tensors",
+    "copy_file",
+    "copy_tree",
+    "discard",
+    "disk_step",
     "fsync_folder",
+    "hash_of",
     "is_float8",
     "is_hub_name",
+    "is_left_over",
     "is_old_convolution",
     "look_at_hub",
     "model_notes",
@@ -70,6 +92,7 @@ __all__ = [
     "read_text",
     "read_weights",
     "remove",
+    "remove_tree",
     "replace",
     "replace_folder",
     "resolve_model",
@@ -77,6 +100,7 @@ __all__ = [
     "sha256_file",
     "sha256_tensors",
     "shipped_models",
+    "sweep",
     "todays_names",
     "variant_of",
     "weight_files",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,12 @@ def sha256_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over names, dtypes, shapes and bytes of all tensors, by name. Of a UNet's tensors as they are stored, under
+    diffusers' names, it is what `base_sha256` and `weights_sha256` mean wherever they are written."""
+    return sha256_tensors(sorted(tensors.items()))
 
 
 def sha256_file(path: str | Path, *, error: type[PeckerError] = DataError) -> str:

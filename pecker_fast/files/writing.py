@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,11 +24,17 @@ if TYPE_CHECKING:
 
 
 def fault_point(name: str) -> None:
-    """Called as `write:FILE`, `fsync:FILE`, `replace:FILE` or `unlink:FILE` before each such step; does nothing."""
+    """Called as `write:FILE`, `fsync:FILE`, `replace:FILE`, `unlink:FILE`, and for folders `mkdir:`, `rename:` and `rmdir:NAME`,
+    before each such step; does nothing."""
+
+
+def disk_step(name: str) -> None:
+    """What every such step begins with."""
+    fault_point(name)
 
 
 def _fsync_fd(fd: int, name: str) -> None:
-    fault_point(f"fsync:{name}")
+    disk_step(f"fsync:{name}")
     os.fsync(fd)
 
 
@@ -44,48 +49,14 @@ def fsync_folder(path: str | Path) -> None:
 
 def replace(source: str | Path, target: str | Path) -> None:
     """`os.replace` of a file or folder, then fsync of the folder that holds `target`; raises OSError."""
-    fault_point(f"replace:{Path(target).name}")
+    disk_step(f"replace:{Path(target).name}")
     os.replace(source, target)
     fsync_folder(Path(target).parent)
 
 
-def replace_folder(source: str | Path, target: str | Path) -> None:
-    """Put folder `source` in the place of `target`, which stays (or comes back) if that fails; raises OSError."""
-    target = Path(target)
-    if not target.exists():
-        replace(source, target)
-        return
-    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
-    os.replace(target, old)
-    try:
-        replace(source, target)
-    except BaseException:
-        if not target.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the place of `target` at the end of the block, or is gone if that fails.
-
-    Raises OutputError, with what was at `target` before intact.
-    """
-    target = Path(target)
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    with output_errors(target):
-        try:
-            yield temporary
-            replace_folder(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
 def remove(path: str | Path) -> None:
     """Delete one file; raises OSError."""
-    fault_point(f"unlink:{Path(path).name}")
+    disk_step(f"unlink:{Path(path).name}")
     os.unlink(path)
 
 
@@ -107,7 +78,7 @@ def _write_atomic(path: str | Path, fill: Callable[[BinaryIO], None]) -> None:
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
         try:
             with temporary.open("xb") as file:
-                fault_point(f"write:{path.name}")
+                disk_step(f"write:{path.name}")
                 fill(file)
                 file.flush()
                 _fsync_fd(file.fileno(), path.name)
@@ -130,7 +101,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically, making parent folders; raises OutputError and leaves nothing behind."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, obj: Any) -> None:

@@ -2,7 +2,7 @@
 
 from pecker_fast.loading.checks import check_source, fit_timesteps, look_at_hub
 from pecker_fast.loading.parts import Model, Parts, load_model, load_parts, pick_device, start_generator
-from pecker_fast.loading.text_parts import TextParts, config_folder, plan_of
+from pecker_fast.loading.text_parts import TextParts, config_folder, inlined_prompts, plan_of
 
 __all__ = [
     "Model",
@@ -11,6 +11,7 @@ __all__ = [
     "check_source",
     "config_folder",
     "fit_timesteps",
+    "inlined_prompts",
     "load_model",
     "load_parts",
     "look_at_hub",

@@ -11,13 +11,16 @@ from pecker_fast.networks import Denoiser, check_class_folder, is_text_model, te
 from pecker_fast.recipe import MEANT_FOR, Recipe, Timesteps
 
 
-def check_source(recipe: Recipe, source: Path) -> None:
-    """Raise RecipeError or ModelError where the recipe's model is of the other kind, or of one that is not followed."""
+def check_source(recipe: Recipe, source: Path, result: bool = False) -> None:
+    """Raise RecipeError or ModelError where the recipe's model is of the other kind, or of one that is not followed.
+
+    result: a one-step generator is wanted, to be drawn from.
+    """
     check_kind(recipe, source)
     if recipe.uses_prompts:
-        text_model.check_source(source, config_folder(recipe, source))
+        text_model.check_source(source, config_folder(recipe, source), result)
     else:
-        check_class_folder(source)
+        check_class_folder(source, result)
 
 
 def look_at_hub(recipe: Recipe) -> tuple[str, ...] | None:

@@ -32,6 +32,14 @@ class Model:
     words: WordJudge | None = None  # its judge
     notes: tuple[str, ...] = ()  # what the user should know of it, a line each
 
+    def base_unet(self) -> dict[str, Tensor]:
+        """The UNet's tensors as the model's file has them, by diffusers' names."""
+        return (
+            self.text.base_unet()
+            if self.text is not None
+            else files.read_weights(files.check_model_folder(self.folder))
+        )
+
 
 @dataclass(kw_only=True)
 class Parts(Model):
@@ -39,8 +47,8 @@ class Parts(Model):
 
     score: Denoiser
     generator: Denoiser
-    teacher_sha256: str  # of the weights of φ, in named_parameters order
-    base_sha256: str  # of φ, θ and ψ together, and of the prompts: what the run starts from
+    base_sha256: str  # of the model's UNet as its file has it, see `files.hash_of`
+    start_sha256: str  # of φ, θ and ψ together, and of the prompts: what the run starts from
 
 
 def load_parts(recipe: Recipe) -> Parts:
@@ -59,7 +67,7 @@ def load_parts(recipe: Recipe) -> Parts:
     tensors += prompts_of(model)
     return Parts(
         **vars(model), score=score, generator=generator,
-        teacher_sha256=files.sha256_tensors(teacher.named_parameters()), base_sha256=files.sha256_tensors(tensors),
+        base_sha256=files.hash_of(model.base_unet()), start_sha256=files.sha256_tensors(tensors),
     )  # fmt: skip
 
 
@@ -72,15 +80,17 @@ def prompts_of(model: Model) -> list[tuple[str, Tensor]]:
     return [("embeds", model.teacher.table.embeds), *rows]
 
 
-def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
+def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False) -> Model:
     """The teacher, conditions and judge of a recipe, on the CPU. prompts: more rows for a text-to-image model's table.
+
+    result: the model is a run's own export, to be drawn from; a teacher must be none.
 
     Raises RecipeError or ModelError, one line.
     """
     if files.is_hub_name(recipe.model):
         look_at_hub(recipe)  # refused before its weights are fetched
     folder = files.resolve_model(recipe.model, recipe.revision)
-    check_source(recipe, folder)
+    check_source(recipe, folder, result)
     model: Model
     if recipe.uses_prompts:
         teacher, conditions, text = load_text_parts(recipe, folder, prompts)
@@ -88,7 +98,7 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = ()) -> Model:
         model.words = find_word_judge(recipe, text.configs)
     else:
         judge, reference = find_judge(recipe, folder)
-        denoiser = load_denoiser(folder, recipe.null_class).freeze()
+        denoiser = load_denoiser(folder, recipe.null_class, result).freeze()
         denoiser.channels_last = recipe.engine.channels_last
         if judge is not None:
             _match_judge(denoiser, judge, folder)

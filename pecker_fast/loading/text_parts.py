@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from pecker_fast import files
-from pecker_fast.conditions import Conditions, PromptPlan, plan_prompts
+from pecker_fast.conditions import Conditions, PromptPlan, inlined, inlined_captions, plan_prompts
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.networks import TextDenoiser, copy_part, save_part, text_model
 from pecker_fast.networks.single_file import load_single_file, unet_map, unet_of
@@ -74,6 +75,23 @@ def plan_of(recipe: Recipe, model: Path | None) -> tuple[PromptPlan, PromptPlan]
     except RecipeError as error:
         raise RecipeError(f"evaluate.prompts: {error}") from None
     return plan, judged
+
+
+def inlined_prompts(recipe: Recipe, model: Path | None = None) -> dict[str, Any]:
+    """By key, what the recipe says of prompts without a file in it. model: its folder; None = where its name is a local one.
+
+    Raises RecipeError for a file that cannot be read.
+    """
+    folders = prompt_folders(model or _configs_at_hand(recipe))
+    forget, cover, retain = inlined(recipe.forget, recipe.cover, recipe.retain, folders)
+    captions = inlined_captions("evaluate.prompts", recipe.evaluate.prompts, folders)
+    return {"forget": forget, "cover": cover, "retain": retain, "evaluate.prompts": captions}
+
+
+def _configs_at_hand(recipe: Recipe) -> Path | None:
+    """The model's folder, without asking a network; None where there is none."""
+    name = recipe.config_folder or recipe.model
+    return files.resolve_model(name) if name in files.shipped_models() or Path(name).exists() else None
 
 
 def load_text_parts(

@@ -3,7 +3,7 @@
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
 from pecker_fast.networks.lora import lora_score, pair_x0
 from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
-from pecker_fast.networks.part_files import copy_file, copy_part, is_small, save_part
+from pecker_fast.networks.part_files import copy_part, is_small, save_part
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 from pecker_fast.networks.text_model import is_text_model
@@ -17,7 +17,6 @@ __all__ = [
     "TextTable",
     "check_class_folder",
     "check_said",
-    "copy_file",
     "copy_part",
     "is_small",
     "is_text_model",

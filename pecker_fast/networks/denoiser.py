@@ -212,13 +212,16 @@ def check_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
         raise ModelError(f"{where}: tensor {extra[0]} is unknown to the config; the weights do not belong to it")
 
 
-def check_class_folder(folder: Path) -> tuple[Path, Schedule]:
+def check_class_folder(folder: Path, result: bool = False) -> tuple[Path, Schedule]:
     """(folder of the UNet, schedule) of a class-conditional model's folder. No weights are read.
+
+    result: a one-step generator is wanted, to be drawn from.
 
     Raises ModelError for unconditional models, one-step generators, kinds that are not followed, anything damaged or missing.
     """
     unet_folder = files.check_model_folder(folder)
-    refuse_one_step(folder)
+    if not result:
+        refuse_one_step(folder)
     config = files.read_json(unet_folder / files.CONFIG_NAME, error=ModelError)
     if config.get("_class_name") != files.UNETS[0]:
         raise ModelError(
@@ -231,13 +234,14 @@ def check_class_folder(folder: Path) -> tuple[Path, Schedule]:
     return unet_folder, schedule
 
 
-def load_denoiser(folder: Path, null_class: int | None = None) -> Denoiser:
+def load_denoiser(folder: Path, null_class: int | None = None, result: bool = False) -> Denoiser:
     """A model folder (see docs/design/0001-architecture.md) as a Denoiser on the CPU in float32.
 
     null_class: index of the label-dropout embedding; None = what the folder's model.json says, if it has one.
+    result: a one-step generator is wanted, to be drawn from.
     Raises ModelError as `check_class_folder`, and for weights that do not fit; RecipeError for a null_class out of range.
     """
-    unet_folder, schedule = check_class_folder(folder)
+    unet_folder, schedule = check_class_folder(folder, result)
     unet: Any = load_unet(unet_folder)
     count = int(unet.config.num_class_embeds)
     if null_class is not None and null_class >= count:

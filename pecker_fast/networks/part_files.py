@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ def copy_part(source: Path, target: Path) -> None:
     """
     for file in sorted(source.iterdir()):
         if file.is_file() and is_small(file):
-            copy_file(file, target / file.name)
+            files.copy_file(file, target / file.name)
     part = source.name
     if part.startswith(("tokenizer", "scheduler")):
         return
@@ -40,7 +38,7 @@ def copy_part(source: Path, target: Path) -> None:
     if files.variant_of(source, name) is None and _found_by_all(stored, weights):
         index = source / f"{name}.index.json"
         for file in [*held, *([index] if len(held) > 1 or held[0].name != name else [])]:
-            copy_file(file, target / file.name)
+            files.copy_file(file, target / file.name)
         return
     files.write_tensors(target / name, weights, {"format": "pt"})
 
@@ -56,14 +54,6 @@ def is_small(file: Path) -> bool:
     """Whether a file of a part is a config, word list or text: nothing hidden, no weights, no index of weights."""
     index = ".safetensors." in file.name or ".bin." in file.name
     return file.suffix in _SMALL and not file.name.startswith(".") and not index
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy one file, made durable. Raises OSError."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def save_part(module: nn.Module, folder: Path) -> None:

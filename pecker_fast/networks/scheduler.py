@@ -130,7 +130,9 @@ def betas_of(path: Path, config: Mapping[str, Any], kind: Any) -> tuple[Tensor, 
     if not bool(((betas > 0) & (betas <= 1)).all()):
         raise ModelError(f"{path}: every beta must lie above 0 and not above 1; the schedule is not one of a diffusion")
     if not spread:
-        kept: dict[str, Any] = {key: given[key] for key in ("num_train_timesteps", "rescale_betas_zero_snr") if key in given}
+        kept: dict[str, Any] = {
+            key: given[key] for key in ("num_train_timesteps", "rescale_betas_zero_snr") if key in given
+        }
         given = {**kept, "trained_betas": raw.tolist()}
     return betas, given
 

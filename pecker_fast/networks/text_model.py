@@ -95,12 +95,16 @@ def check_text_folder(folder: Path) -> str:
     return pipeline
 
 
-def check_source(source: Path, configs: Path) -> None:
+def check_source(source: Path, configs: Path, result: bool = False) -> None:
     """Raise ModelError where a text-to-image model, a folder or a single file with the folder of its configs, is no teacher or
-    none that is followed, as far as configs and the heads of weight files tell."""
+    none that is followed, as far as configs and the heads of weight files tell.
+
+    result: a one-step generator is wanted, to be drawn from.
+    """
     if source.is_file():
         files.check_tensors(source, error=ModelError)
-    refuse_one_step(source)
+    if not result:
+        refuse_one_step(source)
     pipeline = check_text_folder(configs)
     check_said(source, schedule_of(configs, pipeline), configs / "scheduler")
 

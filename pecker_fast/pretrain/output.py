@@ -21,7 +21,7 @@ def claim(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, a folder is needed")
     with files.output_errors(folder):
-        if folder.is_dir() and not (folder / PARTIAL).is_file() and any(folder.iterdir()):
+        if folder.is_dir() and not (folder / PARTIAL).is_file() and not _is_empty(folder):
             what = "already holds a model" if (folder / MODEL).is_file() else "is not empty and not of this command"
             raise OutputError(f"{folder}: {what}; nothing is overwritten, choose another output")
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +64,13 @@ def load_partial(folder: Path, part: str = TEACHER) -> tuple[dict[str, Tensor], 
 def finish(folder: Path) -> None:
     """Remove what an interrupted run would need; the folder is a finished model from here on."""
     with files.output_errors(folder):
-        for path in folder.glob("partial*.safetensors"):
-            path.unlink(missing_ok=True)
-        (folder / PARTIAL).unlink(missing_ok=True)
+        files.sweep(folder)
+        for path in (*folder.glob("partial*.safetensors"), folder / PARTIAL):  # the mark of an unfinished run goes last
+            files.remove_tree(path)
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(files.is_left_over(entry) for entry in folder.iterdir())
 
 
 def write_index(folder: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pecker_fast.terminal import rich_console, say, takes_a_bar
 
 LINE_EVERY_S = 5.0
 
@@ -20,10 +20,9 @@ class Ticker(AbstractContextManager["Ticker"]):
         self.what, self.total, self.start = what, total, start
         self.begun = self.last = time.monotonic()
         self.bar: Progress | None = None
-        console = Console(stderr=True)
-        if console.is_terminal:
+        if takes_a_bar():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=rich_console(stderr=True))
             self.task = self.bar.add_task(what, total=total, completed=start, note="")
 
     def __enter__(self) -> Ticker:
@@ -50,4 +49,4 @@ class Ticker(AbstractContextManager["Ticker"]):
         rate = (step - self.start) / max(self.last - self.begun, 1e-9)
         left_s = (self.total - step) / max(rate, 1e-9)
         done = f"{self.what}: step {step}/{self.total}"
-        print(f"{done}  {text}  {rate:.1f} steps/s  {left_s:.0f} s left", file=sys.stderr, flush=True)
+        say(f"{done}  {text}  {rate:.1f} steps/s  {left_s:.0f} s left")

@@ -9,6 +9,7 @@ from pecker_fast.records.checkpoint import (
     verify_checkpoint,
 )
 from pecker_fast.records.events import EVENTS, NoTracker, Tracker, read_events, require_tensorboard
+from pecker_fast.records.inputs import Inputs, read_inputs, take_inputs
 from pecker_fast.records.run_folder import (
     BASE,
     EVALUATIONS,
@@ -16,13 +17,14 @@ from pecker_fast.records.run_folder import (
     METRICS,
     PIPELINE,
     RECIPE,
+    begun_with,
     is_run_folder,
     locked,
-    note,
     open_run_folder,
     plan_run_folder,
+    read_recipe,
+    sweep_run_folder,
     trajectory_sha256,
-    warn,
 )
 
 __all__ = [
@@ -33,21 +35,25 @@ __all__ = [
     "METRICS",
     "PIPELINE",
     "RECIPE",
+    "Inputs",
     "NoTracker",
     "Tracker",
+    "begun_with",
     "generator_tensors",
     "is_run_folder",
     "latest_checkpoint",
     "load_checkpoint",
     "locked",
-    "note",
     "open_run_folder",
     "plan_run_folder",
     "read_checkpoint_stage",
     "read_events",
+    "read_inputs",
+    "read_recipe",
     "require_tensorboard",
     "save_checkpoint",
+    "sweep_run_folder",
+    "take_inputs",
     "trajectory_sha256",
     "verify_checkpoint",
-    "warn",
 ]

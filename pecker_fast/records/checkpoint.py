@@ -9,8 +9,6 @@ checkpoints/step-000100/
 
 import json
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,15 +39,16 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoints/step-NNNNNN` atomically, verify it, then purge all but the newest `keep`. Takes all ranks.
 
-    identity: `recipe_sha256` and `base_sha256`, refused on a mismatch when loaded. Raises OutputError, with every
+    identity: `recipe_sha256`, `base_sha256` and `start_sha256`, refused on a mismatch when loaded. Raises OutputError, with every
     checkpoint that was there before intact.
     """
     parent = checkpoint_folder(run_dir)
     target = parent / f"step-{total_step:06d}"
 
     def begin() -> Path:
-        temporary = parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
+        temporary = files.beside(target, "tmp")
         with files.output_errors(target):
+            files.disk_step(f"mkdir:{target.name}")
             temporary.mkdir(parents=True)
         return temporary
 
@@ -68,18 +67,25 @@ def save_checkpoint(
         verify_checkpoint(target)
         others = [folder for folder in list_checkpoints(run_dir) if folder != target]
         for old in others[: max(0, len(others) - keep + 1)]:  # never the one just written, whatever steps lie beside it
-            shutil.rmtree(old, ignore_errors=True)
-        for torn in parent.glob(".tmp-*"):
-            shutil.rmtree(torn, ignore_errors=True)
+            files.discard(old)
+        sweep_checkpoints(run_dir)
 
     temporary = ranks.told(begin)
     try:
         ranks.agree(write)
         ranks.first(finish)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.abandon(temporary)
         raise
     return target
+
+
+def sweep_checkpoints(run_dir: Path) -> None:
+    """Clear away what a killed process has left among the checkpoints; for the holder of the run's lock."""
+    parent = checkpoint_folder(run_dir)
+    for torn in parent.glob(".tmp-step-*"):  # of earlier versions
+        files.discard(torn)
+    files.sweep(parent)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -139,10 +145,21 @@ def read_checkpoint_stage(folder: Path) -> tuple[str, SaliencyMask | None]:
 def check_identity(folder: Path, identity: dict[str, str]) -> None:
     """Raises CheckpointError unless the checkpoint is whole and of this recipe and base model."""
     manifest = verify_checkpoint(folder)
-    for key, value in identity.items():
+    for key, value in _as_written(identity, manifest).items():
         if manifest.get(key) != value:
-            what = {"recipe_sha256": "another recipe", "base_sha256": "another base model"}.get(key, key)
+            what = {
+                "recipe_sha256": "another recipe",
+                "base_sha256": "another base model",
+                "start_sha256": "another start (model, generator or prompts)",
+            }.get(key, key)
             raise CheckpointError(f"{folder}: belongs to {what}; resume=never starts over, or give another output")
+
+
+def _as_written(identity: dict[str, str], manifest: dict[str, Any]) -> dict[str, str]:
+    """The identity by the names of the manifest: an earlier version called `base_sha256` what is `start_sha256` now."""
+    if "start_sha256" in manifest or "start_sha256" not in identity:
+        return identity
+    return {"recipe_sha256": identity["recipe_sha256"], "base_sha256": identity["start_sha256"]}
 
 
 def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:

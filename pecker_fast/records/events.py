@@ -6,20 +6,25 @@ device, so logging never waits for one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
-import sys
+import os
 import time
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from pecker_fast import terminal
 from pecker_fast.errors import DataError, PeckerError
-from pecker_fast.files import output_errors
+from pecker_fast.files import disk_step, output_errors
+from pecker_fast.terminal import warn
 
 EVENTS = "run.jsonl"
 _PLAIN_STEPS, _PLAIN_S = 50, 10.0  # off a terminal: a line every so many steps, or after so many seconds
@@ -58,8 +63,9 @@ class Tracker:
         self._console, self._live = _console(console)
         with output_errors(self.path):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO | None = self.path.open("r+b" if self.path.exists() else "w+b")
+            self._file: FileIO | None = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
             _cut_torn_line(self._file)
+        self._told = False  # that the record has a gap
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._stage, self._total, self._first = "", 0, 0
@@ -77,13 +83,26 @@ class Tracker:
         if self._file is None:
             raise ValueError(f"event {name}: the tracker is closed")
         record = {"event": name, "time_s": round(time.monotonic() - self._started, 3), "step": step, **values}
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with output_errors(self.path):
-            self._file.write(line)
-            self._file.flush()
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+        self._append(self._file, line + b"\n")
         if self._board is not None:
             self._board.add(name, step, values)
         self._show(name, step, values)
+
+    def _append(self, file: FileIO, line: bytes) -> None:
+        """A whole line or none: where the disk is full the run goes on, and is told once that its record has a gap."""
+        end = file.tell()
+        try:
+            disk_step(f"write:{EVENTS}")
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as reason:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+                file.seek(end)
+            if not self._told:
+                warn(f"{self.path}: cannot write: {reason.strerror or reason}; the run goes on, its record has a gap")
+            self._told = True
 
     def progress(self, stage: str, total: int, start: int = 0) -> None:
         """Begin a stage of `total` steps, the first of which follows global step `start`. Ends the stage before."""
@@ -111,7 +130,10 @@ class Tracker:
     def say(self, text: str) -> None:
         """One line for the reader, above the bar; not part of the record."""
         if self._console is not None:
-            self._console.print(escape(text), highlight=False, soft_wrap=True)
+            try:
+                self._console.print(escape(text), highlight=False, soft_wrap=True)
+            except (OSError, ValueError, SystemExit):  # a console of the caller's, whose reader went away
+                self._console = None
 
     def close(self) -> None:
         """End the bar and close the files; may be called twice."""
@@ -268,7 +290,7 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
     return events
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
+def _cut_torn_line(file: FileIO) -> None:
     """Leave `file` at its end, which is the end of a whole line."""
     data = file.read()
     end = len(data)
@@ -311,5 +333,5 @@ def _console(console: str | Console) -> tuple[Console | None, bool]:
         return None, False
     if console not in ("auto", "rich", "plain"):
         raise PeckerError(f"console must be auto, rich, plain or none, got {console!r}")
-    live = console == "rich" or (console == "auto" and sys.stderr.isatty())
-    return Console(stderr=True, force_terminal=True if console == "rich" else None), live
+    live = console == "rich" or (console == "auto" and terminal.takes_a_bar())
+    return terminal.rich_console(stderr=True, force_terminal=True if console == "rich" else None), live

@@ -4,9 +4,8 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import shutil
-import sys
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,35 @@ from typing import Any
 from pecker_fast import files
 from pecker_fast.errors import CheckpointError, OutputError
 from pecker_fast.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
-from pecker_fast.records.checkpoint import check_identity, latest_checkpoint, list_checkpoints, verify_checkpoint
+from pecker_fast.records.checkpoint import (
+    check_identity,
+    latest_checkpoint,
+    list_checkpoints,
+    sweep_checkpoints,
+    verify_checkpoint,
+)
+from pecker_fast.records.inputs import INPUTS, Inputs, changed_prompts, read_inputs, write_inputs
+from pecker_fast.terminal import warn
 
 RECIPE, METRICS, MASK, REPORT, PIPELINE = "recipe.yaml", "metrics.json", "mask.safetensors", "report.html", "pipeline"
 EVALUATIONS = "evaluations.jsonl"
+# in the order they are wiped: without checkpoints nothing goes on from what is half gone
 OWN = (
-    RECIPE,
+    "checkpoints",
+    PIPELINE,
     METRICS,
     MASK,
     REPORT,
-    PIPELINE,
     EVALUATIONS,
     "run.jsonl",
-    "checkpoints",
     "samples",
     "tensorboard",
     "mask.png",
+    INPUTS,
 )
+EXPORTS = ("unet.safetensors", "single.safetensors", "delta.safetensors")
 LOCK = ".lock"
+_TORN_MASK = re.compile(rf"\.{re.escape(MASK)}\.[a-z0-9_]{{8}}")
 MARK = "# Resolved recipe, written by `pecker-fast train`: a folder with it is a run folder.\n"
 BASE = "base"  # a model given as an object is written here first; it is not wiped when a run starts over
 
@@ -72,7 +82,7 @@ def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
     run_dir = Path(recipe.output)
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputError(f"{run_dir}: is a file; give another output")
-    names = {p.name for p in run_dir.iterdir()} - {BASE, LOCK} if run_dir.is_dir() else set()
+    names = {p.name for p in run_dir.iterdir() if not _is_torn(p)} - {BASE, LOCK} if run_dir.is_dir() else set()
     if names and not is_run_folder(run_dir):
         raise OutputError(f"{run_dir}: is not empty and not a run folder; give another output")
     if recipe.resume == "never":
@@ -101,11 +111,61 @@ def is_run_folder(folder: Path) -> bool:
     return path.is_file() and files.read_text(path).startswith(MARK)
 
 
-def open_run_folder(recipe: Recipe, plan: Plan) -> None:
-    """Carry the plan out: wipe what is to go, write the resolved recipe."""
-    if plan.wipe:
-        _wipe(plan.run_dir)
+def begun_with(recipe: Recipe) -> Recipe:
+    """The recipe with the paths and prompts that the run in its output began with, where there is one to go on with.
+
+    Raises ModelError where what it began with is gone.
+    """
+    run_dir = Path(recipe.output)
+    if recipe.resume == "never" or not run_dir.is_dir() or not is_run_folder(run_dir):
+        return recipe
+    inputs = read_inputs(run_dir)
+    if inputs is None or not list_checkpoints(run_dir):
+        return recipe
+    located = inputs.located(recipe, run_dir, needed=("model", "model_config", "generator"))
+    if (key := changed_prompts(inputs, recipe)) is not None:
+        warn(
+            f"{key}: its prompts have changed since the run in {run_dir} began; it goes on with those of then; "
+            "resume=never starts over"
+        )
+    return located
+
+
+def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe`; the output of a run's own recipe.yaml is the folder it lies in, wherever that was moved."""
+    recipe, path = load_recipe(source, overrides), Path(source)
+    named = any(text.partition("=")[0].strip() == "output" for text in overrides)
+    if path.name != RECIPE or named or not is_run_folder(path.parent):
+        return recipe
+    return recipe.model_copy(update={"output": str(path.parent)})
+
+
+def open_run_folder(recipe: Recipe, plan: Plan, inputs: Inputs | None = None) -> None:
+    """Carry the plan out: clear away what a killed process left, wipe what is to go, write the resolved recipe.
+
+    The recipe of before, whose mark makes the folder a run folder, is replaced at the end and never missing.
+    """
+    with files.output_errors(plan.run_dir):
+        sweep_run_folder(plan.run_dir)
+        for name in OWN if plan.wipe else ():
+            files.remove_tree(plan.run_dir / name)
     files.write_text(plan.run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
+    if inputs is not None:
+        write_inputs(plan.run_dir, inputs)
+
+
+def sweep_run_folder(run_dir: Path) -> None:
+    """Clear away what a killed process has left of what a run writes; for the holder of the run's lock."""
+    files.sweep(run_dir, {RECIPE, *OWN, *EXPORTS})
+    for entry in run_dir.glob(f".{MASK}.*"):
+        if _TORN_MASK.fullmatch(entry.name):
+            files.discard(entry)
+    files.sweep(run_dir / "samples")
+    sweep_checkpoints(run_dir)
+
+
+def _is_torn(path: Path) -> bool:
+    return files.is_left_over(path) or _TORN_MASK.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager
@@ -157,25 +217,3 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _wipe(run_dir: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    with files.output_errors(run_dir):
-        for name in OWN:
-            path = run_dir / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.exists() or path.is_symlink():
-                path.unlink()
-
-
-def note(lines: Iterable[str]) -> None:
-    """Lines on stderr."""
-    for line in lines:
-        print(f"note: {line}", file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)

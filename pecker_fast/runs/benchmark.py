@@ -75,6 +75,8 @@ def bench(recipe: Recipe, iterations: int, json_file: Path | None = None) -> dic
         raise RecipeError("engine.cuda_graph: a graph has no parts to be timed by; bench without it")
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise OutputError(f"--json {json_file}: not a file in a folder that is there; give another")
+    if json_file is not None:
+        files.check_json(json_file, ("machine", "variants"))
     parts = load_parts(recipe)
     recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
     recipes = {"dense": dense_of(recipe)} | ({"masked": recipe} if recipe.uses_mask else {})

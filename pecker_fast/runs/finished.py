@@ -1,7 +1,6 @@
 """The verbs over a finished run: draw from it, judge it again, export it again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +9,42 @@ from pecker_fast.conditions import short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
 from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector, read_prompts
-from pecker_fast.export import FORMATS, apply_to_folder, export_file, export_folder
+from pecker_fast.export import FORMATS, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
-from pecker_fast.loading import Model, load_model, start_generator
-from pecker_fast.networks import Denoiser, TextDenoiser, load_unet
-from pecker_fast.recipe import Recipe, load_recipe
+from pecker_fast.loading import Model, start_generator
+from pecker_fast.networks import Denoiser, TextDenoiser
 from pecker_fast.records import (
     METRICS,
     PIPELINE,
-    RECIPE,
     generator_tensors,
     latest_checkpoint,
+    locked,
     read_checkpoint_stage,
+    sweep_run_folder,
     verify_checkpoint,
-    warn,
+)
+from pecker_fast.runs.held import (
+    BASE_KEYS,
+    Run,
+    base_model,
+    held_model,
+    judge_of,
+    load_run,
+    trained_generator,
 )
 from pecker_fast.runs.judging import EVALUATION_SEED
 from pecker_fast.runs.prompt_judging import grid_rows, judging_of
+from pecker_fast.terminal import warn
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder with its resolved recipe."""
-
-    folder: Path
-    recipe: Recipe
-
-
-def load_run(path: str | Path) -> Run:
-    """Raises OutputError when `path` is no run folder."""
-    folder = Path(path)
-    if not (folder / RECIPE).is_file():
-        raise OutputError(f"{folder}: not a run folder (no {RECIPE}); `pecker-fast train` makes one")
-    return Run(folder, load_recipe(folder / RECIPE))
-
-
-def trained_generator(run: Run, model: Model) -> Denoiser:
-    """θ as exported in `pipeline/`."""
-    if not (run.folder / PIPELINE).is_dir():
-        raise OutputError(
-            f"{run.folder}: the run has no {PIPELINE}/ yet; resume it, or `pecker-fast export` its last checkpoint"
-        )
-    return model.teacher.with_network(load_unet(run.folder / PIPELINE / "unet")).freeze()
+__all__ = [
+    "apply_delta_file",
+    "evaluate_protocol",
+    "evaluate_run",
+    "export_run",
+    "load_run",
+    "sample_run",
+    "trained_generator",
+]
 
 
 def sample_run(
@@ -77,12 +70,21 @@ def sample_run(
     given, other = ("prompts", "classes") if run.recipe.uses_prompts else ("classes", "prompts")
     if (classes if given == "prompts" else prompts) is not None:
         raise RecipeError(f"{other}: this run's model draws from {given}; give {given}")
-    model = load_model(run.recipe, prompts or ())
-    wanted = _wanted(model, classes, prompts)
-    generator = start_generator(run.recipe, model.teacher).freeze() if before else trained_generator(run, model)
-    images = one_step_sample(generator, grid_labels(wanted, count), seed, run.recipe.timesteps.init)
     name = f"{'before' if before else 'sample'}-seed{seed}.png"
-    return save_grid(images, count, Path(output) if output else run.folder / "samples" / name)
+    target = files.check_picture(output or run.folder / "samples" / name)
+    model, generator = _drawing(run, before, prompts or ())
+    wanted = _wanted(model, classes, prompts)
+    images = one_step_sample(generator, grid_labels(wanted, count), seed, run.recipe.timesteps.init)
+    return save_grid(images, count, target)
+
+
+def _drawing(run: Run, before: bool, prompts: Sequence[str], judge: str | None = None) -> tuple[Model, Denoiser]:
+    """(the rest of the model, what draws): the run's result, or what θ started as."""
+    if not before:
+        model = held_model(run, prompts, judge)
+        return model, model.teacher
+    model = base_model(run, prompts)
+    return model, start_generator(run.located(BASE_KEYS), model.teacher).freeze()
 
 
 def _wanted(model: Model, classes: Sequence[int] | None, prompts: Sequence[str] | None) -> list[int]:
@@ -115,11 +117,8 @@ def evaluate_run(
     """
     run = load_run(run_dir)
     recipe, other = run.recipe, judge is not None and str(judge) != run.recipe.evaluate.judge
-    if judge is not None:
-        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": str(judge)})})
-    parts = load_model(recipe)
-    if parts.judge is None and parts.words is None:
-        raise RecipeError("evaluate: the model folder has no judge/; give --judge FOLDER")
+    folder = str(judge) if judge is not None else judge_of(run)
+    parts = base_model(run, judge=folder) if everything else held_model(run, judge=folder)
     judging = judging_of(recipe, parts)
     asked = {"samples": samples or recipe.evaluate.final or 2000, "seed": EVALUATION_SEED if seed is None else seed}
 
@@ -137,7 +136,7 @@ def evaluate_run(
             except ModelError as error:
                 found[name], blank[name] = None, str(error)
         elif everything and not recipe.distill_steps:
-            found[name] = drawn(judging.one_step(start_generator(recipe, parts.teacher).freeze()))
+            found[name] = drawn(judging.one_step(start_generator(run.located(BASE_KEYS), parts.teacher).freeze()))
         elif row and not other and asked == {"samples": row["samples"], "seed": row.get("seed", EVALUATION_SEED)}:
             found[name] = row
         else:
@@ -170,6 +169,14 @@ def export_run(
     target = Path(output) if output else run.folder / name
     if weights == "raw" and output is None:
         raise RecipeError("weights: raw weights do not replace the run's own; give --output")
+    if output is None:
+        with locked(run.folder):
+            sweep_run_folder(run.folder)
+            return _export(run, target, weights, form)
+    return _export(run, target, weights, form)
+
+
+def _export(run: Run, target: Path, weights: str, form: str) -> Path:
     if form == "diffusers" and target.exists() and not _is_export(target):
         raise OutputError(f"{target}: exists and is no exported generator; give another output")
     checkpoint = latest_checkpoint(run.folder, warn=warn)
@@ -177,14 +184,27 @@ def export_run(
         raise CheckpointError(f"{run.folder}: there is no checkpoint to export")
     if read_checkpoint_stage(checkpoint)[0] != "forget":
         raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
-    model = load_model(run.recipe)
+    model, base_sha256 = _exported_from(run, form)
     generator = checkpointed_generator(model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
-    if form != "diffusers":
-        return export_file(generator, model, target, form, run.recipe.timesteps.init)
     metrics = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
     judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
-    base_sha256 = files.sha256_tensors(model.teacher.named_parameters())
-    return export_folder(generator, run.recipe, model, run.folder, target, metrics if judged else None, base_sha256)
+    facts = Result(generator, run.recipe, model, base_sha256, metrics if judged else None)
+    if form != "diffusers":
+        return export_file(facts, target, form)
+    return export_folder(facts, run.folder, target)
+
+
+def _exported_from(run: Run, form: str) -> tuple[Model, str]:
+    """The base model and its `base_sha256`; where it is gone, what the run holds of it in `pipeline/` serves all but a delta."""
+    try:
+        model = base_model(run)
+        return model, run.inputs.base_sha256 if run.inputs else files.hash_of(model.base_unet())
+    except ModelError as reason:
+        if form == "delta" or not (run.folder / PIPELINE).is_dir():
+            raise
+        warn(f"{reason}; what the export needs of it is taken from {run.folder / PIPELINE}")
+    model = held_model(run)
+    return model, run.inputs.base_sha256 if run.inputs else files.read_json(run.pipeline / "model.json")["base_sha256"]
 
 
 def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
@@ -229,11 +249,11 @@ def evaluate_protocol(
         raise RecipeError("detector: classes is judged by the run's judge of words and its own prompts; give neither")
     found = [load_detector(detector) for detector in detectors]
     file = read_prompts(prompts) if prompts is not None else None
-    model = load_model(run.recipe, file.texts if file else ())
+    judge = judge_of(run) if protocol == "classes" else None
+    model, start = _drawing(run, before, file.texts if file else (), judge)
     assert model.text is not None
     assert isinstance(model.teacher, TextDenoiser)
     judging = judging_of(run.recipe, model)
-    start = start_generator(run.recipe, model.teacher).freeze() if before else trained_generator(run, model)
     sampler = judging.one_step(start)
     number = EVALUATION_SEED if seed is None else seed
     if protocol == "classes":
@@ -251,4 +271,5 @@ def evaluate_protocol(
 
 def _is_export(folder: Path) -> bool:
     card = folder / "model.json"
-    return card.is_file() and files.read_json(card).get("kind") == "one-step generator"
+    found = files.read_json(card) if card.is_file() else None
+    return isinstance(found, dict) and found.get("kind") == "one-step generator"

@@ -1,7 +1,6 @@
 """The verbs of the library: train a recipe, unlearn from Python, distil a one-step generator."""
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,15 @@ import torch
 from pecker_fast.engine.zero import check_recipe, require_deepspeed
 from pecker_fast.errors import ModelError, OutputError, RecipeError
 from pecker_fast.export import write_unet
-from pecker_fast.files import is_hub_name, output_errors, revision_of, sha256_tensors, write_json
+from pecker_fast.files import (
+    discard,
+    is_hub_name,
+    is_left_over,
+    revision_of,
+    sha256_tensors,
+    whole_folder,
+    write_json,
+)
 from pecker_fast.forgetting import ForgetImages
 from pecker_fast.loading import Parts, fit_timesteps, load_parts, look_at_hub, plan_of
 from pecker_fast.machine import StopFlag
@@ -24,17 +31,19 @@ from pecker_fast.records import (
     BASE,
     NoTracker,
     Tracker,
+    begun_with,
     is_run_folder,
     locked,
-    note,
     open_run_folder,
     plan_run_folder,
     require_tensorboard,
+    take_inputs,
     trajectory_sha256,
 )
 from pecker_fast.runs.forecast import check_memory, surely_fits
 from pecker_fast.runs.planning import found_rows, planned, prompt_rows, run_rows
 from pecker_fast.runs.training import RunResult, Training
+from pecker_fast.terminal import note
 
 __all__ = ["RunResult", "distill", "train", "unlearn"]
 
@@ -57,24 +66,26 @@ def train(
     started = time.perf_counter()
     with ranks_of(recipe, ranks) as ranks:
         check_ranks(recipe, ranks)
-        text, found = recipe.uses_prompts, []
-        prediction = None if dry_run or not text or recipe.engine.zero else check_memory(recipe)
+        located = ranks.agree(lambda: begun_with(recipe))
+        text, found = located.uses_prompts, []
+        prediction = None if dry_run or not text or located.engine.zero else check_memory(located)
         if dry_run and text:
-            found = ranks.first(lambda: planned(recipe, device)) or []
-            if (prompts := dry_run_text(recipe)) is not None:
+            found = ranks.first(lambda: planned(located, device)) or []
+            if (prompts := dry_run_text(located)) is not None:
                 return RunResult(Path(recipe.output), None, None, (*prompts, *found))
-        parts = ranks.agree(lambda: load_parts(recipe))
-        recipe = ranks.agree(lambda: fit_timesteps(recipe, parts.teacher.schedule.num_timesteps))
+        parts = ranks.agree(lambda: load_parts(located))
+        length = parts.teacher.schedule.num_timesteps
+        recipe, located = ranks.agree(lambda: (fit_timesteps(recipe, length), fit_timesteps(located, length)))
         if not text:  # small as a rule, and only looked at when the folder is known to be sound
             if dry_run:
-                found = ranks.first(lambda: planned(recipe, device)) or []
-            elif not recipe.engine.zero and not surely_fits(recipe):
-                prediction = check_memory(recipe)
-        if (commit := revision_of(parts.folder)) is not None:
-            recipe = recipe.model_copy(update={"revision": commit})  # what a later resume is to find
-        forget_images = ranks.agree(lambda: _forget_images(recipe, parts))
-        identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
-        alike(ranks, identity["base_sha256"], "model: the ranks have loaded different models")
+                found = ranks.first(lambda: planned(located, device)) or []
+            elif not located.engine.zero and not surely_fits(located):
+                prediction = check_memory(located)
+        if (commit := revision_of(parts.folder)) is not None:  # what a later resume is to find
+            recipe, located = (one.model_copy(update={"revision": commit}) for one in (recipe, located))
+        forget_images = ranks.agree(lambda: _forget_images(located, parts))
+        identity = identity_of(recipe, parts)
+        alike(ranks, identity["start_sha256"], "model: the ranks have loaded different models")
         plan = ranks.told(lambda: plan_run_folder(recipe, identity))
         if tensorboard:
             ranks.agree(require_tensorboard)
@@ -86,11 +97,12 @@ def train(
         with ExitStack() as stack:
             ranks.first(lambda: stack.enter_context(locked(plan.run_dir)))
             stop = stack.enter_context(StopFlag(ranks))
-            ranks.first(lambda: open_run_folder(recipe, plan))
+            inputs = ranks.agree(lambda: take_inputs(recipe, located, plan.run_dir, parts, parts.base_sha256))
+            ranks.first(lambda: open_run_folder(recipe, plan, inputs))
             tracker = ranks.first(lambda: Tracker(plan.run_dir, tensorboard, console)) or NoTracker()
             stack.enter_context(tracker)
-            training = Training(recipe, parts, identity, tracker, stop, forget_images, started, ranks)
-            training.prediction = prediction
+            training = Training(located, parts, identity, tracker, stop, forget_images, started, ranks)
+            training.prediction, training.written = prediction, recipe
             return training.run(plan.checkpoint)
 
 
@@ -194,7 +206,7 @@ def distill(
         raise RecipeError("engine.zero: distilling a generator beside its teacher is one process; leave it out")
     parts = load_parts(recipe)
     recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
-    identity = {"recipe_sha256": trajectory_sha256(recipe), "base_sha256": parts.base_sha256}
+    identity = identity_of(recipe, parts)
     plan = plan_run_folder(recipe, identity)
     with locked(run_dir), StopFlag() as stop:
         open_run_folder(recipe, plan)
@@ -203,7 +215,16 @@ def distill(
             state = training.distilled(plan.checkpoint)
     for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
         write_unet(network, folder / name, dtype)
-    shutil.rmtree(run_dir)
+    discard(run_dir)
+
+
+def identity_of(recipe: Recipe, parts: Parts) -> dict[str, str]:
+    """What a checkpoint belongs to."""
+    return {
+        "recipe_sha256": trajectory_sha256(recipe),
+        "base_sha256": parts.base_sha256,
+        "start_sha256": parts.start_sha256,
+    }
 
 
 def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
@@ -242,15 +263,16 @@ def _write_base(model: Any, output: Path, null_class: int | None) -> Path:
             f"model: {type(model).__name__} has no .unet and .scheduler; give a pipeline, a folder or a name"
         )
     folder = output / BASE
-    if output.is_dir() and any(output.iterdir()) and not is_run_folder(output) and not folder.is_dir():
+    there = [entry for entry in output.iterdir() if not is_left_over(entry)] if output.is_dir() else []
+    if there and not is_run_folder(output) and not folder.is_dir():
         raise OutputError(f"{output}: is not empty and not a run folder; give another output")
     if folder.is_dir():
         mine, theirs = (sha256_tensors(network.named_parameters()) for network in (unet, load_unet(folder / "unet")))
         if mine != theirs:
             raise OutputError(f"{folder}: holds another model; give another output")
-    with output_errors(folder):
-        unet.save_pretrained(folder / "unet", safe_serialization=True)
-        scheduler.save_pretrained(folder / "scheduler")
-    if null_class is not None:
-        write_json(folder / "model.json", {"null_class": null_class})
+    with whole_folder(folder) as temporary:
+        unet.save_pretrained(temporary / "unet", safe_serialization=True)
+        scheduler.save_pretrained(temporary / "scheduler")
+        if null_class is not None:
+            write_json(temporary / "model.json", {"null_class": null_class})
     return folder

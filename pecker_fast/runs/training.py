@@ -14,7 +14,7 @@ from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.zero import ZeroEngine
 from pecker_fast.errors import CheckpointError, Interrupted
 from pecker_fast.evaluate import Sampler
-from pecker_fast.export import export_folder
+from pecker_fast.export import Result, export_folder
 from pecker_fast.forgetting import ForgetImages
 from pecker_fast.loading import Parts, pick_device, start_generator
 from pecker_fast.machine import StopFlag, hardware
@@ -29,12 +29,12 @@ from pecker_fast.records import (
     load_checkpoint,
     read_checkpoint_stage,
     save_checkpoint,
-    warn,
 )
 from pecker_fast.report import write_report
 from pecker_fast.runs.judging import outside_sha256
 from pecker_fast.runs.loop import Losses, run_stage
 from pecker_fast.runs.prompt_judging import judging_of
+from pecker_fast.terminal import warn
 
 
 def engine_of(recipe: Recipe, parts: Parts, device: torch.device, ranks: Ranks) -> LocalEngine:
@@ -78,6 +78,7 @@ class Training:
         self.saved_step: int | None = None
         self.mask_cost: dict[str, float] = {}  # of one mask
         self.prediction: Prediction | None = None  # of the memory this run will take
+        self.written = recipe  # in the user's own words, for the model card
         self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
 
     # -- stages -------------------------------------------------------------------------------------------------
@@ -323,10 +324,8 @@ class Training:
             "parts": self.parts_account(state),
             "memory": self.memory(state),
         }
-        export_folder(
-            generator, self.recipe, self.parts, self.run_dir, self.run_dir / PIPELINE, self.metrics,
-            self.parts.teacher_sha256,
-        )  # fmt: skip
+        result = Result(generator, self.written, self.parts, self.parts.base_sha256, self.metrics)
+        export_folder(result, self.run_dir, self.run_dir / PIPELINE)
         self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
         self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
         files.write_json(self.run_dir / METRICS, self.metrics)

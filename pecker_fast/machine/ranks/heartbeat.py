@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from pecker_fast.terminal import Tolerant, say
+
 DEAD_S = 8.0  # without a sign of life, whatever stall_s
 EXIT_CODE = 4
 ANSWER = timedelta(seconds=5)
@@ -155,9 +157,9 @@ class Heartbeat(threading.Thread):
         return f"rank 0 (process {pid}) is gone; all ranks end; the same command resumes from the last checkpoint"
 
     def _end(self, text: str, told: bool) -> None:
-        sys.stdout.flush()
+        Tolerant(sys.stdout).flush()
         if not told:
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            say(f"error: {text}")
             if self.rank == 0:
                 time.sleep(3 * self.period_s)  # the others read the verdict here
         os._exit(EXIT_CODE)

@@ -1,0 +1,210 @@
+"""Folders as a whole: copied, deleted, put in each other's place. Under its name a folder is whole or absent at every step.
+
+While something is under way, beside NAME lie `.NAME.tmp-XXXXXXXX` (being written), `.NAME.old-XXXXXXXX` (set aside, whole,
+until the new one stands in its place) or `.NAME.gone-XXXXXXXX` (being deleted). What a killed process has left of these the
+next one clears away: see `sweep`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pecker_fast.files import writing
+from pecker_fast.files.reading import reason_of
+from pecker_fast.terminal import warn
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old|gone)-[0-9a-f]{8}")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+def beside(path: Path, kind: str) -> Path:
+    """A free name beside `path` for what is under way: "tmp", "old" or "gone"."""
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it, read-only or not; a folder is gone from its name at once.
+
+    Raises OSError that names what is left.
+    """
+    if not os.path.lexists(path):
+        return
+    left = path
+    if path.is_dir() and not path.is_symlink() and not _LEFT.fullmatch(path.name):
+        left = beside(path, "gone")
+        writing.disk_step(f"rename:{path.name}")
+        os.rename(path, left)
+    try:
+        _delete(left)
+    except OSError as reason:
+        raise OSError(reason.errno, reason_of(reason), str(left)) from None
+
+
+def discard(path: Path) -> None:
+    """Delete what nobody needs any more; where that fails a warning names what is left, and nothing else happens."""
+    try:
+        remove_tree(path)
+    except OSError as reason:
+        warn(
+            f"{reason.filename or path}: could not be deleted ({reason_of(reason)}); nothing needs it, delete it yourself"
+        )
+
+
+def abandon(path: Path) -> None:
+    """Delete what a failed step has left of its own, which is no step itself; a warning names what stays."""
+    try:
+        _delete(path, step=lambda name: None)
+    except OSError as reason:
+        warn(f"{path}: could not be deleted ({reason_of(reason)}); nothing needs it, delete it yourself")
+
+
+def _delete(path: Path, step: Callable[[str], None] = lambda name: writing.disk_step(name)) -> None:
+    if path.is_symlink() or not path.is_dir():
+        step(f"unlink:{path.name}")
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):  # a copy of a read-only folder; if it cannot be helped, deleting says so
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IRWXU)
+    for entry in sorted(path.iterdir()):
+        _delete(entry, step)
+    step(f"rmdir:{path.name}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rmdir()
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Put folder `source` in the place of `target`: one of the two stands there, whole, at every step, if need be set aside.
+
+    Raises OSError, with the old one in its place. The old one is deleted at the end.
+    """
+    if not os.path.lexists(target):
+        writing.replace(source, target)
+        return
+    writing.disk_step(f"replace:{target.name}")
+    if _exchanged(source, target):
+        old = source
+        writing.fsync_folder(target.parent)
+    else:
+        old = beside(target, "old")
+        os.rename(target, old)
+        try:
+            writing.replace(source, target)
+        except BaseException:
+            if not target.exists():
+                os.rename(old, target)
+            raise
+    discard(old)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Whether two folders have changed places in one step, as Linux can on most file systems."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and not call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """A temporary folder to fill, which takes the place of `target` at the end of the block, or is gone if that fails.
+
+    Raises OutputError, with what was at `target` before intact.
+    """
+    target = Path(target)
+    with writing.output_errors(target):
+        sweep(target.parent, {target.name})
+        temporary = beside(target, "tmp")
+        try:
+            writing.disk_step(f"mkdir:{target.name}")
+            temporary.mkdir(parents=True)
+            with _in_use(temporary):
+                yield temporary
+                replace_folder(temporary, target)
+        except BaseException:
+            abandon(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """Inside, no other process sweeps the folder away."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_used(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def sweep(folder: Path, names: Collection[str] | None = None) -> None:
+    """Clear away what a killed process has left in `folder` beside these names (None: beside any).
+
+    A folder that was set aside goes back to its place where that is empty. Nothing but names of our own pattern is touched;
+    what cannot be deleted is named in a warning.
+    """
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        found = _LEFT.fullmatch(entry.name)
+        if found is None or (names is not None and found["name"] not in names) or _is_used(entry):
+            continue
+        target = folder / found["name"]
+        if found["kind"] == "old" and not os.path.lexists(target):
+            writing.disk_step(f"rename:{entry.name}")
+            os.rename(entry, target)
+        else:
+            discard(entry)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a name is one of those that a killed process leaves, see `sweep`."""
+    return _LEFT.fullmatch(path.name) is not None
+
+
+def copy_tree(source: Path, target: Path, unwanted: Sequence[str] = ()) -> None:
+    """Copy a folder's files, links followed, into new ones that may be written and deleted whatever the source's modes are.
+
+    unwanted: patterns of names that are left out. Raises OSError.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        if any(fnmatch(entry.name, pattern) for pattern in unwanted):
+            continue
+        if entry.is_file():
+            copy_file(entry, target / entry.name)
+        elif entry.is_dir() and not entry.is_symlink():
+            copy_tree(entry, target / entry.name, unwanted)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file, making parent folders, and make them durable; raises OSError."""
+    writing.disk_step(f"write:{target.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())

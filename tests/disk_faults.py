@@ -1,0 +1,54 @@
+"""Steps on the disk that fail, and processes that die before one of them; see `pecker_fast.files.writing.fault_point`."""
+
+import contextlib
+import errno
+import os
+
+from pecker_fast.errors import OutputError
+from pecker_fast.files import writing
+
+
+def steps_of(action, monkeypatch):
+    """Names of the steps on the disk that an action takes."""
+    seen = []
+    monkeypatch.setattr(writing, "fault_point", seen.append)
+    action()
+    monkeypatch.setattr(writing, "fault_point", lambda name: None)
+    return seen
+
+
+def failing(action, at, monkeypatch):
+    """The action, whose step `at` and all after it fail as those on a broken disk do."""
+    left = [at]
+
+    def point(name):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(writing, "fault_point", point)
+    try:
+        with contextlib.suppress(OutputError):
+            action()
+    finally:
+        monkeypatch.setattr(writing, "fault_point", lambda name: None)
+
+
+def killed(action, at, monkeypatch):
+    """The action in a process that is gone before step `at`, with nothing cleared away."""
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 9 << 8
+        return
+    left = [at]
+
+    def point(name):
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+
+    writing.fault_point = point
+    try:
+        action()
+    finally:
+        os._exit(1)
