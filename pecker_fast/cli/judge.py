@@ -9,6 +9,7 @@ import typer
 
 from pecker_fast.cli.verb import RunFolder, examples, show
 from pecker_fast.errors import OutputError, RecipeError
+from pecker_fast.files import check_json
 
 
 @examples(
@@ -69,7 +70,7 @@ def evaluate(
     keep: Annotated[bool, typer.Option("--keep", help="Add the figures to evaluations.jsonl of the run.")] = False,
 ) -> None:
     """Judge the model of a run again, with other images or another judge, or by a protocol for concepts."""
-    check_file(json)
+    check_file(json, "after" if protocol is None else "protocol")
     if protocol is not None:
         if judge is not None:
             raise RecipeError("--judge: a protocol is judged by --detector; leave one out")
@@ -93,10 +94,12 @@ def evaluate(
     show(metrics_table(found))
 
 
-def check_file(path: Path | None) -> None:
-    """Raises OutputError, before anything is drawn, where no file can be written."""
+def check_file(path: Path | None, key: str) -> None:
+    """Raises OutputError, before anything is drawn, where no file can be written or one is that is none of ours (`key`)."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise OutputError(f"--json {path}: not a file in a folder that is there; give another")
+    if path is not None:
+        check_json(path, (key,))
 
 
 def kept(figures: dict[str, Any], run: Path | None, json: Path | None) -> None:
