@@ -9,7 +9,6 @@ import typer
 
 from pecker_fast.cli.verb import RunFolder, examples, show
 from pecker_fast.errors import OutputError, RecipeError
-from pecker_fast.files import check_json
 
 
 @examples(
@@ -99,6 +98,8 @@ def check_file(path: Path | None, key: str) -> None:
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise OutputError(f"--json {path}: not a file in a folder that is there; give another")
     if path is not None:
+        from pecker_fast.files import check_json
+
         check_json(path, (key,))
 
 
