@@ -15,8 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from pecker_fast.files import writing
@@ -184,21 +183,6 @@ def sweep(folder: Path, names: Collection[str] | None = None) -> None:
 def is_left_over(path: Path) -> bool:
     """Whether a name is one of those that a killed process leaves, see `sweep`."""
     return _LEFT.fullmatch(path.name) is not None
-
-
-def copy_tree(source: Path, target: Path, unwanted: Sequence[str] = ()) -> None:
-    """Copy a folder's files, links followed, into new ones that may be written and deleted whatever the source's modes are.
-
-    unwanted: patterns of names that are left out. Raises OSError.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(source.iterdir()):
-        if any(fnmatch(entry.name, pattern) for pattern in unwanted):
-            continue
-        if entry.is_file():
-            copy_file(entry, target / entry.name)
-        elif entry.is_dir() and not entry.is_symlink():
-            copy_tree(entry, target / entry.name, unwanted)
 
 
 def copy_file(source: Path, target: Path) -> None:
