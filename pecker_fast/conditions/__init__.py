@@ -2,16 +2,23 @@
 
 from pecker_fast.conditions.classes import SHOWN, Conditions, class_conditions, short_range, shown_classes
 from pecker_fast.conditions.inlined import inlined, inlined_captions
+from pecker_fast.conditions.notes import notes_of
+from pecker_fast.conditions.prompt_file import read_prompts
 from pecker_fast.conditions.prompts import PromptPlan, plan_prompts
+from pecker_fast.conditions.words import Names, filled
 
 __all__ = [
     "SHOWN",
     "Conditions",
+    "Names",
     "PromptPlan",
     "class_conditions",
+    "filled",
     "inlined",
     "inlined_captions",
+    "notes_of",
     "plan_prompts",
+    "read_prompts",
     "short_range",
     "shown_classes",
 ]

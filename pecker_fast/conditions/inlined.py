@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.conditions.lines import names_file, read_lines
+from pecker_fast.conditions.lines import SUFFIXES, names_file, read_lines
 
 _LISTS = ("prompts", "captions", "keywords")  # of a mapping
 
@@ -49,4 +49,4 @@ def _texts(key: str, value: Any, folders: Sequence[Path]) -> Any:
         return value
     # in a list, a text with such an ending is taken for a file: a blank, which is cut off again, tells them apart
     texts = [line.text for line in read_lines(key, value, folders, "texts")]
-    return [f"{text} " if text.lower().endswith(".txt") else text for text in texts]
+    return [f"{text} " if text.lower().endswith(SUFFIXES) else text for text in texts]

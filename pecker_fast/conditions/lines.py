@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pecker_fast import files
+from pecker_fast.conditions.prompt_file import SUFFIXES, clean, numbered_prompts, odd_character
 from pecker_fast.conditions.words import folded
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import DataError, RecipeError
 from pecker_fast.recipe import show
 
 MAX_PROMPT_LENGTH = 1000  # characters; far above the 77 tokens a text encoder reads
@@ -36,7 +35,7 @@ def read_lines(key: str, value: Any, folders: Sequence[Path], what: str) -> list
     if isinstance(value, str):
         lines = _file_lines(key, value, folders, what)
     elif isinstance(value, list | tuple):
-        if names := [item for item in value if isinstance(item, str) and item.lower().endswith(".txt")]:
+        if names := [item for item in value if isinstance(item, str) and item.lower().endswith(SUFFIXES)]:
             raise RecipeError(f"{key}: the file {show(names[0])} stands in a list; give one file, or the {what}")
         lines = [one_line(f"{key}.{at}", item, "text") for at, item in enumerate(value)]
         if not lines:
@@ -54,18 +53,13 @@ def _file_lines(key: str, name: str, folders: Sequence[Path], what: str) -> list
         looked = "".join(f", {folder}" for folder in folders)
         raise RecipeError(f"{key}: no file {name[:200]!r} with {what} (looked in the current folder{looked})")
     try:
-        content = files.read_text(path, error=RecipeError)
-    except RecipeError as reason:
+        found, numbers = numbered_prompts(path)
+    except DataError as reason:
         raise RecipeError(f"{key}: {reason}") from None
-    rows = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    lines = [
-        Line(where := f"{key}: {path} line {at}", checked(where, row))
-        for at, row in enumerate(rows, 1)
-        if row.strip() and not row.lstrip().startswith("#")
-    ]
-    if not lines:
+    if not found.texts:
         raise RecipeError(f"{key}: {path} holds no {what}; write one a line")
-    return lines
+    places = (f"{key}: {path} line {at}" for at in numbers)
+    return [Line(where, checked(where, text)) for where, text in zip(places, found.texts)]
 
 
 def _candidates(name: str, folders: Sequence[Path]) -> list[Path]:
@@ -74,7 +68,7 @@ def _candidates(name: str, folders: Sequence[Path]) -> list[Path]:
 
 def names_file(text: str, folders: Sequence[Path]) -> bool:
     """Whether a text names a prompt file and is none of the prompts itself."""
-    return text.lower().endswith(".txt") or any(map(os.path.isfile, _candidates(text, folders)))
+    return text.lower().endswith(SUFFIXES) or any(map(os.path.isfile, _candidates(text, folders)))
 
 
 def one_line(key: str, value: Any, expected: str) -> Line:
@@ -87,7 +81,7 @@ def one_line(key: str, value: Any, expected: str) -> Line:
 def checked(where: str, text: str) -> str:
     """The text in its clean form; raises RecipeError for characters that are no text and for too many of them."""
     text = clean(text)
-    if bad := next((c for c in text if unicodedata.category(c) in ("Cc", "Cs")), None):
+    if bad := odd_character(text):
         raise RecipeError(f"{where}: holds the character {bad!r}, which is no text")
     check_length(where, text, "the text")
     return text
@@ -98,11 +92,6 @@ def check_length(where: str, text: str, what: str) -> None:
         raise RecipeError(
             f"{where}: {what} {show(text)} has {len(text)} characters (at most {MAX_PROMPT_LENGTH}); shorten it"
         )
-
-
-def clean(text: str) -> str:
-    """Unicode in its composed form, white space as single blanks."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def distinct(lines: Iterable[Line]) -> list[Line]:

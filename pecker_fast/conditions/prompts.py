@@ -1,12 +1,11 @@
 """The prompts of a text-to-image recipe: what to forget, what to draw in its place, what to keep.
 
-Pure text: nothing here looks at a model. A concept is matched as whole words, whatever the case; in the cover prompt it
-is replaced by the cover text, with the article, the capital at the start of a sentence and the possessive put right.
+Pure text: nothing here looks at a model. A concept is found in all its forms (`words.Names`); in the cover prompt it is
+replaced by the cover text, with the article, the capital at the start of a sentence, the possessive and the number put right.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,13 +17,14 @@ from pecker_fast.conditions.lines import (
     Line,
     check_length,
     checked,
-    clean,
     distinct,
     one_line,
     prompts_or_file,
     read_lines,
 )
-from pecker_fast.conditions.words import folded, put, whole_words
+from pecker_fast.conditions.near import Near, Phrases, words_of
+from pecker_fast.conditions.prompt_file import SUFFIXES
+from pecker_fast.conditions.words import Names, filled, folded, put, several
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe import closest, show
 
@@ -51,11 +51,24 @@ class PromptPlan:
     """(concept, cover text) pairs; empty for plain prompts and for keywords."""
     left_out: int
     """Captions left out of `retain` because they name what is forgotten."""
+    other_forms: tuple[str, ...] = ()
+    """Those of them that name it in another form than the recipe does."""
+    near: tuple[tuple[str, str], ...] = ()
+    """(caption, word) of captions in `retain` with a word that comes near what is forgotten."""
 
 
 class _Concept(NamedTuple):
     name: str
     cover: str
+
+
+class _Kept(NamedTuple):
+    """Captions to keep, and what became of the others."""
+
+    texts: tuple[str, ...]
+    left_out: int
+    other_forms: tuple[str, ...]
+    near: tuple[tuple[str, str], ...]
 
 
 def plan_prompts(
@@ -70,14 +83,17 @@ def plan_prompts(
 
     `forget`: a prompt or a prompt file, a list of prompts, or one of these mappings or a list of them:
     `{concept, prompts}` (every prompt names the concept or holds {} in its place), `{concept, captions}` (those captions
-    that name it), `{keywords, prompts, place}` (every subject with every keyword before or after it).
-    `cover`: the text in a concept's place, or a list with one for each mapping; for plain prompts one prompt, or as many
-    as there are prompts (list or file); for keywords null, which is the plain subject, or one prompt.
-    `retain`: captions to keep, as a file or a list; those that name a concept or a keyword are left out.
+    that name it), `{keywords, prompts, place}` (every subject with every keyword before or after it). Commas in a concept
+    part several names: each is found and replaced, {} stands for each in turn.
+    `cover`: the text in a concept's place, or a list with one for each mapping; as many names with commas as the concept has,
+    or one text for all of them; for plain prompts one prompt, or as many as there are prompts (list or file); for keywords
+    null, which is the plain subject, or one prompt.
+    `retain`: captions to keep, as a file or a list; those that name a concept, a keyword or a whole plain prompt in any form
+    are left out.
     `unconditional`: text of guidance's unconditional branch; None = empty, "keywords" = all keywords with commas.
     `folders`: where files are looked for that are not found as given.
 
-    A prompt file is UTF-8 text, one prompt a line; blank lines and lines that start with # are skipped. Prompts that
+    A prompt file is UTF-8 text, one prompt a line, or a table, see `read_prompts`. Prompts that
     differ in nothing but case are one. Raises RecipeError, one line that starts with the dotted key.
     """
     mappings = _mappings(forget)
@@ -100,16 +116,18 @@ def plan_prompts(
                 pairs += _concept_pairs(key, mapping, concepts, folders)
     else:
         pairs = _plain_pairs(forget, cover, folders)
-    forbidden = whole_words([concept.name for concept in concepts] + keywords)
-    chosen = _merge(pairs, forbidden)
-    kept, left_out = _kept(retain, chosen, forbidden, folders)
+    names = [concept.name for concept in concepts] + keywords
+    chosen = _merge(pairs, names)
+    kept = _kept(retain, chosen, names, folders)
     return PromptPlan(
         forget=tuple(text for text, _ in chosen.values()),
         cover=tuple(text for _, text in chosen.values()),
-        retain=kept,
+        retain=kept.texts,
         unconditional=_unconditional(unconditional, keywords),
         concepts=tuple((concept.name, concept.cover) for concept in concepts),
-        left_out=left_out,
+        left_out=kept.left_out,
+        other_forms=kept.other_forms,
+        near=kept.near,
     )
 
 
@@ -151,7 +169,7 @@ def _mapping_covers(cover: Any, mappings: list[tuple[str, Mapping[str, Any]]]) -
     for (key, value), (_, mapping) in zip(given, mappings):
         if value is None and "keywords" in mapping:
             found.append(None)
-        elif isinstance(value, str) and value.lower().endswith(".txt"):
+        elif isinstance(value, str) and value.lower().endswith(SUFFIXES):
             raise RecipeError(f"{key}: expected the text that takes the concept's place, got the file {show(value)}")
         else:
             plain = " (null = the plain subject)" if "keywords" in mapping else ""
@@ -166,49 +184,60 @@ def _concepts(mappings: list[tuple[str, Mapping[str, Any]]], covers: list[Line |
         if "concept" not in mapping:
             continue
         assert cover is not None
-        name = one_line(f"{key}.concept", mapping["concept"], "the words that name the concept").text
-        if not any(map(str.isalnum, name)):
-            raise RecipeError(f"{key}.concept: {show(name)} holds no word; write the words that name the concept")
-        old = concepts.setdefault(folded(name), _Concept(name, cover.text))
-        if old.cover != cover.text:
-            raise RecipeError(f"{cover.where}: {show(name)} already has the cover {show(old.cover)}; give it one cover")
-    named = whole_words([concept.name for concept in concepts.values()])
+        names = _names(key, mapping)
+        texts = several(cover.text) if len(names) > 1 else [cover.text]
+        for name, text in zip(names, texts if len(texts) == len(names) else [cover.text] * len(names)):
+            old = concepts.setdefault(folded(name), _Concept(name, text))
+            if old.cover != text:
+                raise RecipeError(
+                    f"{cover.where}: {show(name)} already has the cover {show(old.cover)}; give it one cover"
+                )
+    named = Names([concept.name for concept in concepts.values()]) if concepts else None
     for cover in filter(None, covers):
         if named and (found := named.search(cover.text)):
             raise RecipeError(
-                f"{cover.where}: {show(cover.text)} itself names {show(found[0])}, which is to be forgotten; "
+                f"{cover.where}: {show(cover.text)} itself names {show(found)}, which is to be forgotten; "
                 "choose another text"
             )
     return list(concepts.values())
+
+
+def _names(key: str, mapping: Mapping[str, Any]) -> list[str]:
+    """The names that stand in a mapping's concept."""
+    text = one_line(f"{key}.concept", mapping["concept"], "the words that name the concept").text
+    names = several(text)
+    for name in names or [text]:
+        if not any(map(str.isalnum, name)):
+            raise RecipeError(f"{key}.concept: {show(name)} holds no word; write the words that name the concept")
+    return names
 
 
 def _concept_pairs(
     key: str, mapping: Mapping[str, Any], concepts: list[_Concept], folders: Sequence[Path]
 ) -> Iterator[tuple[Line, str]]:
     """(prompt, cover prompt) of one concept; every concept of the run is replaced in the cover prompt."""
-    name = folded(clean(mapping["concept"]))
-    concept = next(concept for concept in concepts if folded(concept.name) == name)
-    named = whole_words([concept.name])
-    assert named is not None
+    own = {folded(name) for name in _names(key, mapping)}
+    names = [concept.name for concept in concepts if folded(concept.name) in own]
+    what, named = ", ".join(names), Names(names)
     if "captions" in mapping:
         lines = read_lines(f"{key}.captions", mapping["captions"], folders, "captions")
         found = [line for line in lines if named.search(line.text)]
         if not found:
-            raise RecipeError(f"{key}.captions: none of the {len(lines)} captions names {show(concept.name)}")
+            raise RecipeError(f"{key}.captions: none of the {len(lines)} captions names {show(what)}")
     else:
         found = []
         for line in read_lines(f"{key}.prompts", mapping["prompts"], folders, "prompts"):
-            text = put(line.text, ["{}"], [concept.name])
-            if "{}" in text:
-                raise RecipeError(f"{line.where}: {{}} must stand as a word of its own in {show(line.text)}")
-            if not named.search(text):
-                raise RecipeError(
-                    f"{line.where}: {show(line.text)} does not name {show(concept.name)}; "
-                    "write it, or {} in its place, or use captions in place of prompts"
-                )
-            found.append(Line(line.where, text))
-    names, covers = zip(*concepts)
-    return ((line, put(line.text, names, covers)) for line in found)
+            for text in filled(line.text, names):
+                if "{}" in text:
+                    raise RecipeError(f"{line.where}: {{}} must stand as a word of its own in {show(line.text)}")
+                if not named.search(text):
+                    raise RecipeError(
+                        f"{line.where}: {show(line.text)} does not name {show(what)}; "
+                        "write it, or {} in its place, or use captions in place of prompts"
+                    )
+                found.append(Line(line.where, text))
+    every, covers = zip(*concepts)
+    return ((line, put(line.text, every, covers)) for line in found)
 
 
 def _keyword_pairs(
@@ -226,11 +255,11 @@ def _keyword_pairs(
             f"{key}.keywords: {len(subjects)} subjects with {len(keywords)} keywords make {count} prompts "
             f"(at most {MAX_PROMPTS}); shorten a list"
         )
-    named = whole_words([keyword.text for keyword in keywords])
+    named = Names([keyword.text for keyword in keywords])
     for subject in subjects:
-        if named and (found := named.search(subject.text)):
+        if found := named.search(subject.text):
             raise RecipeError(
-                f"{subject.where}: the subject {show(subject.text)} already names the keyword {show(found[0])}; "
+                f"{subject.where}: the subject {show(subject.text)} already names the keyword {show(found)}; "
                 "write it without"
             )
     for (i, subject), (j, keyword) in product(enumerate(subjects), enumerate(keywords)):
@@ -250,7 +279,7 @@ def _plain_pairs(forget: Any, cover: Any, folders: Sequence[Path]) -> list[tuple
     return [(prompt, cover.text) for prompt, cover in zip(prompts, covers)]
 
 
-def _merge(pairs: Iterable[tuple[Line, str]], forbidden: re.Pattern[str] | None) -> dict[str, tuple[str, str]]:
+def _merge(pairs: Iterable[tuple[Line, str]], names: list[str]) -> dict[str, tuple[str, str]]:
     """(prompt, cover prompt) by folded prompt, after a check that no cover prompt brings back what is forgotten."""
     chosen: dict[str, tuple[str, str]] = {}
     for line, cover in pairs:
@@ -261,27 +290,48 @@ def _merge(pairs: Iterable[tuple[Line, str]], forbidden: re.Pattern[str] | None)
         old = chosen.setdefault(folded(line.text), (line.text, cover))
         if folded(old[1]) != folded(cover):
             raise RecipeError(f"{line.where}: {show(line.text)} stands here twice with different covers; take one out")
+    forbidden = Names(names) if names else None
     for text, cover in chosen.values():
         found = forbidden.search(cover) if forbidden else None
         if found or folded(cover) in chosen:
-            named = f"names {show(found[0])}" if found else "is a forget prompt"
+            named = f"names {show(found)}" if found else "is a forget prompt"
             raise RecipeError(f"cover: {show(cover)}, the cover prompt of {show(text)}, {named} itself; change it")
     return chosen
 
 
-def _kept(
-    retain: Any, chosen: Mapping[str, tuple[str, str]], forbidden: re.Pattern[str] | None, folders: Sequence[Path]
-) -> tuple[tuple[str, ...], int]:
-    """The captions to keep, and the number of those left out."""
+def _kept(retain: Any, chosen: Mapping[str, tuple[str, str]], names: list[str], folders: Sequence[Path]) -> _Kept:
+    """The captions to keep: none that names what is forgotten in any form."""
     if retain is None:
         raise RecipeError(
             "retain: a text-to-image model needs captions to keep; give a file with one caption a line, or a list"
         )
     captions = [line.text for line in distinct(read_lines("retain", retain, folders, "captions"))]
-    kept = [text for text in captions if folded(text) not in chosen and not (forbidden and forbidden.search(text))]
+    forbidden = Names(names, related=True) if names else Phrases(text for text, _ in chosen.values())
+    as_written = {folded(name) for name in names}
+    kept: list[str] = []
+    other: list[str] = []
+    for text in captions:
+        found = None if folded(text) in chosen else forbidden.search(text)
+        if found is None and folded(text) not in chosen:
+            kept.append(text)
+        elif found is not None and folded(found) not in (as_written if names else folded(text)):
+            other.append(text)
     if not kept:
         raise RecipeError(f"retain: all {len(captions)} captions name what is to be forgotten; add others")
-    return tuple(kept), len(captions) - len(kept)
+    near = Near(names or _changed(chosen))
+    pairs = ((text, near.find(text)) for text in kept)
+    return _Kept(
+        tuple(kept), len(captions) - len(kept), tuple(other), tuple((text, word) for text, word in pairs if word)
+    )
+
+
+def _changed(chosen: Mapping[str, tuple[str, str]]) -> list[str]:
+    """The words of plain prompts that their cover prompts do not have: what is forgotten."""
+    return [
+        " ".join(word for word in words_of(text) if word not in covered)
+        for text, cover in chosen.values()
+        for covered in [set(words_of(cover))]
+    ]
 
 
 def _unconditional(value: Any, keywords: list[str]) -> str:

@@ -7,7 +7,6 @@ from pecker_fast.evaluate.drawing import Prompt
 from pecker_fast.evaluate.judge import Judge, Reference, SmallClassifier, load_judge, save_judge
 from pecker_fast.evaluate.metrics import fid, fid_floor, inception_score, precision_recall
 from pecker_fast.evaluate.obedience import word_figures
-from pecker_fast.evaluate.prompts_file import read_prompts
 from pecker_fast.evaluate.verdict import Interval, Verdict, share, verdict_of
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
 
@@ -33,7 +32,6 @@ __all__ = [
     "load_word_judge",
     "precision_recall",
     "protocol_table",
-    "read_prompts",
     "save_judge",
     "save_word_judge",
     "share",

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
-from pecker_fast.conditions import short_range, shown_classes
+from pecker_fast.conditions import read_prompts, short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
-from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector, read_prompts
+from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector
 from pecker_fast.export import FORMATS, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
 from pecker_fast.loading import Model, start_generator

@@ -84,10 +84,11 @@ def test_a_placeholder_becomes_the_concept_in_the_forget_prompt():
 def test_captions_are_those_that_name_the_concept():
     captions = ["a red circle", "Two Circles", "a blue square", "CIRCLE, left", "a semicircle"]
     done = plan({"concept": "circle", "captions": captions}, "square", captions)
-    assert done.forget == ("a red circle", "CIRCLE, left")
-    assert done.cover == ("a red square", "Square, left")
-    assert done.retain == ("Two Circles", "a blue square", "a semicircle")
-    assert (done.left_out, done.concepts, done.unconditional) == (2, (("circle", "square"),), "")
+    assert done.forget == ("a red circle", "Two Circles", "CIRCLE, left")
+    assert done.cover == ("a red square", "Two squares", "Square, left")
+    assert done.retain == ("a blue square", "a semicircle")
+    assert done.near == (("a semicircle", "semicircle"),)
+    assert (done.left_out, done.concepts, done.unconditional) == (3, (("circle", "square"),), "")
 
 
 def test_several_concepts_replace_each_other_nowhere():
@@ -195,10 +196,10 @@ MISTAKES = [
     ({**PITT, "prompts": 3}, "y", KEEP, "forget.prompts: expected a file with one of the prompts a line, or a list"),
     ({**PITT, "prompts": ["brad pitt", 3]}, "y", KEEP, "forget.prompts.1: expected text, got 3"),
     (
-        {**PITT, "prompts": ["brad pitt", "brad pitts horse"]},
+        {**PITT, "prompts": ["brad pitt", "brad putts horse"]},
         "y",
         KEEP,
-        "forget.prompts.1: 'brad pitts horse' does not name 'brad pitt'; write it, or {} in its place",
+        "forget.prompts.1: 'brad putts horse' does not name 'brad pitt'; write it, or {} in its place",
     ),
     ({**PITT, "prompts": ["a {}s hat"]}, "y", KEEP, "forget.prompts.0: {} must stand as a word of its own"),
     (
@@ -212,7 +213,7 @@ MISTAKES = [
     ({**PITT, "prompts": ["brad pitt \x1b"]}, "y", KEEP, "forget.prompts.0: holds the character '.x1b'"),
     ({**PITT, "prompts": ["brad pitt \ud800"]}, "y", KEEP, "forget.prompts.0: holds the character '.ud800'"),
     (
-        {"concept": "circle", "captions": ["circles"]},
+        {"concept": "circle", "captions": ["semicircles"]},
         "y",
         KEEP,
         "forget.captions: none of the 1 captions names 'circle'",
@@ -290,7 +291,7 @@ def test_mistakes_in_the_unconditional_text(value, expected):
     [
         (b"", "holds no prompts; write one a line"),
         (b"\n# only a comment\n  \n", "holds no prompts; write one a line"),
-        (b"brad pitt\n\xff\xfe\n", "not UTF-8 text (byte 10)"),
+        (b"brad pitt\n\xff\xfe\n", "line 2: not UTF-8 text"),
         (b"brad pitt\0", "not text (it holds zero bytes)"),
         (b"# comment\n\nbrad pitt\r\na man\n", "line 4: 'a man' does not name 'brad pitt'"),
         (b"brad pitt\n" + b"brad pitt " * 200, "line 2: the text 'brad pitt"),

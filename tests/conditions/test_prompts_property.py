@@ -95,7 +95,8 @@ def test_covers_and_captions_to_keep_never_name_a_concept(concepts, cover, capti
         return
     for name, _ in plan.concepts:
         assert not any(named(text, name) for text in (*plan.cover, *plan.retain))
-    assert all(any(named(text, name) for name in concepts) for text in plan.forget)
+    bare = [re.sub(r"[ '’.]+", " ", text) for text in plan.forget]  # Brad 'pitt' names brad pitt
+    assert all(any(named(text, name.replace("'", " ")) for name in concepts) for text in bare)
     kept = {text.casefold() for text in (*plan.forget, *plan.retain)}
     assert all(" ".join(text.split()).casefold() in kept for text in captions)
 

@@ -1,9 +1,9 @@
-"""Prompt files for evaluation: text and CSV, and every way they can be wrong."""
+"""Prompt files, to train and to evaluate with: text, CSV and TSV, and every way they can be wrong."""
 
 import pytest
 
+from pecker_fast.conditions.prompt_file import PromptFile, read_prompts
 from pecker_fast.errors import DataError
-from pecker_fast.evaluate.prompts_file import PromptFile, read_prompts
 
 
 @pytest.fixture
@@ -46,6 +46,20 @@ def test_which_column_of_seeds_counts(read):
     assert read("prompt,seed\na,1\n").seeds == (1,)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("coco.csv", ',case_number,prompt,evaluation_seed\n0,7,"a, b",5\n1,8,c,6\n'),
+        ("excel.csv", '\ufeffcaption;evaluation_seed\r\n"a, b";5\r\nc;6\r\n'),
+        ("tabs.csv", "id\ttext\tseed\n1\ta, b\t5\n2\tc\t6\n"),
+        ("p.TSV", "Text\tSeed\na, b\t5\nc\t6\n"),
+        ("both.csv", 'text,caption,prompt,seed\nx,y,"a, b",5\nx,y,c,6\n'),
+    ],
+)
+def test_tables_of_other_programs(read, name, content):
+    assert read(content, name) == PromptFile(("a, b", "c"), (5, 6))
+
+
 def test_text_may_hold_commas(read):
     assert read("prompt,seed\n", "p.txt").texts == ("prompt,seed",)
 
@@ -53,8 +67,8 @@ def test_text_may_hold_commas(read):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"line 1: no column named prompt; the columns are none"),
-        ("text,seed\na,1\n", r"line 1: no column named prompt; the columns are text, seed"),
+        (b"", r"line 1: no column named prompt, caption or text; the columns are none"),
+        ("title,Seed\na,1\n", r"line 1: no column named prompt, caption or text; the columns are title, seed"),
         ("prompt,seed\n\n", r"line 2: the file ends without a single prompt"),
         ("prompt,seed\na,1\n,2\n", r"line 3: the prompt is empty"),
         ("prompt,seed\na,1\nb,\n", r"line 3: seed '' is no whole number"),
