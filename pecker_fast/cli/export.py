@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import examples
+from pecker_fast.cli.verb import at_home, examples
 from pecker_fast.errors import RecipeError
 
 
@@ -20,10 +20,13 @@ from pecker_fast.errors import RecipeError
 def export(
     what: Annotated[
         list[str],
-        typer.Argument(metavar="RUN | apply DELTA BASE", help="Run folder; or a delta and the model it is of."),
+        typer.Argument(
+            metavar="RUN | apply DELTA BASE", help="Run folder; or a delta and the model it is of.", callback=at_home
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder or file to write; default: in the run.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder or file to write; default: in the run.", callback=at_home),
     ] = None,
     weights: Annotated[str, typer.Option("--weights", help="ema (averaged) or raw.")] = "ema",
     form: Annotated[

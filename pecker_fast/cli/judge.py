@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pecker_fast.cli.verb import RunFolder, examples, show
+from pecker_fast.cli.verb import RunFolder, at_home, examples, show
 from pecker_fast.errors import OutputError, RecipeError
 
 
@@ -27,7 +27,7 @@ def sample(
     count: Annotated[int, typer.Option("--count", min=1, help="Images of each class or prompt.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG to write; default: in the run folder.")
+        Path | None, typer.Option("--output", "-o", help="PNG to write; default: in the run folder.", callback=at_home)
     ] = None,
     before: Annotated[bool, typer.Option("--before", help="The model before forgetting.")] = False,
 ) -> None:
@@ -49,23 +49,29 @@ def evaluate(
     run: RunFolder,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images; default: the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the images; default: the run's.")] = None,
-    judge: Annotated[Path | None, typer.Option("--judge", help="Folder of another classifier to judge by.")] = None,
+    judge: Annotated[
+        Path | None, typer.Option("--judge", help="Folder of another classifier to judge by.", callback=at_home)
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option("--protocol", help="celebrity, i2p or classes: how a concept is judged (docs/concepts.md)."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Prompt file of the protocol; default: the run's forget prompts.")
+        Path | None,
+        typer.Option(
+            "--prompts", help="Prompt file of the protocol; default: the run's forget prompts.", callback=at_home
+        ),
     ] = None,
     detector: Annotated[
-        list[str] | None, typer.Option("--detector", help="Judge folder or module:function; i2p takes several.")
+        list[str] | None,
+        typer.Option("--detector", help="Judge folder or module:function; i2p takes several.", callback=at_home),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Images of each prompt of the protocol.")] = None,
     before: Annotated[bool, typer.Option("--before", help="With --protocol: the model before forgetting.")] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Also draw the model before forgetting and the teacher again, all alike.")
     ] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.", callback=at_home)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Add the figures to evaluations.jsonl of the run.")] = False,
 ) -> None:
     """Judge the model of a run again, with other images or another judge, or by a protocol for concepts."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import RunFolder, examples, show
+from pecker_fast.cli.verb import RunFolder, at_home, examples, show
 from pecker_fast.errors import DataError
 
 
@@ -25,7 +25,9 @@ def report(run: RunFolder) -> None:
 @examples("pecker-fast mask runs/digits", "pecker-fast mask runs/digits --plot mask.png")
 def mask(
     run: RunFolder,
-    plot: Annotated[Path | None, typer.Option("--plot", help="PNG to write: density of each tensor.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="PNG to write: density of each tensor.", callback=at_home)
+    ] = None,
 ) -> None:
     """Show how many weights of each tensor the mask of a run keeps."""
     path = run / "mask.safetensors"

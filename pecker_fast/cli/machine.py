@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import examples, show, tables_of_refusals
+from pecker_fast.cli.verb import at_home, examples, show, tables_of_refusals
 from pecker_fast.errors import RecipeError
 
 
@@ -65,7 +65,7 @@ def bench(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")] = None,
     iterations: Annotated[int, typer.Option("--iterations", min=1, help="Timed iterations of each variant.")] = 10,
-    json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.", callback=at_home)] = None,
 ) -> None:
     """Measure one iteration, part by part: without a mask beside the recipe's own. Trains nothing, keeps nothing."""
     from pecker_fast.recipe import load_recipe

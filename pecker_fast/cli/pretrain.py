@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import examples, tables_of_refusals
+from pecker_fast.cli.verb import at_home, examples, tables_of_refusals
 from pecker_fast.errors import DataError, RecipeError
 
 PRETRAIN_NAMES = ("digits", "cifar10", "stl10", "images", "shapes")
@@ -23,9 +23,13 @@ def pretrain(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"Data set: {', '.join(PRETRAIN_NAMES)}.")],
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Binary CIFAR-10 or STL-10 distribution, or a folder of class folders."),
+        typer.Option(
+            "--data", help="Binary CIFAR-10 or STL-10 distribution, or a folder of class folders.", callback=at_home
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Model folder to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Model folder to write.", callback=at_home)
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Training steps; default: the data set's own.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random draw.")] = 0,
     distill_steps: Annotated[

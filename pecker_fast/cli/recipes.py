@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pecker_fast.cli.verb import HELP, add, examples, show
+from pecker_fast.cli.verb import HELP, add, at_home, examples, show
 from pecker_fast.errors import OutputError
 
 app = typer.Typer(context_settings=HELP)
@@ -32,7 +32,9 @@ def recipes_list() -> None:
 
 @examples("pecker-fast recipes show digits", "pecker-fast recipes show digits --all")
 def recipes_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe, or a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of a shipped recipe, or a YAML file.", callback=at_home)
+    ],
     everything: Annotated[bool, typer.Option("--all", help="Every key with its value, defaults included.")] = False,
 ) -> None:
     """Print a recipe."""
@@ -45,9 +47,9 @@ def recipes_show(
 
 @examples("pecker-fast recipes copy digits", "pecker-fast recipes copy digits my.yaml")
 def recipes_copy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", callback=at_home)],
     destination: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="File to write; default: NAME.yaml.")
+        Path | None, typer.Argument(metavar="DEST", help="File to write; default: NAME.yaml.", callback=at_home)
     ] = None,
 ) -> None:
     """Copy a shipped recipe, to be changed. Never overwrites."""

@@ -9,11 +9,26 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from pecker_fast.errors import PeckerError
+from pecker_fast.errors import DataError, PeckerError
 from pecker_fast.terminal import table_console
 
+
+def at_home(value: Any) -> Any:
+    """Callback of everything that names files: `~` at the start is the home folder. Raises DataError."""
+    if isinstance(value, list | tuple):
+        return [at_home(one) for one in value]
+    if not isinstance(value, str | Path):
+        return value
+    from pecker_fast import files
+
+    try:
+        return type(value)(files.at_home(str(value)))
+    except ValueError as reason:
+        raise DataError(f"{value}: {reason}") from None
+
+
 HELP = {"help_option_names": ["-h", "--help"]}
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as written by `train`.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as written by `train`.", callback=at_home)]
 Verb = TypeVar("Verb", bound=Callable[..., None])
 _EPILOGS: dict[Callable[..., None], str] = {}
 

@@ -4,7 +4,7 @@ from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_par
 from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
 from pecker_fast.files.index import PARTS, UNETS, USED, read_index, without_parts_beside
-from pecker_fast.files.names import is_hub_name, resolve_model, revision_of, shipped_models
+from pecker_fast.files.names import at_home, is_hub_name, resolve_model, revision_of, shipped_models
 from pecker_fast.files.reading import (
     MAX_HEADER_BYTES,
     MAX_TEXT_BYTES,
@@ -64,6 +64,7 @@ __all__ = [
     "USED",
     "WEIGHTS_NAME",
     "abandon",
+    "at_home",
     "beside",
     "check_json",
     "check_model_folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,18 @@ from pecker_fast.files import hub
 from pecker_fast.files.reading import reason_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def at_home(name: str) -> str:
+    """A path with the home folder in the place of `~` or `~user` at its start; raises ValueError where there is none."""
+    if not name.startswith("~"):
+        return name
+    path = os.path.expanduser(name)
+    if path == name:
+        raise ValueError(
+            f"there is no home folder {name.partition('/')[0][:80]!r}; write the folder's name out (or ./~…)"
+        )
+    return path
 
 
 def shipped_models() -> list[str]:

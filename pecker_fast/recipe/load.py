@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pecker_fast import files
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe.errors import closest, explain, fields_of, section_type, show
+from pecker_fast.recipe.overrides import override_values
 from pecker_fast.recipe.schema import Recipe
 from pecker_fast.recipe.yaml import parse_yaml
 
@@ -34,22 +35,25 @@ def load_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
     where = "recipe"
     if source is not None:
         path = shipped_recipes().get(str(source)) if isinstance(source, str) else None
-        path = path or Path(source)
+        path = path or _path(source)
         where = f"recipe {path}" if path.parent != RECIPES else f"recipe {path.name}"
         data = _read(path, source, where)
     given: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise RecipeError(f"override {override[:80]!r}: expected key=value, such as mask.density=0.1")
-        given[key] = parse_yaml(text, f"override {key}")
-        _apply(data, key, given[key])
+    for key, value in override_values(overrides, data):
+        given[key] = value
+        _apply(data, key, value)
     if data.get("method") == "sfd":
         for key, value in given.items():
             if key.split(".")[0] == "mask" and (key, value) != ("mask.source", "none"):
                 raise RecipeError(f"override {key}: method sfd has no mask; use method=pecker, or leave {key} out")
     return recipe_from(data, where, overridden=given)
+
+
+def _path(source: str | Path) -> Path:
+    try:
+        return Path(files.at_home(str(source)))
+    except ValueError as reason:
+        raise RecipeError(f"recipe {str(source)[:200]}: {reason}") from None
 
 
 def _read(path: Path, source: str | Path, where: str) -> dict[str, Any]:

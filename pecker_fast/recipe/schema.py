@@ -21,15 +21,19 @@ from pecker_fast.recipe.sections import (
     Weights,
     both_rates,
 )
-from pecker_fast.recipe.values import Conditions, ConditionsOrNull, Count, Covers, Name, Section, key, section
+from pecker_fast.recipe.values import Conditions, ConditionsOrNull, Count, Covers, Name, PathName, Section, key, section
 
 
 class Recipe(Section):
     """All settings of a run. Attribute names are the recipe's keys, except `config_folder` for `model_config`."""
 
-    model: Name = key("digits", "shipped name, diffusers folder, single file or hub name (owner/name) of the teacher")
+    model: PathName = key(
+        "digits", "shipped name, diffusers folder, single file or hub name (owner/name) of the teacher"
+    )
     revision: Name | None = key(None, "commit or tag of a hub model; null = its newest, pinned in the run's recipe")
-    config_folder: Name | None = key(None, "folder with configs and tokenizer, for single files", alias="model_config")
+    config_folder: PathName | None = key(
+        None, "folder with configs and tokenizer, for single files", alias="model_config"
+    )
     method: Literal["pecker", "sfd"] = key(
         "pecker", "pecker = saliency-masked SFD, sfd = score forgetting distillation"
     )
@@ -41,7 +45,7 @@ class Recipe(Section):
     )
     steps: Count = key(500, "iterations (score step + generator step) of forgetting")
     distill_steps: Count = key(0, "iterations of plain distillation before forgetting (two-stage)")
-    generator: Name | None = key(None, "distilled generator to start θ (and ψ) from; null = from the teacher")
+    generator: PathName | None = key(None, "distilled generator to start θ (and ψ) from; null = from the teacher")
     batch_size: int = key(64, "samples of each branch per iteration, over all ranks", ge=1, le=1_000_000)
     lr: Annotated[LearningRates, BeforeValidator(both_rates)] = section(
         LearningRates, "learning rates; one number sets both"
@@ -65,8 +69,8 @@ class Recipe(Section):
     evaluate: Evaluate = section(Evaluate, "when and how the model is judged")
     checkpoint: Checkpoint = section(Checkpoint, "when training state is saved")
     seed: int = key(0, "seed of every random draw", ge=0, lt=2**63)
-    output: Name = key("runs/digits", "run folder")
-    resume: Name = key("auto", "auto = go on where the run folder stopped, never, or a checkpoint folder")
+    output: PathName = key("runs/digits", "run folder")
+    resume: PathName = key("auto", "auto = go on where the run folder stopped, never, or a checkpoint folder")
 
     @property
     def uses_mask(self) -> bool:

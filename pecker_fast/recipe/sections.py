@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pecker_fast.recipe.errors import show
-from pecker_fast.recipe.values import Count, Name, Positive, Rate, Section, Weight, key
+from pecker_fast.recipe.values import Count, PathName, Positive, PromptsOrFile, Rate, Section, Weight, key
 
 
 class LearningRates(Section):
@@ -69,7 +69,9 @@ class Mask(Section):
     scope: Literal["global", "tensor"] = key("global", "one threshold for the model, or one for each tensor")
     reduction: Literal["sum", "abs", "square"] = key("sum", "how batches add up: |Σg|, Σ|g| or Σg²")
     samples: Positive = key(2048, "samples of the saliency pass, rounded to whole batches")
-    data: Name = key("pseudo", "samples of the saliency pass: pseudo (of θ), teacher (multi-step), or an image folder")
+    data: PathName = key(
+        "pseudo", "samples of the saliency pass: pseudo (of θ), teacher (multi-step), or an image folder"
+    )
     timesteps: Literal["uniform", "train", "init"] = key("uniform", "timesteps of the saliency pass")
     skip: bool = key(True, "compute no weight gradients of dead rows and tiles where an update is masked")
     refresh: Count = key(0, "iterations between new masks; 0 = one mask, before the first step")
@@ -99,7 +101,7 @@ class Engine(Section):
     zero: int = key(0, "DeepSpeed ZeRO stage; 0 = one process without DeepSpeed", ge=0, le=3)
     offload: Literal["none", "cpu"] = key("none", "keep optimizer state in host memory")
     shard_teacher: bool = key(False, "spread the teacher's weights over the ranks too; needs zero=3")
-    deepspeed: Name | None = key(
+    deepspeed: PathName | None = key(
         None, "DeepSpeed JSON with bucket sizes and logging of your own; the rest is the recipe's"
     )
     stall_s: float = key(600.0, "seconds without progress after which a run is ended", gt=0, allow_inf_nan=False)
@@ -120,8 +122,8 @@ class Evaluate(Section):
     every: Count = key(100, "iterations between evaluations in the loop; 0 = none")
     samples: Positive = key(512, "images of an evaluation in the loop")
     final: Count = key(2000, "images of the evaluation at the end; 0 = none")
-    judge: Name | None = key(None, "folder of the classifier that judges; null = the one beside the model")
-    prompts: str | list[str] | None = key(
+    judge: PathName | None = key(None, "folder of the classifier that judges; null = the one beside the model")
+    prompts: PromptsOrFile = key(
         None, "captions to judge a text-to-image model by, a file or a list; null = those of the training"
     )
     teacher_steps: Positive = key(50, "DDIM steps of the teacher's reference row")

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from pecker_fast.files import at_home
 from pecker_fast.recipe.classes import MANY, class_list
+
+
+def files_at_home(value: Any) -> Any:
+    """A value for prompts with `~/` at the start of a file's name expanded, in mappings too; raises ValueError."""
+    if isinstance(value, str):
+        return at_home(value) if re.match(r"~[\w.-]*/", value) else value
+    if isinstance(value, dict):
+        return {name: files_at_home(item) if isinstance(item, str) else item for name, item in value.items()}
+    if isinstance(value, list):
+        return [files_at_home(item) if isinstance(item, dict) else item for item in value]
+    return value
 
 
 def key(default: Any, help: str, **limits: Any) -> Any:
@@ -26,7 +39,7 @@ def _classes(value: Any, distinct: bool = True) -> Any:
     """A class number, a list of them, or prompts in one of their forms; raises ValueError."""
     items = value if isinstance(value, list) else [value]
     if items and any(all(isinstance(item, kind) for item in items) for kind in (str, dict)):
-        return value
+        return files_at_home(value)
     class_list(value, distinct)
     return value
 
@@ -51,6 +64,8 @@ Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=MANY)]
 Positive = Annotated[int, Field(ge=1, le=MANY)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
+PathName = Annotated[Name, AfterValidator(at_home)]  # ~ is the home folder
+PromptsOrFile = Annotated[str | list[str] | None, AfterValidator(files_at_home)]
 
 
 class Section(BaseModel):

@@ -67,10 +67,22 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of one YAML document; raises RecipeError starting with `where`, with line and column where known."""
+class _TextLoader(_Loader):
+    """The same, in which words are texts, whatever they look like; only null is not."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^null$"), ["n"])
+
+
+def parse_yaml(text: str, where: str, texts: bool = False) -> Any:
+    """The value of one YAML document; raises RecipeError starting with `where`, with line and column where known.
+
+    texts: numbers and truth values stay texts.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_TextLoader if texts else _Loader)
     except yaml.MarkedYAMLError as reason:
         mark = reason.problem_mark or reason.context_mark
         place = f"line {mark.line + 1} column {mark.column + 1}: " if mark else ""
