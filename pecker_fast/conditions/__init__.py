@@ -3,9 +3,9 @@
 from pecker_fast.conditions.classes import SHOWN, Conditions, class_conditions, short_range, shown_classes
 from pecker_fast.conditions.inlined import inlined, inlined_captions
 from pecker_fast.conditions.notes import notes_of
-from pecker_fast.conditions.prompt_file import read_prompts
-from pecker_fast.conditions.prompts import PromptPlan, plan_prompts
-from pecker_fast.conditions.words import Names, filled
+from pecker_fast.conditions.prompt_file import placed, read_prompts
+from pecker_fast.conditions.prompts import PromptPlan, concept_names, plan_prompts
+from pecker_fast.conditions.words import Names
 
 __all__ = [
     "SHOWN",
@@ -13,10 +13,11 @@ __all__ = [
     "Names",
     "PromptPlan",
     "class_conditions",
-    "filled",
+    "concept_names",
     "inlined",
     "inlined_captions",
     "notes_of",
+    "placed",
     "plan_prompts",
     "read_prompts",
     "short_range",

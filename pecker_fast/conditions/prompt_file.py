@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pecker_fast.errors import DataError
+from pecker_fast.conditions.words import filled
+from pecker_fast.errors import DataError, RecipeError
 from pecker_fast.files import read_text
 
 SUFFIXES = (".txt", ".csv", ".tsv")
@@ -42,6 +43,26 @@ def read_prompts(path: str | Path) -> PromptFile:
         last = max(1, len(read_text(path).splitlines()))
         raise DataError(f"{path}, line {last}: the file ends without a single prompt; give one a line")
     return found
+
+
+def placed(file: PromptFile, names: Sequence[str]) -> PromptFile:
+    """The file with each of `names` in turn in the place of {}, seeds and categories with their prompts.
+
+    Raises RecipeError where {} stands for nothing, or is no word of its own.
+    """
+    if not any("{}" in text for text in file.texts):
+        return file
+    if not names:
+        raise RecipeError("prompts: {} stands for forget.concept, which this run does not have; write the prompts out")
+    rows = [(text, at) for at, old in enumerate(file.texts) for text in filled(old, names)]
+    if wrong := next((text for text, _ in rows if "{}" in text), None):
+        raise RecipeError(f"prompts: {{}} must stand as a word of its own in {wrong[:80]!r}")
+    order = [at for _, at in rows]
+    return PromptFile(
+        tuple(text for text, _ in rows),
+        tuple(file.seeds[at] for at in order) if file.seeds else file.seeds,
+        tuple(file.categories[at] for at in order) if file.categories else file.categories,
+    )
 
 
 def numbered_prompts(path: str | Path) -> tuple[PromptFile, list[int]]:

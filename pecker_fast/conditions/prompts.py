@@ -23,7 +23,7 @@ from pecker_fast.conditions.lines import (
     read_lines,
 )
 from pecker_fast.conditions.near import Near, Phrases, words_of
-from pecker_fast.conditions.prompt_file import SUFFIXES
+from pecker_fast.conditions.prompt_file import SUFFIXES, clean
 from pecker_fast.conditions.words import Names, filled, folded, put, several
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe import closest, show
@@ -129,6 +129,13 @@ def plan_prompts(
         other_forms=kept.other_forms,
         near=kept.near,
     )
+
+
+def concept_names(forget: Any) -> list[str]:
+    """The names that {} stands for in the prompts of a recipe's `forget`; none for plain prompts, keywords and classes."""
+    items = forget if isinstance(forget, list | tuple) else [forget]
+    mappings = [item for item in items if isinstance(item, Mapping) and isinstance(item.get("concept"), str)]
+    return [clean(name) for mapping in mappings for name in several(mapping["concept"])]
 
 
 def _mappings(forget: Any) -> list[tuple[str, Mapping[str, Any]]]:

@@ -7,7 +7,6 @@ that each reference image shows within each attribute.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pecker_fast.conditions import Names
 from pecker_fast.errors import DataError, ModelError
 from pecker_fast.evaluate.judge import CONFIG, REFERENCE, Judge, Reference, SmallClassifier, load_judge, save_judge
 from pecker_fast.files import read_json, read_tensors, write_json, write_tensors
@@ -61,7 +61,7 @@ class WordJudge:
             if bool(((words < 0) | (words >= counts)).any()):
                 raise ModelError("reference: words holds an index that its attribute does not have")
         self._reference, self._words = reference, words
-        self._patterns = {name: _pattern(group) for name, group in self.attributes.items()}
+        self._names = {name: Names(group) for name, group in self.attributes.items()}
 
     @property
     def has_reference(self) -> bool:
@@ -74,16 +74,15 @@ class WordJudge:
         return self.judge.info
 
     def expected(self, prompt: str) -> dict[str, str]:
-        """Attribute → the word that the prompt names: whole words, in any case.
+        """Attribute → the word that the prompt names, in any form in which `forget` names a concept.
 
         An attribute is left out where the prompt names no word of it, or two different ones.
         """
         found = {}
-        for name, pattern in self._patterns.items():
-            named = {match.casefold() for match in pattern.findall(prompt)}
+        for name, words in self._names.items():
+            named = {word.index for word in words.all(prompt)}
             if len(named) == 1:
-                (word,) = named
-                found[name] = next(own for own in self.attributes[name] if own.casefold() == word)
+                found[name] = self.attributes[name][named.pop()]
         return found
 
     def seen(self, images: Tensor, batch_size: int = 500) -> dict[str, list[str]]:
@@ -119,11 +118,6 @@ class WordJudge:
         if not keep.any():
             raise DataError(f"no reference image is left without {', '.join((without or {}).values())}")
         return self._reference[keep]
-
-
-def _pattern(group: Sequence[str]) -> re.Pattern[str]:
-    longest_first = sorted(group, key=len, reverse=True)  # "dark green" is not "green"
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
 def save_word_judge(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pecker_fast import files
@@ -15,7 +14,7 @@ from pecker_fast.errors import RecipeError
 from pecker_fast.recipe.errors import closest, explain, fields_of, section_type, show
 from pecker_fast.recipe.overrides import override_values
 from pecker_fast.recipe.schema import Recipe
-from pecker_fast.recipe.yaml import parse_yaml
+from pecker_fast.recipe.yaml import dump_yaml, parse_yaml
 
 RECIPES = Path(__file__).parent / "shipped"
 MAX_RECIPE_BYTES = 1 << 20
@@ -116,6 +115,4 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(
-        recipe_to_dict(recipe), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
-    )
+    return dump_yaml(recipe_to_dict(recipe))

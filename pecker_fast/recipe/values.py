@@ -31,7 +31,9 @@ def section(kind: type[BaseModel], help: str) -> Any:
 
 
 def _covers(value: Any) -> Any:
-    """A class number, or one for each forget class (the same may serve several); raises ValueError."""
+    """A class number, or one for each forget class (the same may serve several), or texts; raises ValueError."""
+    if isinstance(value, list) and any(isinstance(item, str) for item in value) and None in value:
+        return value  # null is the plain subject of keywords
     return _classes(value, distinct=False)
 
 
@@ -52,7 +54,7 @@ def _covers_or_null(value: Any) -> Any:
     return None if value is None else _covers(value)
 
 
-Covers = Annotated[int | list[int] | str | list[str] | dict[str, Any] | None, BeforeValidator(_covers_or_null)]
+Covers = Annotated[int | list[int] | str | list[str | None] | dict[str, Any] | None, BeforeValidator(_covers_or_null)]
 Conditions = Annotated[
     int | list[int] | str | list[str] | dict[str, Any] | list[dict[str, Any]], BeforeValidator(_classes)
 ]

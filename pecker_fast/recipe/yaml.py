@@ -76,6 +76,23 @@ class _TextLoader(_Loader):
 _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^null$"), ["n"])
 
 
+class _Dumper(yaml.SafeDumper):
+    """Safe dumper that puts texts in quotation marks which either reading of YAML takes for something else."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {  # noqa: RUF012
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+            *_Loader.yaml_implicit_resolvers.get(first, ()),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads back to equal ones."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+
+
 def parse_yaml(text: str, where: str, texts: bool = False) -> Any:
     """The value of one YAML document; raises RecipeError starting with `where`, with line and column where known.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
-from pecker_fast.conditions import read_prompts, short_range, shown_classes
+from pecker_fast.conditions import concept_names, placed, read_prompts, short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
 from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector
@@ -248,7 +248,7 @@ def evaluate_protocol(
     if protocol == "classes" and (detectors or prompts):
         raise RecipeError("detector: classes is judged by the run's judge of words and its own prompts; give neither")
     found = [load_detector(detector) for detector in detectors]
-    file = read_prompts(prompts) if prompts is not None else None
+    file = placed(read_prompts(prompts), concept_names(run.recipe.forget)) if prompts is not None else None
     judge = judge_of(run) if protocol == "classes" else None
     model, start = _drawing(run, before, file.texts if file else (), judge)
     assert model.text is not None

@@ -2,8 +2,9 @@
 
 import pytest
 
-from pecker_fast.conditions.prompt_file import PromptFile, read_prompts
-from pecker_fast.errors import DataError
+from pecker_fast.conditions.prompt_file import PromptFile, placed, read_prompts
+from pecker_fast.conditions.prompts import concept_names, plan_prompts
+from pecker_fast.errors import DataError, RecipeError
 
 
 @pytest.fixture
@@ -109,3 +110,40 @@ def test_no_file(tmp_path):
         read_prompts(tmp_path / "p.txt")
     with pytest.raises(DataError, match="not a regular file"):
         read_prompts(tmp_path)
+
+
+def test_a_placeholder_is_every_name_of_the_concept(read):
+    names = concept_names([{"concept": "cat, elephant", "prompts": []}, {"keywords": ["k"], "prompts": []}])
+    file = read('prompt,seed,categories\na {} here,1,x\n"no {}s, dog",2,\n', "p.csv")
+    with pytest.raises(RecipeError, match=r"\{\} must stand as a word of its own in 'no \{\}s, dog'"):
+        placed(file, names)
+    file = read("prompt,seed,categories\na {} here,1,x\na dog,2,\n", "p.csv")
+    texts = ("a cat here", "an elephant here", "a dog")
+    assert placed(file, names) == PromptFile(texts, (1, 1, 2), (("x",), ("x",), ()))
+    assert plan_prompts({"concept": "cat, elephant", "prompts": list(file.texts[:1])}, "b", ["c"]).forget == texts[:2]
+    with pytest.raises(RecipeError, match=r"\{\} stands for forget.concept, which this run does not have"):
+        placed(file, concept_names(["a", "b"]))
+    assert placed(read("a dog\n", "p.txt"), []).texts == ("a dog",)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [("p.txt", "{}"), ("p.csv", 'id,caption,seed\n1,"{}",5'), ("p.tsv", "text\tid\n{}\t3")]
+)
+def test_training_reads_the_same_files(tmp_path, name, row):
+    (tmp_path / f"keep-{name}").write_text(row.replace("{}", "A  boat, blue"))
+    (tmp_path / name).write_text(row.replace("{}", "Cats on a  mat"))
+    forget = [{"concept": "cat", "captions": name}, {"concept": "mat", "prompts": name}]
+    plan = plan_prompts(forget, ["dog", "rug"], f"keep-{name}", folders=[tmp_path])
+    assert (plan.forget, plan.cover, plan.retain) == (("Cats on a mat",), ("Dogs on a rug",), ("A boat, blue",))
+    plan = plan_prompts(name, f"keep-{name}", f"keep-{name}", folders=[tmp_path])
+    assert (plan.forget, plan.cover) == (("Cats on a mat",), ("A boat, blue",))
+    plan = plan_prompts({"keywords": name, "prompts": f"keep-{name}"}, None, ["x"], folders=[tmp_path])
+    assert (plan.forget, plan.cover) == (("Cats on a mat A boat, blue",), ("A boat, blue",))
+
+
+def test_a_table_without_a_column_of_prompts_is_refused_by_training_too(tmp_path):
+    (tmp_path / "p.csv").write_text("title,Seed\na,1\n")
+    with pytest.raises(
+        RecipeError, match=r"^retain: .*p.csv, line 1: no column named prompt, caption or text; .* title, seed"
+    ):
+        plan_prompts("a", "b", str(tmp_path / "p.csv"))

@@ -30,7 +30,7 @@ def judge() -> WordJudge:
         ("A Cat, green glass.", {"animal": "cat", "tone": "green glass"}),
         ("polar bear", {"animal": "polar bear"}),
         ("a green BEAR", {"animal": "bear", "tone": "green"}),
-        ("concatenate bears in greenish", {}),
+        ("concatenate Bears in greenish", {"animal": "bear"}),
         ("a bobcat in an evergreen", {}),
         ("a polar bear and a bear", {}),
         ("a cat beside a bear, green", {"tone": "green"}),
