@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import tarfile
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pecker_fast.data.class_folders import class_folders, class_names, image_files
+from pecker_fast.data.image_file import header, upright_on_white, with_image
 from pecker_fast.errors import DataError
 
 NAMES = ("digits", "cifar10", "stl10", "images")
@@ -34,9 +35,7 @@ STL_FILE_BYTES = 100_000 * STL_IMAGE_BYTES  # the largest file of the distributi
 STL_SIZE = 64
 
 UNPACKED_BYTES = 1 << 28  # the whole CIFAR-10 archive unpacks to 184 MB
-IMAGE_PIXELS = 1 << 25  # of one image file
 DATASET_BYTES = 1 << 33  # of all decoded images together
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Dataset:
     images: `[N, C, H, W]`, float32 in [-1, 1], or uint8 in [0, 255] for the large sets.
     labels: int64 `[N]` in [0, `num_classes`).
     split: "train", "test", or "all" where the source has no split of its own.
+    class_names: what the classes are called, by number; None where nothing names them.
     """
 
     images: Tensor
@@ -53,6 +53,7 @@ class Dataset:
     num_classes: int
     name: str
     split: str
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,6 +91,7 @@ def open_data(
     train: bool = True,
     size: int | None = None,
     classes: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Dataset:
     """Read a data set: the one door to all of them.
 
@@ -98,6 +100,7 @@ def open_data(
     train: the training split, else the test split (digits and image folders have one split).
     size: pixels that image folders are resized to; None keeps the files' own size.
     classes: only these, read from subfolders named by number (image folders alone); None = every subfolder is one.
+    names: with `classes`, what the model's classes are called: their subfolders have these names.
 
     Raises `DataError`: unknown name, missing path, or a file that is not what it should be.
     """
@@ -115,7 +118,7 @@ def open_data(
             return _read_cifar10(source, train)
         if name == "stl10":
             return _read_stl10(source, train)
-        return _read_image_folder(source, size, classes)
+        return _read_image_folder(source, size, classes, names)
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror or error}") from error
 
@@ -148,27 +151,29 @@ def stl10(path: str | Path, train: bool = True) -> Dataset:
 
 
 def image_folder(path: str | Path, size: int | None = None) -> Dataset:
-    """PNG and JPEG files in one subfolder a class, classes in alphabetical order: uint8 `[N, C, H, W]`.
+    """PNG, JPEG, WebP and BMP files in one subfolder a class, in natural order (10 after 2): uint8 `[N, C, H, W]`.
 
-    C is 1 where every file is grey, else 3. With `size`, the centre square is resized to it (antialiased
+    Hidden files, ._*, Thumbs.db, __MACOSX and the like are passed over. Images are turned as their EXIF data say, what is
+    transparent becomes white. C is 1 where every file is grey, else 3. With `size`, the centre square is resized to it (antialiased
     bilinear); without, all files must be squares of one size.
     """
     return open_data("images", path, size=size)
 
 
 def forget_images(
-    path: str | Path, shape: tuple[int, int, int], classes: Sequence[int]
+    path: str | Path, shape: tuple[int, int, int], classes: Sequence[int], names: Sequence[str] | None = None
 ) -> Callable[[Tensor, int], Tensor]:
     """The user's own images of some classes, dealt in order: `(labels [N], batch index) -> float32 [N, C, H, W]`.
 
-    path: one subfolder a class, named by its number; for a single class also a folder of images.
+    path: one subfolder a class, named by its number or, where the model knows `names`, by its name; for a single class also
+        a folder of images.
     shape: (C, H, W) that the model wants; images are resized, and turned grey or coloured as needed.
     Raises `DataError` for what cannot be read, and for a model whose images are no squares of 1 or 3 channels.
     """
     channels, height, width = shape
     if channels not in (1, 3) or height != width:
         raise DataError(f"{path}: images cannot be fitted to the model's samples of {channels}×{height}×{width}")
-    found = open_data("images", path, size=height, classes=classes)
+    found = open_data("images", path, size=height, classes=classes, names=names)
     images = found.batch(slice(None))
     if found.channels == 3 and channels == 1:
         images = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)  # ITU-R BT.601
@@ -309,38 +314,27 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return scaled.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _read_image_folder(path: Path, size: int | None, classes: Sequence[int] | None) -> Dataset:
+def _read_image_folder(
+    path: Path, size: int | None, classes: Sequence[int] | None, names: Sequence[str] | None
+) -> Dataset:
     if not path.is_dir():
         raise DataError(f"{path}: not a folder; expected one subfolder of images a class")
     if size is not None and size < 1:
         raise DataError(f"size {size}: a positive number of pixels expected")
-    folders: list[tuple[Path, int]]
-    if classes is None:
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if len(names) < 2:
-            raise DataError(f"{path}: {len(names)} class subfolders, at least 2 expected")
-        folders = [(path / name, label) for label, name in enumerate(names)]
-    elif len(classes) == 1 and not (path / str(classes[0])).is_dir():
-        folders = [(path, classes[0])]
+    found = tuple(class_names(path)) if classes is None else None
+    if found is not None:
+        folders = [(path / name, label) for label, name in enumerate(found)]
     else:
-        folders = [(path / str(label), label) for label in classes]
-    files: list[tuple[Path, int]] = []
-    for folder, label in folders:
-        if not folder.is_dir():
-            wanted = ", ".join(map(str, classes or ()))
-            raise DataError(f"{folder}: missing; expected a subfolder for each of the classes {wanted}")
-        inside = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not inside:
-            raise DataError(f"{folder}: class without a PNG or JPEG image")
-        files += [(file, label) for file in inside]
+        folders = class_folders(path, classes or (), names)
+    files = [(file, label) for folder, label in folders for file in image_files(folder)]
     labels = torch.tensor([label for _, label in files])
     count = 1 + max(label for _, label in folders)
-    return Dataset(_decode(path, [file for file, _ in files], size), labels, count, "images", "all")
+    return Dataset(_decode(path, [file for file, _ in files], size), labels, count, "images", "all", found)
 
 
 def _decode(path: Path, files: list[Path], size: int | None) -> Tensor:
     """The files as uint8 `[N, C, size, size]`, C = 1 where all are grey, else 3."""
-    headers = [_with_image(file, lambda image: (image.size, image.mode)) for file in files]
+    headers = [with_image(file, header) for file in files]
     mode = "L" if all(kind in ("1", "L", "LA") for _, kind in headers) else "RGB"
     if size is None:
         size = headers[0][0][0]
@@ -355,25 +349,6 @@ def _decode(path: Path, files: list[Path], size: int | None) -> Tensor:
         raise DataError(f"{path}: {total_bytes} bytes of pixels, at most {DATASET_BYTES}; give a smaller size")
     images = torch.empty(len(files), len(mode), size, size, dtype=torch.uint8)
     for i, file in enumerate(files):
-        pixels = _with_image(file, lambda image: np.array(image.convert(mode)))
+        pixels = with_image(file, lambda image: np.array(upright_on_white(image).convert(mode)))
         images[i] = _resize(torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)[None], size)[0]
     return images
-
-
-def _with_image(file: Path, use: Callable[[Any], Any]) -> Any:
-    """`use` of the opened PIL image; whatever Pillow finds wrong with the file raises `DataError`."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
-                if image.width * image.height > IMAGE_PIXELS:
-                    raise DataError(f"{file}: {image.width}×{image.height} pixels, more than {IMAGE_PIXELS} in all")
-                if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                    raise DataError(f"{file}: mode {image.mode}, 8 bits a channel expected")
-                return use(image)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        raise DataError(f"{file}: not a readable PNG or JPEG image ({error})") from error

@@ -69,7 +69,7 @@ def _check_part(folder: Path, root: Path) -> None:
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         home = home.parent.parent  # the hub's cache: snapshots/REVISION holds links to ../../blobs
     try:
-        entries = sorted(folder.iterdir())
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("._"))  # of a Mac's archiver
     except OSError as reason:
         raise ModelError(f"{folder}: cannot be read: {reason_of(reason)}") from None
     for entry in [folder, *entries]:

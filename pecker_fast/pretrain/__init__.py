@@ -20,6 +20,7 @@ from pecker_fast.pretrain import memory
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.fit import resumable
 from pecker_fast.pretrain.judge import train_judge
+from pecker_fast.pretrain.progress import say_classes
 from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
 from pecker_fast.pretrain.teacher import train_unet
 
@@ -77,6 +78,8 @@ def pretrain(
 
     begun = time.monotonic()
     dataset = data_sets.open_data(name, data, size=size)
+    if dataset.class_names:
+        say_classes(dataset.class_names)
     if fits:
         settings = fitted(settings, len(dataset), dataset.sample_size, fixed)
 
@@ -105,6 +108,8 @@ def pretrain(
         "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
         "versions": _versions(),
     }
+    if dataset.class_names:
+        card["class_names"] = list(dataset.class_names)
     files.write_json(folder / folders.MODEL, card)
     if distill_steps:
         from pecker_fast.runs import distill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -11,6 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pecker_fast.terminal import rich_console, say, takes_a_bar
 
 LINE_EVERY_S = 5.0
+SHOWN = 20  # classes of a line
+
+
+def say_classes(names: Sequence[str]) -> None:
+    """Which class number is which folder, in one line on standard error; all of them are in model.json."""
+    shown = ", ".join(f"{number} = {name}" for number, name in enumerate(names[:SHOWN]))
+    more = f" and {len(names) - SHOWN} more (class_names in model.json)" if len(names) > SHOWN else ""
+    say(f"classes: {shown}{more}")
 
 
 class Ticker(AbstractContextManager["Ticker"]):

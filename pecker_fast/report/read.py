@@ -144,7 +144,7 @@ def _read_mask(run: RunData) -> None:
 
 
 def _read_grids(run: RunData) -> None:
-    for path in sorted((run.folder / "samples").glob("*.png")):
+    for path in sorted((run.folder / "samples").glob("[!.]*.png")):
         try:
             size = path.stat().st_size
             data = path.read_bytes() if size <= _MAX_PNG_BYTES else b""

@@ -16,6 +16,7 @@ from pecker_fast.files import (
     discard,
     is_hub_name,
     is_left_over,
+    read_json,
     revision_of,
     sha256_tensors,
     whole_folder,
@@ -252,7 +253,16 @@ def _forget_images(recipe: Recipe, parts: Parts) -> ForgetImages | None:
         teacher, (height, width) = parts.teacher, parts.text.pixels
         deal = forget_images(recipe.mask.data, (3, height, width), [0])  # one folder for all prompts
         return lambda rows, index: teacher.to_latents(deal(torch.zeros_like(rows).cpu(), index).to(rows.device))
-    return forget_images(recipe.mask.data, parts.teacher.sample_shape, parts.conditions.forget)
+    names = _class_names(parts.folder)
+    return forget_images(recipe.mask.data, parts.teacher.sample_shape, parts.conditions.forget, names)
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    """What the classes of a model are called, by number, where its model.json says so."""
+    card = read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else None
+    names = card.get("class_names") if isinstance(card, dict) else None
+    valid = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    return names if valid else None
 
 
 def _write_base(model: Any, output: Path, null_class: int | None) -> Path:
