@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from pecker_fast import files
-from pecker_fast.conditions import Conditions, PromptPlan, inlined, inlined_captions, plan_prompts
+from pecker_fast.conditions import Conditions, PromptPlan, inlined, inlined_captions, notes_of, plan_prompts
 from pecker_fast.errors import ModelError, RecipeError
-from pecker_fast.networks import TextDenoiser, copy_part, save_part, text_model
+from pecker_fast.networks import PromptWindow, TextDenoiser, copy_part, save_part, text_model
 from pecker_fast.networks.single_file import load_single_file, unet_map, unet_of
 from pecker_fast.recipe import RECIPES, Recipe
 
@@ -28,6 +28,12 @@ class TextParts:
     plan: PromptPlan
     judged: Conditions  # rows of the table that the model is judged by: forget with their covers, and retain
     pixels: tuple[int, int]  # (height, width) of the images
+    window: PromptWindow  # what the text encoders read of all prompts
+
+    def notes(self) -> list[str]:
+        """What the user is told of captions and prompts before training."""
+        plan = self.plan
+        return [*notes_of(plan), *self.window.notes((*plan.forget, *plan.cover, *plan.retain, plan.unconditional))]
 
     @property
     def single(self) -> bool:
@@ -103,6 +109,11 @@ def load_text_parts(
     """
     configs = config_folder(recipe, source)
     plan, judged = plan_of(recipe, configs)
+    groups = [(plan.unconditional,)]
+    groups += [group for one in (plan, judged) for group in (one.forget, one.cover, one.retain)]
+    prompts = text_model.unique(*groups, more)
+    window = text_model.prompt_window(configs, prompts)
+    window.check(plan.forget, plan.cover, plan.retain)
     encoders = None
     if source.is_file():
         text_model.check_text_folder(configs)
@@ -111,10 +122,6 @@ def load_text_parts(
     else:
         networks = text_model.load_networks(source)
     latents = text_model.latent_size(networks, recipe.resolution, str(source))
-    prompts = text_model.unique(
-        (plan.unconditional,), plan.forget, plan.cover, plan.retain, judged.forget, judged.cover, judged.retain,
-        more,
-    )  # fmt: skip
     size = text_model.pixel_size(networks, latents)
     table = text_model.encode_prompts(configs, prompts, plan.unconditional, size, encoders)
     text_model.check_fit(networks, table, source)
@@ -124,7 +131,7 @@ def load_text_parts(
         forget, cover, retain = (table.index(group) for group in (given.forget, given.cover, given.retain))
         return Conditions(forget, cover, retain, tuple(dict.fromkeys((*forget, *retain))))
 
-    return teacher, conditions(plan), TextParts(source, configs, plan, conditions(judged), size)
+    return teacher, conditions(plan), TextParts(source, configs, plan, conditions(judged), size, window)
 
 
 def config_folder(recipe: Recipe, source: Path) -> Path:

@@ -4,6 +4,7 @@ from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_den
 from pecker_fast.networks.lora import lora_score, pair_x0
 from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
 from pecker_fast.networks.part_files import copy_part, is_small, save_part
+from pecker_fast.networks.prompt_window import PromptWindow
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 from pecker_fast.networks.text_model import is_text_model
@@ -12,6 +13,7 @@ __all__ = [
     "MARKS",
     "ONE_STEP",
     "Denoiser",
+    "PromptWindow",
     "Schedule",
     "TextDenoiser",
     "TextTable",

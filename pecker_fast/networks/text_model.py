@@ -21,6 +21,7 @@ from pecker_fast.networks.denoiser import load_module, load_unet
 from pecker_fast.networks.kinds import check_text_unet, other_channels, other_pipeline
 from pecker_fast.networks.latents import check_vae
 from pecker_fast.networks.marks import check_said, refuse_one_step
+from pecker_fast.networks.prompt_window import PromptWindow, load_tokenizer
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.single_file import load_text_encoder
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
@@ -153,18 +154,30 @@ def encode_prompts(
         return _encode(folder, prompts, null, size, encoders)
 
 
+def prompt_window(folder: Path, prompts: Sequence[str]) -> PromptWindow:
+    """What the model's text encoders read of `prompts`. Raises ModelError."""
+    names = (name.replace("text_encoder", "tokenizer") for name in ENCODERS[check_text_folder(folder)])
+    with quiet_libraries():
+        return PromptWindow([load_tokenizer(folder / name) for name in names], prompts)
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, transformers says nothing of what it loads, and of what it could load if more were installed."""
+    """Inside, transformers says nothing of what it loads, and of what it could load if more were installed; diffusers
+    nothing of what it cuts off prompts."""
+    from diffusers.utils import logging as pipelines
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    pipeline_level = pipelines.get_verbosity()
     logging.set_verbosity_error()
+    pipelines.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        pipelines.set_verbosity(pipeline_level)
         if bars:
             logging.enable_progress_bar()
 
@@ -177,7 +190,6 @@ def _encode(
     encoders: Mapping[str, nn.Module] | None,
 ) -> TextTable:
     import diffusers
-    import transformers
 
     pipeline = check_text_folder(folder)
     index = files.read_json(folder / "model_index.json", error=ModelError)
@@ -186,10 +198,7 @@ def _encode(
         encoder = encoders[name] if encoders else load_text_encoder(folder / name)
         parts[name] = encoder.requires_grad_(False)
         where = folder / name.replace("text_encoder", "tokenizer")
-        try:
-            parts[where.name] = transformers.CLIPTokenizer.from_pretrained(where, local_files_only=True)
-        except Exception as error:  # the tokenizers raise what their file formats raise
-            raise ModelError(f"{where}: not a CLIP tokenizer ({_line(error)})") from None
+        parts[where.name] = load_tokenizer(where)
         _check_tokens(parts[where.name], parts[name], prompts, where)
     empty = dict.fromkeys(("unet", "vae", "scheduler"), None)
     if pipeline == "StableDiffusionPipeline":

@@ -34,7 +34,7 @@ from pecker_fast.runs.held import (
 )
 from pecker_fast.runs.judging import EVALUATION_SEED
 from pecker_fast.runs.prompt_judging import grid_rows, judging_of
-from pecker_fast.terminal import warn
+from pecker_fast.terminal import note, warn
 
 __all__ = [
     "apply_delta_file",
@@ -73,6 +73,7 @@ def sample_run(
     name = f"{'before' if before else 'sample'}-seed{seed}.png"
     target = files.check_picture(output or run.folder / "samples" / name)
     model, generator = _drawing(run, before, prompts or ())
+    _tell_cut(model, prompts or ())
     wanted = _wanted(model, classes, prompts)
     images = one_step_sample(generator, grid_labels(wanted, count), seed, run.recipe.timesteps.init)
     return save_grid(images, count, target)
@@ -85,6 +86,12 @@ def _drawing(run: Run, before: bool, prompts: Sequence[str], judge: str | None =
         return model, model.teacher
     model = base_model(run, prompts)
     return model, start_generator(run.located(BASE_KEYS), model.teacher).freeze()
+
+
+def _tell_cut(model: Model, prompts: Sequence[str]) -> None:
+    """Which of the prompts asked for are longer than the model reads."""
+    if model.text is not None:
+        note(model.text.window.notes(prompts))
 
 
 def _wanted(model: Model, classes: Sequence[int] | None, prompts: Sequence[str] | None) -> list[int]:
@@ -251,6 +258,7 @@ def evaluate_protocol(
     file = placed(read_prompts(prompts), concept_names(run.recipe.forget)) if prompts is not None else None
     judge = judge_of(run) if protocol == "classes" else None
     model, start = _drawing(run, before, file.texts if file else (), judge)
+    _tell_cut(model, file.texts if file else ())
     assert model.text is not None
     assert isinstance(model.teacher, TextDenoiser)
     judging = judging_of(run.recipe, model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pecker_fast.conditions import notes_of
 from pecker_fast.engine.zero import check_recipe, require_deepspeed
 from pecker_fast.errors import ModelError, OutputError, RecipeError
 from pecker_fast.export import write_unet
@@ -75,6 +76,9 @@ def train(
             if (prompts := dry_run_text(located)) is not None:
                 return RunResult(Path(recipe.output), None, None, (*prompts, *found))
         parts = ranks.agree(lambda: load_parts(located))
+        if parts.text is not None:
+            told = parts.text.notes()
+            ranks.first(lambda: note(told))
         length = parts.teacher.schedule.num_timesteps
         recipe, located = ranks.agree(lambda: (fit_timesteps(recipe, length), fit_timesteps(located, length)))
         if not text:  # small as a rule, and only looked at when the folder is known to be sound
@@ -233,6 +237,7 @@ def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
     if not recipe.uses_prompts or not is_hub_name(recipe.model):
         return None
     plan, _ = plan_of(recipe, None)
+    note(notes_of(plan))
     folder = plan_run_folder(recipe, {})
     notes = look_at_hub(recipe)
     note(notes or ())
