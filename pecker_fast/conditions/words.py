@@ -48,9 +48,9 @@ def filled(text: str, names: Sequence[str]) -> list[str]:
 
 
 class Found(NamedTuple):
-    """A name in a text: which of the names, where in the original text, and how it stands there when folded."""
+    """A name in a text: which of the names, where in the original text, and how it reads there when folded."""
 
-    index: int
+    which: int
     start: int
     end: int
     folded: str
@@ -162,7 +162,7 @@ def put(prompt: str, names: Sequence[str], texts: Sequence[str]) -> str:
         found = _found(match, "name", content)
         start, end = content.starts[match.start()], content.ends[match.end() - 1]
         name = prompt[found.start : found.end]
-        text, own = _in_number(texts[found.index], cores[found.index], found.folded), prompt[found.end : end]
+        text, own = _in_number(texts[found.which], cores[found.which], found.folded), prompt[found.end : end]
         before = prompt[:start]
         if own and (own[1:] or (name[-1:] in "sS" and not re.search(r"(?<!\w)['‘’]", before))):
             own = own[0] if text[-1:] == "s" and text[-2:] != "ss" else f"{own[0]}{own[1:] or 's'}"

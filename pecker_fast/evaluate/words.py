@@ -80,7 +80,7 @@ class WordJudge:
         """
         found = {}
         for name, words in self._names.items():
-            named = {word.index for word in words.all(prompt)}
+            named = {word.which for word in words.all(prompt)}
             if len(named) == 1:
                 found[name] = self.attributes[name][named.pop()]
         return found

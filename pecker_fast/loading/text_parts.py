@@ -109,7 +109,7 @@ def load_text_parts(
     """
     configs = config_folder(recipe, source)
     plan, judged = plan_of(recipe, configs)
-    groups = [(plan.unconditional,)]
+    groups: list[tuple[str, ...]] = [(plan.unconditional,)]
     groups += [group for one in (plan, judged) for group in (one.forget, one.cover, one.retain)]
     prompts = text_model.unique(*groups, more)
     window = text_model.prompt_window(configs, prompts)

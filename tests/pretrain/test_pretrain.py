@@ -25,6 +25,7 @@ from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.judge import augment
 from pecker_fast.pretrain.settings import fitted, lr_at, settings_for
 from pecker_fast.pretrain.teacher import noise_prediction_loss
+from pecker_fast.runs.start import _class_names
 
 SHORT = replace(
     SETTINGS["digits"], steps=4, batch_size=8, judge_steps=4, samples=20, sampler_steps=2, checkpoint_every=2
@@ -202,17 +203,24 @@ def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatc
     assert 0 <= card["figures"]["one_step_accuracy"] <= 1
 
 
-def test_images_take_their_size_from_the_data(tmp_path: Path) -> None:
+def test_images_take_their_size_and_their_classes_from_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
-    for name in ("ant", "bee"):
+    for name in ("bee10", "bee2"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(5):
             Image.new("RGB", (10, 8), (40 * i, 0, 0)).save(tmp_path / "in" / name / f"{i}.png")
     settings = replace(SHORT, steps=1, samples=4, judge_background=None, flip=True)
     folder = pretrain("images", tmp_path / "in", tmp_path / "out", settings=settings, distill_steps=0, size=8)
     assert load_denoiser(folder).sample_shape == (3, 8, 8)
-    assert "--data PATH" in json.loads((folder / "model.json").read_text())["command"]
+    card = json.loads((folder / "model.json").read_text())
+    assert "--data PATH" in card["command"]
+    assert card["class_names"] == ["bee2", "bee10"]
+    assert "classes: 0 = bee2, 1 = bee10\n" in capsys.readouterr().err
+    assert _class_names(folder) == card["class_names"]  # by which mask.data finds a class's folder
+    assert _class_names(tmp_path) is None
 
 
 @pytest.mark.parametrize(("name", "size", "count"), [("cifar10", 32, 35_751_939), ("stl10", 64, 78_706_435)])

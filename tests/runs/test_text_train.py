@@ -19,7 +19,7 @@ from pecker_fast.forgetting.methods import get_method
 from pecker_fast.forgetting.samplers import one_step_sample, sample_noise
 from pecker_fast.forgetting.updates import adam
 from pecker_fast.loading.parts import load_model, load_parts
-from pecker_fast.recipe import recipe_from
+from pecker_fast.recipe import recipe_from, recipe_to_dict
 from pecker_fast.runs import finished as tools
 from pecker_fast.runs.start import train
 
@@ -272,6 +272,24 @@ def test_bad_input_is_one_line_and_nothing_is_written(models, tmp_path, monkeypa
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not Path("run").exists()
+
+
+def test_notes_on_captions_and_on_what_is_cut_off_come_before_training(models, tmp_path, capsys):
+    long = "a photo of the small white cat on the left of the large black dog on the right"
+    retain = ["two circles", "a semicircle", "green star", long]
+    train(recipe(models["sd1"], tmp_path / "run", retain=retain), quiet=True, dry_run=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:5] for line in lines] == ["note:"] * 3
+    assert "left out, because they name what is forgotten in another form: 1 caption, 'two circles'" in lines[0]
+    assert "kept, although they come near what is forgotten: 1 caption, 'a semicircle' (semicircle)" in lines[1]
+    assert lines[2] == f"note: prompt {long!r}: longer than the text encoder's window, 'dog on the right' is cut off"
+    far = "a photo of the small white cat on the left of the large black dog on the right {}"
+    forget = {"concept": "circle", "prompts": [far]}
+    with pytest.raises(
+        RecipeError, match=r"^forget: .* right circle' and its cover .* same tokens .* beyond its window"
+    ):
+        train(recipe_from({**recipe_to_dict(recipe(models["sd1"], tmp_path / "run")), "forget": forget}), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_classes_and_prompts_are_not_taken_for_each_other(models, tmp_path):
