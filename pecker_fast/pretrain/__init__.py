@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from pecker_fast.pretrain.judge import train_judge
 from pecker_fast.pretrain.progress import say_classes
 from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
 from pecker_fast.pretrain.teacher import train_unet
+from pecker_fast.terminal import say
 
 __all__ = ["SETTINGS", "Settings", "measure", "pretrain", "settings_for", "unet_config"]
 
@@ -151,7 +151,7 @@ def _tell(dataset: Dataset, settings: Settings, config: dict[str, Any], predicti
     size = f"{dataset.sample_size}×{dataset.sample_size}"
     line = f"{len(dataset)} images of {size}: {settings.steps} steps in batches of {settings.batch_size}, channels {widths}"
     needs = f"; about {prediction.table()[-1][1]} of memory" if prediction is not None else ""
-    print(line + needs, file=sys.stderr, flush=True)
+    say(line + needs)
 
 
 def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
