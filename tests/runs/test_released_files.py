@@ -31,6 +31,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 @pytest.fixture(autouse=True)
 def no_forecast(monkeypatch):
     monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
+    monkeypatch.setattr("pecker_fast.runs.start.planned", lambda recipe, device: [])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,10 @@ def test_a_dry_run_looks_at_a_hub_model_and_refuses_what_training_would(plain, t
     monkeypatch.chdir(tmp_path)
     files.write_json(tmp_path / "mine.yaml", keys("me/model", tmp_path / "run"))
     assert main(["train", "mine.yaml", "--dry-run"]) == 0
-    assert "safety_checker" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "left out, never loaded: " in printed.err
+    assert "safety_checker" in printed.err
+    assert "only its configs were fetched" in printed.out
     index = files.read_index(folder)
     for change, message in (
         ({"safety_checker": ["my_checker", "Checker"]}, "safety_checker names custom code"),
