@@ -220,7 +220,7 @@ def test_base_and_delta_are_the_pipeline_of_the_run(kind, request, tmp_path, mon
         mine, theirs = (json.loads((folder / name).read_text()) for folder in (applied, pipeline))
         assert {**mine, "_name_or_path": 0} == {**theirs, "_name_or_path": 0}, name
     card = (applied / "README.md").read_text()
-    assert "that has forgotten" in card
+    assert "# One-step generator that" in card
     assert "the base knows" not in card
     held = files.read_tensors(applied / "unet/diffusion_pytorch_model.safetensors")[0]
     facts = json.loads((applied / "model.json").read_text())
