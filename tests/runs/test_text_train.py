@@ -360,6 +360,7 @@ def test_a_single_file_without_configs_says_what_it_needs(tmp_path):
 
 def test_too_little_memory_is_told_before_anything_is_loaded(models, tmp_path, monkeypatch):
     monkeypatch.setattr("pecker_fast.machine.hardware.memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("pecker_fast.account.memory.prediction.TRIES", 1)  # each is a forecast
     monkeypatch.setattr("pecker_fast.runs.start.load_parts", lambda recipe: pytest.fail("the model was loaded"))
     with pytest.raises(RecipeError, match=r"memory: this recipe needs about .* available; tried: "):
         train(recipe(models["sd1"], tmp_path / "run"), quiet=True)
