@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.errors import DataError, ModelError
-from pecker_fast.files import read_json, read_tensors, write_json, write_tensors
+from pecker_fast.files import check_config, read_json, read_tensors, write_json, write_tensors
+from pecker_fast.networks import are_weights
 
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
 MOST_NUMBERS = 500 * 3 * 32 * 32  # of the images judged at a time
@@ -141,8 +142,10 @@ class Reference:
             raise DataError(
                 f"reference: [M, F] features and [M] labels expected, got {[*features.shape]} and {[*labels.shape]}"
             )
-        if labels.is_floating_point():
+        if labels.is_floating_point() or labels.is_complex():
             raise DataError(f"reference labels must be integers, got {labels.dtype}")
+        if not features.is_floating_point():
+            raise DataError(f"reference features must be floating point, got {features.dtype}")
         self.features = features.float()
         self.labels = labels.long()
         if not self.features.isfinite().all():
@@ -210,10 +213,7 @@ def load_judge(folder: str | Path) -> tuple[Judge, Reference | None]:
 def _build(config: Any, folder: Path) -> SmallClassifier:
     if not isinstance(config, dict) or config.get("type") != "SmallClassifier":
         raise ModelError(f"{folder / CONFIG}: type must be SmallClassifier")
-    for key in _SIZES:
-        value = config.get(key)
-        if type(value) is not int or not 1 <= value <= 65536:
-            raise ModelError(f"{folder / CONFIG}: {key} must be a whole number from 1 to 65536, got {value!r}")
+    check_config(folder / CONFIG, dict.fromkeys(_SIZES) | config, "judge")
     with torch.device("meta"):  # nothing is allocated and no random number drawn before the shapes are known to fit
         network = SmallClassifier(*(config[key] for key in _SIZES))
     stored, _ = read_tensors(folder / WEIGHTS, error=ModelError)
@@ -221,7 +221,7 @@ def _build(config: Any, folder: Path) -> SmallClassifier:
         if name not in stored or stored[name].shape != empty.shape:
             found = tuple(stored[name].shape) if name in stored else "nothing"
             raise ModelError(f"{folder / WEIGHTS}: {name} must be {tuple(empty.shape)}, found {found}")
-        if not stored[name].is_floating_point() or not stored[name].isfinite().all():
+        if not stored[name].is_floating_point() or not are_weights(stored[name]):
             raise ModelError(f"{folder / WEIGHTS}: {name} holds values that are not finite numbers")
     extra = sorted(set(stored) - set(network.state_dict()))
     if extra:

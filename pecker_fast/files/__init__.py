@@ -1,6 +1,8 @@
 """The only door to the disk: safe reading, checks of model folders, atomic writing."""
 
+from pecker_fast.files.configs import CONFIGS, check_config, read_config, read_object
 from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_parts, model_notes
+from pecker_fast.files.guard import guarded
 from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
 from pecker_fast.files.index import PARTS, UNETS, USED, read_index, without_parts_beside
@@ -14,7 +16,9 @@ from pecker_fast.files.reading import (
     read_json,
     read_tensors,
     read_text,
+    tensor_shapes,
 )
+from pecker_fast.files.sizes import Size, check_size, size_of_shapes, size_of_weights
 from pecker_fast.files.targets import check_json, check_picture
 from pecker_fast.files.trees import (
     abandon,
@@ -27,6 +31,7 @@ from pecker_fast.files.trees import (
     sweep,
     whole_folder,
 )
+from pecker_fast.files.values import shown
 from pecker_fast.files.weights import (
     TEXT_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -54,6 +59,7 @@ from pecker_fast.files.writing import (
 )
 
 __all__ = [
+    "CONFIGS",
     "CONFIG_NAME",
     "MAX_HEADER_BYTES",
     "MAX_TEXT_BYTES",
@@ -63,18 +69,22 @@ __all__ = [
     "UNETS",
     "USED",
     "WEIGHTS_NAME",
+    "Size",
     "abandon",
     "at_home",
     "beside",
+    "check_config",
     "check_json",
     "check_model_folder",
     "check_parts",
     "check_picture",
+    "check_size",
     "check_tensors",
     "copy_file",
     "discard",
     "disk_step",
     "fsync_folder",
+    "guarded",
     "hash_of",
     "is_float8",
     "is_hub_name",
@@ -84,9 +94,11 @@ __all__ = [
     "model_notes",
     "named_after",
     "output_errors",
+    "read_config",
     "read_head",
     "read_index",
     "read_json",
+    "read_object",
     "read_tensors",
     "read_text",
     "read_weights",
@@ -99,7 +111,11 @@ __all__ = [
     "sha256_file",
     "sha256_tensors",
     "shipped_models",
+    "shown",
+    "size_of_shapes",
+    "size_of_weights",
     "sweep",
+    "tensor_shapes",
     "todays_names",
     "variant_of",
     "weight_files",

@@ -8,6 +8,7 @@ from typing import Any
 
 from pecker_fast.errors import ModelError
 from pecker_fast.files.index import INDEX_NAME, NO_CODE, PARTS, UNETS, check_index, parts_beside, read_index
+from pecker_fast.files.links import check_entry
 from pecker_fast.files.reading import (
     NO_PICKLE,
     PICKLE_SUFFIXES,
@@ -73,8 +74,8 @@ def _check_part(folder: Path, root: Path) -> None:
     except OSError as reason:
         raise ModelError(f"{folder}: cannot be read: {reason_of(reason)}") from None
     for entry in [folder, *entries]:
-        if entry != root and not entry.resolve().is_relative_to(home):
-            raise ModelError(f"{entry}: a link that leaves the model folder; copy the file in its place")
+        if entry != root:
+            check_entry(entry, home)
         if entry.suffix == ".json" and entry.is_file():
             _check_config(entry, read_json(entry, error=ModelError))
         if entry.suffix == ".txt" and entry.is_file():

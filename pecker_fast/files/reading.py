@@ -105,6 +105,26 @@ def check_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> 
     raise error(f"{path}: not a safetensors file, or cut short ({size} bytes); fetch or write it again")
 
 
+def tensor_shapes(path: str | Path, *, error: type[PeckerError] = DataError) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header alone; raises `error` as `read_tensors` does."""
+    check_tensors(path, error=error)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as reason:
+        raise error(f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a regular file; a name that no disk takes, or a link to itself, is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU, owning their memory) and metadata of a safetensors file.
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pecker_fast.errors import ModelError
-from pecker_fast.files.reading import NO_PICKLE, PICKLE_SUFFIXES, read_json, read_tensors, reason_of
+from pecker_fast.files.reading import NO_PICKLE, PICKLE_SUFFIXES, is_there, read_json, read_tensors, reason_of
+from pecker_fast.files.values import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,9 +107,9 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: damaged: no weight_map of file names")
     for shard in names.values():
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index}: {shard!r} is no safetensors file of this folder; it is not followed")
-        if not (index.parent / shard).is_file():
+        if Path(shard).name != shard or not shard.endswith(".safetensors") or len(shard.encode()) > 255:
+            raise ModelError(f"{index}: {shown(shard)} is no safetensors file of this folder; it is not followed")
+        if not is_there(index.parent / shard):
             raise ModelError(f"{index.parent / shard}: missing, although {index.name} lists it; fetch the model again")
     return [index.parent / name for name in sorted(set(names.values()))]
 

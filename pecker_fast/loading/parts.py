@@ -80,6 +80,7 @@ def prompts_of(model: Model) -> list[tuple[str, Tensor]]:
     return [("embeds", model.teacher.table.embeds), *rows]
 
 
+@files.guarded("model", "cannot be loaded")
 def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False) -> Model:
     """The teacher, conditions and judge of a recipe, on the CPU. prompts: more rows for a text-to-image model's table.
 
@@ -140,6 +141,7 @@ def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | 
     return load_judge(folder / "judge") if (folder / "judge").is_dir() else (None, None)
 
 
+@files.guarded("generator", "cannot be loaded")
 def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
     """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
     `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
@@ -209,7 +211,10 @@ def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:
     spare = teacher.num_class_embeds - judge.num_classes
     if spare == 1 and teacher.null_class is None:
         teacher.null_class = judge.num_classes
-    judge.judge(torch.zeros(1, *teacher.sample_shape))  # raises where it was made for images of another size
+    try:
+        judge.judge(torch.zeros(1, *teacher.sample_shape))
+    except ModelError as error:  # it was made for images of another size
+        raise ModelError(f"{folder}: {error}; give evaluate.judge") from None
     if len(teacher.classes) != judge.num_classes:
         raise ModelError(
             f"{folder}: the model has {len(teacher.classes)} classes and its judge {judge.num_classes}; give evaluate.judge"

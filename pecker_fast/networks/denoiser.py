@@ -13,6 +13,7 @@ from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.networks.kinds import check_class_unet
 from pecker_fast.networks.marks import check_said, refuse_one_step
+from pecker_fast.networks.numbers import check_numbers
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.trial import trial_pass
 
@@ -144,10 +145,10 @@ class Denoiser:
 
 def load_unet(folder: Path) -> nn.Module:
     """The UNet of a folder in float32: a UNet2DModel, or another of `UNETS` if its config says so. Raises ModelError."""
-    config = files.read_json(folder / files.CONFIG_NAME, error=ModelError)
-    name = config.get("_class_name", files.UNETS[0])
+    path = folder / files.CONFIG_NAME
+    name = files.read_object(path).get("_class_name", files.UNETS[0])
     if name not in files.UNETS:
-        raise ModelError(f"{folder / files.CONFIG_NAME}: {name} is not supported yet (only {', '.join(files.UNETS)})")
+        raise ModelError(f"{path}: {files.shown(name)} is not supported yet (only {', '.join(files.UNETS)})")
     return load_module(folder, name)
 
 
@@ -159,29 +160,18 @@ def load_module(folder: Path, class_name: str) -> nn.Module:
     import diffusers
 
     kind = getattr(diffusers, class_name)
-    config = files.read_json(folder / files.CONFIG_NAME, error=ModelError)
+    path = folder / files.CONFIG_NAME
+    config = files.read_config(path, class_name)
+    files.check_size(path, config, class_name, files.size_of_weights(folder))
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     tensors = files.read_weights(folder)
-    try:
-        with torch.device("meta"):
-            planned = kind.from_config(config)
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        AssertionError,
-        NotImplementedError,
-        RuntimeError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:
-        raise ModelError(
-            f"{folder / files.CONFIG_NAME}: not a {class_name} diffusers can build ({_one_line(error)})"
-        ) from error
+    with files.guarded(path, f"not a {class_name} diffusers can build"), torch.device("meta"):
+        planned = kind.from_config(config)
     check_weights(planned, tensors, folder)
-    trial_pass(planned, folder / files.CONFIG_NAME)
-    module: nn.Module = kind.from_config(config)
-    module.load_state_dict({name: files.widened(tensor) for name, tensor in tensors.items()})
+    trial_pass(planned, path)
+    with files.guarded(folder, f"not the weights of a {class_name}"):
+        module: nn.Module = kind.from_config(config)
+        module.load_state_dict({name: files.widened(tensor) for name, tensor in tensors.items()})
     return module
 
 
@@ -201,12 +191,7 @@ def check_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
             raise ModelError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, the config wants {tuple(value.shape)}"
             )
-        if value.is_floating_point() and not tensors[name].is_floating_point():
-            raise ModelError(
-                f"{where}: tensor {name} holds {_dtype(tensors[name])}; quantized weights are not supported, give the plain ones"
-            )
-        if not bool(torch.isfinite(files.widened(tensors[name])).all()):
-            raise ModelError(f"{where}: tensor {name} holds NaN or infinity; the weights are damaged")
+        check_numbers(where, {name: tensors[name]} if value.is_floating_point() else {})
     extra = sorted(set(tensors) - set(own))
     if extra:
         raise ModelError(f"{where}: tensor {extra[0]} is unknown to the config; the weights do not belong to it")
@@ -227,6 +212,7 @@ def check_class_folder(folder: Path, result: bool = False) -> tuple[Path, Schedu
         raise ModelError(
             f"{folder}: a {config['_class_name']} without a text-to-image model_index.json; fetch the whole model"
         )
+    files.check_config(unet_folder / files.CONFIG_NAME, config, files.UNETS[0])
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     schedule = load_schedule(scheduler_folder)
     check_said(folder, schedule, scheduler_folder)
@@ -253,20 +239,9 @@ def load_denoiser(folder: Path, null_class: int | None = None, result: bool = Fa
 
 def _null_class(card: Path, count: int) -> int | None:
     """What a model.json says of the label-dropout embedding; raises ModelError where that is none of the embeddings."""
-    found = files.read_json(card, error=ModelError) if card.is_file() else {}
-    null_class = found.get("null_class") if isinstance(found, dict) else None
-    if null_class is None:
-        return None
-    if type(null_class) is not int or not 0 <= null_class < count:
+    null_class: int | None = (files.read_config(card, "model.json") if card.exists() else {}).get("null_class")
+    if null_class is not None and null_class >= count:
         raise ModelError(
-            f"{card}: null_class {null_class!r} is out of range, the model has class embeddings 0 to {count - 1}"
+            f"{card}: null_class {null_class} is out of range, the model has class embeddings 0 to {count - 1}"
         )
     return null_class
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

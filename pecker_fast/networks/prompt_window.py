@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.errors import RecipeError
 
 SHOWN_LETTERS = 200
 SHOWN = 3  # prompts that are told
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer; raises ModelError."""
-    import transformers
-
-    try:
-        return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers raise what their file formats raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{folder}: not a CLIP tokenizer ({line})") from None
 
 
 class PromptWindow:

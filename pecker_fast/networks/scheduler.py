@@ -64,9 +64,7 @@ def read_scheduler(folder: Path) -> tuple[Path, dict[str, Any], Any]:
     The class is the one `from_pretrained` makes: model_index.json names it, else the config, else it is DDPM's.
     """
     path = folder / CONFIG
-    config = files.read_json(path, error=ModelError)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: damaged: a JSON object was expected")
+    config = files.read_config(path, "scheduler")
     name = _followed(config.get("_class_name", "DDPMScheduler"), path)
     root = folder.parent if folder.name == "scheduler" else folder
     if (root / "model_index.json").is_file():

@@ -17,14 +17,16 @@ from torch import nn
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.networks.architectures import TOKENS
 from pecker_fast.networks.denoiser import load_module, load_unet
 from pecker_fast.networks.kinds import check_text_unet, other_channels, other_pipeline
 from pecker_fast.networks.latents import check_vae
 from pecker_fast.networks.marks import check_said, refuse_one_step
-from pecker_fast.networks.prompt_window import PromptWindow, load_tokenizer
+from pecker_fast.networks.prompt_window import PromptWindow
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.single_file import load_text_encoder
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
+from pecker_fast.networks.tokenizer import check_tokens, load_tokenizer
 
 ENCODERS = {
     "StableDiffusionPipeline": ("text_encoder",),
@@ -48,7 +50,7 @@ def is_text_model(folder: Path) -> bool:
     if not index.is_file():
         _check_lone_unet(folder)
         return False
-    found = files.read_index(folder)
+    found = files.read_config(index, "model_index.json")
     name = found.get("_class_name")
     if isinstance(name, str) and name in ENCODERS:
         return True
@@ -118,7 +120,8 @@ def _check_components(folder: Path, pipeline: str) -> None:
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if name is not None and not (isinstance(name, str) and name.startswith(wanted)):
             raise ModelError(f"{folder / 'model_index.json'}: {part} is a {str(name)[:80]}; only {wanted} is supported")
-    unet, vae = (files.read_json(folder / part / files.CONFIG_NAME, error=ModelError) for part in ("unet", "vae"))
+    unet = files.read_config(folder / "unet" / files.CONFIG_NAME, "UNet2DConditionModel")
+    vae = files.read_config(folder / "vae" / files.CONFIG_NAME, "AutoencoderKL")
     check_vae(vae, pipeline, folder / "vae" / files.CONFIG_NAME)
     check_text_unet(unet, vae.get("latent_channels", 4), folder / "unet" / files.CONFIG_NAME)
     schedule_of(folder, pipeline)
@@ -150,15 +153,19 @@ def encode_prompts(
     size: (height, width) in pixels, for SDXL's size conditions. encoders: of a single file, by part; None = the folder's own.
     Raises ModelError.
     """
-    with quiet_libraries():
+    with quiet_libraries(), files.guarded(folder, "its text encoders cannot read the prompts"):
         return _encode(folder, prompts, null, size, encoders)
 
 
 def prompt_window(folder: Path, prompts: Sequence[str]) -> PromptWindow:
     """What the model's text encoders read of `prompts`. Raises ModelError."""
-    names = (name.replace("text_encoder", "tokenizer") for name in ENCODERS[check_text_folder(folder)])
+    tokenizers = []
     with quiet_libraries():
-        return PromptWindow([load_tokenizer(folder / name) for name in names], prompts)
+        for name in ENCODERS[check_text_folder(folder)]:
+            config = files.read_config(folder / name / files.CONFIG_NAME, "text encoder")
+            positions = config.get("max_position_embeddings", TOKENS)
+            tokenizers.append(load_tokenizer(folder / name.replace("text_encoder", "tokenizer"), positions))
+        return PromptWindow(tokenizers, prompts)
 
 
 @contextlib.contextmanager
@@ -198,8 +205,9 @@ def _encode(
         encoder = encoders[name] if encoders else load_text_encoder(folder / name)
         parts[name] = encoder.requires_grad_(False)
         where = folder / name.replace("text_encoder", "tokenizer")
-        parts[where.name] = load_tokenizer(where)
-        _check_tokens(parts[where.name], parts[name], prompts, where)
+        config = parts[name].config
+        parts[where.name] = load_tokenizer(where, config.max_position_embeddings)
+        check_tokens(parts[where.name], config.vocab_size, prompts, where)
     empty = dict.fromkeys(("unet", "vae", "scheduler"), None)
     if pipeline == "StableDiffusionPipeline":
         more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -229,35 +237,13 @@ def _encode(
 
 def _encoded(pipe: Any, prompts: list[str], folder: Path) -> tuple[Any, ...]:
     """What the pipeline's own `encode_prompt` gives. Raises ModelError where the text encoders cannot."""
-    try:
-        with torch.no_grad():
-            found: tuple[Any, ...] = pipe.encode_prompt(
-                prompt=prompts, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-    except Exception as error:  # encoders and tokenizers that do not belong together fail anywhere inside the library
-        raise ModelError(
-            f"{folder}: its text encoders cannot read the prompts ({type(error).__name__}: {_line(error)})"
-        ) from None
+    with files.guarded(folder, "its text encoders cannot read the prompts"), torch.no_grad():
+        found: tuple[Any, ...] = pipe.encode_prompt(
+            prompt=prompts, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
     if not all(bool(torch.isfinite(part).all()) for part in found if part is not None):
         raise ModelError(f"{folder}: its text encoders give NaN or infinity; the weights are damaged")
     return found
-
-
-def _check_tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], where: Path) -> None:
-    """Raise ModelError where a token of the prompts has no row in the encoder's table, as an added one that was not trained."""
-    rows = encoder.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    length = tokenizer.model_max_length
-    for prompt in prompts:
-        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
-        for token in ids:
-            if token >= rows:
-                name = str(tokenizer.convert_ids_to_tokens(token))[:80]
-                raise ModelError(
-                    f"{where}: the token {name!r} of the prompt {prompt[:80]!r} has no row in the text encoder's table of "
-                    f"{rows}; tokenizer and text encoder are not of one model"
-                )
 
 
 def load_networks(folder: Path) -> Networks:
@@ -328,10 +314,6 @@ def text_denoiser(
 
 def _config(module: nn.Module) -> Any:
     return module.config
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def unique(*groups: Sequence[str]) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ def forecast(recipe: Recipe, device: Device | None = None) -> Prediction | None:
     )
 
 
+@files.guarded("model", "its configs cannot be read")
 def configs_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None, Path | None] | None:
     """(UNet's config, VAE's, folder they lie in) of the recipe's model; None for a hub model that is not known."""
     if files.is_hub_name(recipe.model):
@@ -58,9 +59,9 @@ def configs_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None, P
     check_source(recipe, source)
     folder = config_folder(recipe, source)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = files.read_json(unet / files.CONFIG_NAME, error=ModelError)
-    vae_file = folder / "vae" / files.CONFIG_NAME
-    found = files.read_json(vae_file, error=ModelError) if vae_file.is_file() else None
+    config = network_config(unet, files.UNETS[0], source)
+    has_vae = (folder / "vae" / files.CONFIG_NAME).is_file()
+    found = network_config(folder / "vae", "AutoencoderKL", source) if has_vae else None
     return _resized(config, found, recipe), found, folder
 
 
@@ -72,11 +73,22 @@ def _resized(unet: dict[str, Any], vae: dict[str, Any] | None, recipe: Recipe) -
     return {**unet, "sample_size": max(1, recipe.resolution >> max(0, halved))}
 
 
+def network_config(folder: Path, kind: str, source: Path) -> dict[str, Any]:
+    """config.json of a network, checked against the headers of its weights. Raises ModelError."""
+    path = folder / files.CONFIG_NAME
+    named = files.read_object(path).get("_class_name")
+    kind = named if kind == files.UNETS[0] and named in files.UNETS else kind
+    config = files.read_config(path, kind)
+    shapes = files.tensor_shapes(source, error=ModelError).values() if source.is_file() else None
+    files.check_size(path, config, kind, files.size_of_shapes(shapes) if shapes else files.size_of_weights(folder))
+    return config
+
+
 def _tokens(folder: Path | None) -> int:
     path = folder / "text_encoder" / files.CONFIG_NAME if folder is not None else None
     if path is None or not path.is_file():
         return architectures.TOKENS
-    return int(files.read_json(path, error=ModelError).get("max_position_embeddings", architectures.TOKENS))
+    return int(files.read_config(path, "text encoder").get("max_position_embeddings", architectures.TOKENS))
 
 
 def _prompts(*plans: PromptPlan) -> int:

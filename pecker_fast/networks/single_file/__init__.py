@@ -17,6 +17,7 @@ from pecker_fast import files
 from pecker_fast.errors import ModelError
 from pecker_fast.networks.kinds import other_channels
 from pecker_fast.networks.marks import prediction_keys
+from pecker_fast.networks.numbers import check_numbers
 from pecker_fast.networks.schedule import load_schedule
 from pecker_fast.networks.single_file import parts
 from pecker_fast.networks.single_file.names import UNET_PREFIX, kind_of_single_file, unet_plan
@@ -165,10 +166,12 @@ def load_text_encoder(folder: Path) -> nn.Module:
     Its tensors may have the names of any transformers: with and without `text_model.`, with constants beside the weights.
     """
     part = folder.name
-    module = parts.empty_module(part, parts.read_config(folder))
-    weights = canonical_text(part, files.read_weights(folder, files.weights_name(part)), folder)
+    config, path, name = parts.read_config(folder), folder / files.CONFIG_NAME, files.weights_name(part)
+    files.check_size(path, config, parts.config_kind(part), files.size_of_weights(folder, name))
+    module = parts.empty_module(part, config, path)
+    weights = canonical_text(part, files.read_weights(folder, name), folder)
     parts.check_tensors(f"{folder}", weights, parts.shapes_of(part, module))
-    parts.check_numbers(f"{folder}", weights)
+    check_numbers(folder, weights)
     return parts.fill(part, module, {name: tensor.float() for name, tensor in weights.items()})
 
 
@@ -185,8 +188,12 @@ def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
     _check_first_layer(tensors, path)
     modules = {}
     for part in parts.parts_of(kind):
-        module = parts.empty_module(part, parts.read_config(config_folder / part))
-        trial_pass(module, config_folder / part / files.CONFIG_NAME)
+        config, where = parts.read_config(config_folder / part), config_folder / part / files.CONFIG_NAME
+        files.check_size(
+            where, config, parts.config_kind(part), files.size_of_shapes(t.shape for t in tensors.values())
+        )
+        module = parts.empty_module(part, config, where)
+        trial_pass(module, where)
         shapes, prefix, what = parts.shapes_of(part, module), parts.prefix_of(part, kind), f"{path}: {part}"
         plan = parts.plan_of(part, kind, shapes)
         used = {entry.original.removeprefix(prefix) for entry in plan}
@@ -198,6 +205,6 @@ def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
             )
         weights = {name: files.widened(tensor) for name, tensor in parts.from_original(plan, tensors, what).items()}
         parts.check_tensors(what, weights, shapes)
-        parts.check_numbers(what, weights)
+        check_numbers(what, weights)
         modules[part] = parts.fill(part, module, weights)
     return modules

@@ -44,29 +44,28 @@ def prefix_of(part: str, kind: str) -> str:
     return {"unet": UNET_PREFIX, "vae": VAE_PREFIX}.get(part) or TEXT_ENCODERS[kind][part][0]
 
 
+def config_kind(part: str) -> str:
+    """Which of `files.CONFIGS` the config of a part is."""
+    return _CLASSES.get(part, "text encoder")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of one part; raises ModelError when it is missing, damaged or names code."""
-    config = files.read_json(folder / files.CONFIG_NAME, error=ModelError)
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / files.CONFIG_NAME}: damaged: a JSON object was expected")
+    config = files.read_config(folder / files.CONFIG_NAME, config_kind(folder.name))
     if config.get("auto_map"):
         raise ModelError(f"{folder / files.CONFIG_NAME}: auto_map names custom code, which is never run")
     return config
 
 
-def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
-    """The module of a part on the meta device, in evaluation mode; raises ModelError for an unsupported configuration."""
+def empty_module(part: str, config: Mapping[str, Any], where: Path | None = None) -> nn.Module:
+    """The module of a part on the meta device, in evaluation mode; raises ModelError for an unsupported configuration.
+
+    where: the file or folder of the configuration, for messages."""
     wanted = _CLASSES.get(part)
     if wanted and config.get("_class_name", wanted) != wanted:
         raise ModelError(f"{part}: _class_name is {config['_class_name']!r}; only {wanted} is supported in this place")
-    try:
-        with torch.device("meta"):
-            return _make(part, dict(config)).eval()
-    except ModelError:
-        raise
-    except Exception as reason:  # a foreign configuration can fail anywhere inside the library
-        why = (str(reason).strip().splitlines() or [""])[0][:200]
-        raise ModelError(f"{part}: its config makes no module: {type(reason).__name__}: {why}") from None
+    with files.guarded(where or part, "its config makes no module"), torch.device("meta"):
+        return _make(part, dict(config)).eval()
 
 
 def _make(part: str, config: dict[str, Any]) -> nn.Module:
@@ -142,18 +141,6 @@ def check_tensors(what: str, tensors: Mapping[str, Tensor], shapes: Mapping[str,
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ModelError(f"{what}: {name} has shape {list(tensors[name].shape)}, {list(shape)} was expected")
-
-
-def check_numbers(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ModelError, naming the first tensor, unless all hold finite floating-point numbers."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{what}: tensor {name} holds {dtype}; quantized weights are not supported, give the plain ones"
-            )
-        if not bool(files.widened(tensor).isfinite().all()):
-            raise ModelError(f"{what}: tensor {name} holds NaN or infinity; the weights are damaged")
 
 
 def fill(part: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -1,0 +1,27 @@
+"""One door for what libraries raise over a foreign file: whatever it is becomes one line that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pecker_fast.errors import ModelError, PeckerError
+from pecker_fast.files.reading import first_line
+
+_LONGEST = 150
+_PANIC = "PanicException"  # of libraries in Rust; it is no Exception
+
+
+@contextlib.contextmanager
+def guarded(where: Path | str, what: str) -> Iterator[None]:
+    """Inside, an error of any library becomes `ModelError` "where: what (kind: its first line)"; errors of our own and
+    interruptions pass."""
+    try:
+        yield
+    except PeckerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        raise ModelError(f"{where}: {what} ({type(error).__name__}: {first_line(error)[:_LONGEST]})") from error

@@ -1,0 +1,33 @@
+"""Whether the numbers of foreign weights are weights at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pecker_fast.errors import ModelError
+
+LARGEST = 1e20  # squares of more overflow float32; networks hold some thousands at most
+
+
+def check_numbers(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ModelError, naming the first, for tensors that are no floating-point numbers, not finite or beyond `LARGEST`."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{where}: tensor {name} holds {kind}; quantized weights are not supported, give the plain ones"
+            )
+        if not are_weights(tensor):
+            raise ModelError(f"{where}: tensor {name} holds NaN, infinity or absurd numbers; the weights are damaged")
+
+
+def are_weights(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds nothing but numbers that a network can have."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())  # float8 cannot be compared
+    return bool(low >= -LARGEST) and bool(high <= LARGEST)  # NaN is neither
