@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from pecker_kernels import SaliencyMask, SparseBackward
@@ -70,12 +70,15 @@ class LocalEngine:
         if self.recipe.precision == "fp32":
             yield
             return
-        with torch.autocast(self.device.type, dtype=torch.bfloat16), ExitStack() as stack:
-            if (
-                self.device.type == "cpu"
-            ):  # torch's fused attention in bfloat16 is six times slower there than in float32
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16), self.attention():
             yield
+
+    def attention(self) -> AbstractContextManager[object]:
+        """The kernel of attention, for passes and their way back: checkpointing remembers precision by itself and passes
+        forward again with whatever kernel is chosen then."""
+        if self.recipe.precision == "fp32" or self.device.type != "cpu":
+            return nullcontext()
+        return sdpa_kernel(SDPBackend.MATH)  # in bfloat16 torch's fused one is six times slower there than in float32
 
     # -- the stages of a run ----------------------------------------------------------------------------------------
 
@@ -233,7 +236,7 @@ class LocalEngine:
         def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
             return state.score.eps(x, t, c, guidance)
 
-        with self.score_update(state, len(pieces)) as backward:
+        with self.attention(), self.score_update(state, len(pieces)) as backward:
             for share, piece in pieces:
                 batch = concatenate(piece)
                 with self.autocast():
@@ -265,7 +268,7 @@ class LocalEngine:
         """θ: the phases of the update rule in order, each at the weights the one before left behind."""
         weights = self.branch_weights(state.stage, "generator")
         losses: dict[str, Tensor] = {}
-        with state.score.frozen():  # the gradient flows through ψ to x_t
+        with self.attention(), state.score.frozen():  # the gradient flows through ψ to x_t
             phases = (tuple(weights),) if state.stage == "distill" else state.updates.phases
             for update, phase in enumerate(phases, start=2):
                 branches = {branch: weights[branch] for branch in phase if branch in weights}

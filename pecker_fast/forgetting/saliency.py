@@ -1,6 +1,7 @@
 """Which weights carry the concept: gradient scores over the forget set, and the mask cut from them (PECKER Eq. 8-10)."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +67,8 @@ class SaliencyPass:
             self.poll()
             for _, p in named:
                 p.grad = None
-            self.batch_loss(branch, index).backward()
+            with self.passing():
+                self.batch_loss(branch, index).backward()
             scores.accumulate(last=index == batches - 1)
         for _, p in named:
             p.grad = None
@@ -84,8 +86,13 @@ class SaliencyPass:
         """choice: as for SaliencyMask.from_scores."""
         return SaliencyMask.from_scores(scores, **choice)
 
+    def passing(self) -> AbstractContextManager[None]:
+        """What ℓ is made and differentiated in: gradients go through ψ, not to its weights. Both, because checkpointing passes
+        forward again on the way back."""
+        return self.score.frozen()
+
     def batch_loss(self, branch: str, index: int) -> Tensor:
-        """ℓ over batch number `index` of the pass."""
+        """ℓ over batch number `index` of the pass, inside `passing`."""
         recipe, generator, n = self.recipe, self.generator, self.recipe.batch_size
         rng = draws.generator(recipe.seed, f"saliency-{branch}-{self.step}", index, generator.device)
         c_g, c_p = self.conditions.draw(branch, n, rng)
@@ -95,16 +102,15 @@ class SaliencyPass:
         return self.loss(batch, lambda: self._images(batch, branch, index))
 
     def loss(self, batch: Batch, images: Callable[[], Tensor] | None = None) -> Tensor:
-        """ℓ over given draws. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""
+        """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""
         recipe, generator, t_init = self.recipe, self.generator, self.recipe.timesteps.init
         if recipe.mask.score == "forget_loss":
             x_g = generate(generator, batch.z, batch.c_g, t_init)
-            with self.score.frozen():  # as in the generator step: through ψ, not to its weights
-                return generator_loss(
-                    self.teacher, self.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
-                    detach_score=recipe.detach_score, guidance_teacher=recipe.guidance.teacher,
-                    guidance_score=recipe.guidance.score,
-                ).mean()  # fmt: skip
+            return generator_loss(
+                self.teacher, self.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
+                detach_score=recipe.detach_score, guidance_teacher=recipe.guidance.teacher,
+                guidance_score=recipe.guidance.score,
+            ).mean()  # fmt: skip
         with torch.no_grad():
             x_0 = images() if images is not None else generate(generator, batch.z, batch.c_g, t_init)
         x_t = generator.schedule.add_noise(x_0, batch.e, batch.t)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pecker_fast import files
 from pecker_fast.conditions import Conditions, class_conditions
@@ -119,7 +121,8 @@ def enable_checkpointing(unet: nn.Module) -> None:
     network: Any = getattr(unet, "base", unet)
     if not getattr(network, "_supports_gradient_checkpointing", False):
         raise RecipeError(f"engine.checkpointing: {type(network).__name__} cannot; leave it out")
-    network.enable_gradient_checkpointing()
+    # nothing in these networks draws, and a CUDA graph would not let the generator's state be read
+    network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
 def find_word_judge(recipe: Recipe, folder: Path) -> WordJudge | None:

@@ -99,7 +99,7 @@ class SaliencyMask:
         Raises ScoreError for scores that are not finite (naming the tensor), MaskError for arguments out of range or an
         empty result.
         """
-        pairs = scores.accumulators() if isinstance(scores, SaliencyScores) else _pairs(scores)
+        pairs = scores._accumulated() if isinstance(scores, SaliencyScores) else _pairs(scores)
         names, tensors = [name for name, _ in pairs], [s for _, s in pairs]
         ops = serving(impl, *tensors)
         if isinstance(scores, SaliencyScores):

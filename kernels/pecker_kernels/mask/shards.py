@@ -143,7 +143,7 @@ class Shards:
     def contrast_(self, scores: SaliencyScores, retain_scores: SaliencyScores, floor: float = 1e-3) -> SaliencyScores:
         """SaliencyScores.contrast_ over all ranks, with the same numbers to the bit. Takes all ranks."""
         check_floor(floor)
-        ((_, squares),) = retain_scores.accumulators()
+        ((_, squares),) = retain_scores._accumulated()
         count, ops = retain_scores.accumulations, serving("auto", squares)
         sums = [float(ops.rms_sums([self.gather(squares, name)], count)) for name in self.shapes]
         return scores.contrast_(retain_scores, floor, mean=retain_mean(sums, self.total, list(self.shapes)))
@@ -165,7 +165,7 @@ class Shards:
         flat index in the model, wherever they lie. For blocks one tensor's scores are gathered at a time. Arguments and
         errors as there. Takes all ranks.
         """
-        ((_, vector),) = scores.accumulators()
+        ((_, vector),) = scores._accumulated()
         chosen = _Chosen(self, vector, scores.reduction == "sum", serving(impl, vector))
         selection.check_choice(structure, scope, tile)
         selection.check_amount(density, threshold, scope)

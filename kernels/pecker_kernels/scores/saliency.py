@@ -76,6 +76,8 @@ class SaliencyScores:
         self._contrasted = False
         self._ops = serving(impl, *self._scores.values())
         self._counted: tuple[Census, list[int]] | None = None
+        self._lent = False  # somebody else holds the accumulators
+        self._sums: Tensor | None = None  # of their bits when that began, or when they were counted after it
 
     @property
     def names(self) -> list[str]:
@@ -120,32 +122,61 @@ class SaliencyScores:
         flat = self._scores[name].view(-1)
         if values.dim() != 1 or not 0 <= start <= start + values.numel() <= flat.numel():
             raise PeckerKernelsError(f"elements {start}..{start + values.numel()} are not in {name!r}")
+        self._remember(None)
         self._ops.accumulate_([flat[start : start + values.numel()]], [values], self.reduction, False)
 
     def counted(self, gradients: int = 1) -> None:
-        """So many gradients have been added in parts."""
+        """So many gradients have been added in parts, or by others whose sums were added to these."""
         self.accumulations += gradients
 
     def _remember(self, census: Census | None) -> None:
-        # Whoever writes into a score later, by whatever way, moves its version.
-        self._counted = None if census is None else (census, [s._version for s in self._scores.values()])
+        self._counted = None if census is None else (census, self._versions())
+        self._sums = self._bit_sums() if self._lent and census is not None else None
+
+    def _versions(self) -> list[int]:
+        return [s._version for s in self._scores.values()]
+
+    def _bit_sums(self) -> Tensor:
+        """int64 [number of tensors]: Σ of each tensor's bit patterns."""
+        sums = [s.view(torch.int32).sum(dtype=torch.int64) for s in self._scores.values()]
+        return torch.stack([s.to(sums[0].device) for s in sums])
 
     def census(self) -> Census | None:
         """The first pass of a selection over `accumulators` as they are now, where one was taken along with them."""
-        if self._counted is None or self._counted[1] != [s._version for s in self._scores.values()]:
+        if self._counted is None or self._counted[1] != self._versions():
+            return None
+        if self._sums is not None and not torch.equal(self._sums, self._bit_sums()):
             return None
         return self._counted[0]
 
     def accumulators(self) -> list[tuple[str, Tensor]]:
-        """(name, float32 accumulator itself) in named_parameters order; for "sum" the score is its absolute value."""
+        """(name, float32 accumulator itself) in named_parameters order; for "sum" the score is its absolute value.
+
+        They may be written into, e.g. summed over ranks: what was counted of them before is then counted anew.
+        """
+        named = self._accumulated()
+        self._lend()
+        return named
+
+    def _accumulated(self) -> list[tuple[str, Tensor]]:
+        """`accumulators` for readers."""
         if not self.accumulations:
             raise ScoreError("no gradient was accumulated: call backward() and accumulate() first")
         return list(self._scores.items())
 
+    def _lend(self) -> None:
+        # Collectives, `.data`, numpy and kernels of others write past the version counter; the bits tell.
+        self._lent = True
+        if self._counted is not None and self._sums is None:
+            self._sums = self._bit_sums()
+
     def named_scores(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 score ≥ 0 of the parameter's shape), in named_parameters order. Do not write into the
         tensors."""
-        for name, score in self.accumulators():
+        named = self._accumulated()
+        if self.reduction != "sum":
+            self._lend()
+        for name, score in named:
             yield name, score.abs() if self.reduction == "sum" else score
 
     @torch.no_grad()
@@ -166,7 +197,7 @@ class SaliencyScores:
             )
         if self._contrasted:
             raise PeckerKernelsError("scores were already contrasted")
-        ours, theirs = self.accumulators(), retain_scores.accumulators()
+        ours, theirs = self._accumulated(), retain_scores._accumulated()
         if [(n, s.shape) for n, s in ours] != [(n, s.shape) for n, s in theirs]:
             raise PeckerKernelsError("contrast_ takes scores of the same parameters in the same order")
         scores, squares, count = [s for _, s in ours], [s for _, s in theirs], retain_scores.accumulations

@@ -111,7 +111,9 @@ class Rehearsal(LocalEngine):
             live.peak_since()
             scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
             more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
-            self.saliency_pass(state).loss(self._batch(recipe.batch_size, state, "generator", "forget")).backward()
+            found = self.saliency_pass(state)
+            with found.passing():
+                found.loss(self._batch(recipe.batch_size, state, "generator", "forget")).backward()
             del scores, more
         self._forget_gradients(generator)
         self._forget_gradients(state.score)
