@@ -1,6 +1,7 @@
 """The papers: losses, samplers, saliency, the methods and their update rules."""
 
 from pecker_fast.forgetting.batch import Batch, concatenate
+from pecker_fast.forgetting.contrast import check_start
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.methods import UpdateRule, get_method
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
@@ -17,6 +18,7 @@ __all__ = [
     "UpdateRule",
     "adam",
     "batches_of",
+    "check_start",
     "concatenate",
     "ddim_sample",
     "generate",

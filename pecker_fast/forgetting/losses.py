@@ -60,3 +60,20 @@ def generator_loss(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_score):
         f_teacher, f_score = pair_x0(teacher, score, x_t, t, c_p, c_g, guidance_teacher, guidance_score)
     return distillation_loss(x_g, f_teacher, f_score, alpha)
+
+
+def share_left(
+    x_g: Tensor,  # [N, C, H, W], what f_φ and f_ψ were made of; requires a gradient
+    f_teacher: Tensor,  # [N, C, H, W], f_φ(x_t, c_p)
+    f_score: Tensor,  # [N, C, H, W], f_ψ(x_t, c_g)
+    alpha: float,
+) -> float:
+    """‖∂L/∂x_g‖ over its norm with f_ψ held fixed: what is left where the terms of φ and ψ cancel. With c_p = c_g and ψ = φ
+    they are the same number with opposite signs: 0, or rounding."""
+    if not f_score.requires_grad:  # detach_score: L moves with −x_g alone, by the difference
+        left, whole = f_teacher - f_score, f_teacher - x_g
+    else:
+        (left,) = torch.autograd.grad(distillation_loss(x_g, f_teacher, f_score, alpha).sum(), x_g, retain_graph=True)
+        fixed = distillation_loss(x_g, f_teacher, f_score.detach(), alpha)
+        (whole,) = torch.autograd.grad(fixed.sum(), x_g)
+    return float(left.detach().norm() / whole.detach().norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -14,9 +14,10 @@ from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.batch import Batch
-from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
+from pecker_fast.forgetting.contrast import check_left, contrasts_losses
+from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss, share_left
 from pecker_fast.forgetting.samplers import ddim
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import Denoiser, pair_x0
 from pecker_fast.recipe import Recipe
 
 CONTRAST_FLOOR = 1e-3  # share of the mean of the kept gradients that is added to them
@@ -41,19 +42,31 @@ class SaliencyPass:
     poll: Callable[[], object] = lambda: None
 
     def mask(self) -> SaliencyMask | None:
-        """The recipe's mask over the generator's weights; None for `mask.source=none`."""
+        """The recipe's mask over the generator's weights; None for `mask.source=none`. Raises RecipeError for a contrast with
+        noise."""
         options = self.recipe.mask
         if options.source == "none":
             return None
-        shape: dict[str, Any] = {"structure": options.structure, "tile": tuple(options.tile), "scope": options.scope}
         if options.source == "random":
             seed = draws.generator(self.recipe.seed, "random-mask", self.step).initial_seed()
-            return SaliencyMask.random(self.weights(), density=options.density, seed=seed, **shape)
+            return SaliencyMask.random(self.weights(), density=options.density, seed=seed, **self._shape())
+        if contrasts_losses(self.recipe):
+            self.check_contrast()
+        return self.salient()
+
+    def _shape(self) -> dict[str, Any]:
+        """What of the recipe says which weights stay together."""
+        options = self.recipe.mask
+        return {"structure": options.structure, "tile": tuple(options.tile), "scope": options.scope}
+
+    def salient(self) -> SaliencyMask:
+        """The mask of `mask.source=saliency`."""
+        options = self.recipe.mask
         scores = self.scores("forget", options.reduction)
         if options.contrast:
             self.contrast_(scores, self.scores("retain", "square"))
         amount = "density" if options.threshold is None else "threshold"
-        return self.cut(scores, **{amount: getattr(options, amount)}, **shape)
+        return self.cut(scores, **{amount: getattr(options, amount)}, **self._shape())
 
     def scores(self, branch: str, reduction: str) -> SaliencyScores:
         """Scores of ∇_θ ℓ over `mask.samples` samples of the branch.
@@ -78,6 +91,21 @@ class SaliencyPass:
         """(name, tensor of its shape) of what a mask speaks of."""
         return list(self.generator.named_parameters())
 
+    def check_contrast(self) -> None:
+        """Raise RecipeError where the retain gradient is rounding noise: looked at in one batch, before the pass."""
+        recipe, batch = self.recipe, self._batch("retain", 0)
+        with torch.no_grad():
+            x_g = generate(self.generator, batch.z, batch.c_g, recipe.timesteps.init)
+        x_g.requires_grad_(True)
+        with self.passing():
+            x_t = self.teacher.schedule.add_noise(x_g, batch.e, batch.t)
+            with torch.set_grad_enabled(not recipe.detach_score):
+                f_teacher, f_score = pair_x0(
+                    self.teacher, self.score, x_t, batch.t, batch.c_p, batch.c_g, recipe.guidance.teacher,
+                    recipe.guidance.score,
+                )  # fmt: skip
+            check_left(recipe, share_left(x_g, f_teacher, f_score, recipe.alpha))
+
     def contrast_(self, scores: SaliencyScores, retain: SaliencyScores) -> None:
         """Divide the scores by those of the kept samples."""
         scores.contrast_(retain, floor=CONTRAST_FLOOR)
@@ -93,13 +121,17 @@ class SaliencyPass:
 
     def batch_loss(self, branch: str, index: int) -> Tensor:
         """ℓ over batch number `index` of the pass, inside `passing`."""
+        batch = self._batch(branch, index)
+        return self.loss(batch, lambda: self._images(batch, branch, index))
+
+    def _batch(self, branch: str, index: int) -> Batch:
+        """The draws of a batch."""
         recipe, generator, n = self.recipe, self.generator, self.recipe.batch_size
         rng = draws.generator(recipe.seed, f"saliency-{branch}-{self.step}", index, generator.device)
         c_g, c_p = self.conditions.draw(branch, n, rng)
         z = torch.randn(n, *generator.sample_shape, generator=rng, device=rng.device)
         e = torch.randn(z.shape, generator=rng, device=rng.device)
-        batch = Batch(z, e, self._timesteps(n, rng), c_g, c_p)
-        return self.loss(batch, lambda: self._images(batch, branch, index))
+        return Batch(z, e, self._timesteps(n, rng), c_g, c_p)
 
     def loss(self, batch: Batch, images: Callable[[], Tensor] | None = None) -> Tensor:
         """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""
@@ -150,7 +182,7 @@ class SaliencyPass:
             return 0.0
         one = recipe.model_copy(update={"mask": recipe.mask.model_copy(update={"samples": recipe.batch_size})})
         with FlopCounterMode(display=False) as counter:
-            replace(self, recipe=one).mask()
+            replace(self, recipe=one).salient()
         return float(counter.get_total_flops() * batches_of(recipe))
 
 

@@ -1,7 +1,7 @@
 """Denoisers and what they are made of: schedules, text models, adapters, single files, architectures."""
 
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
-from pecker_fast.networks.lora import lora_score, pair_x0
+from pecker_fast.networks.lora import lora_score, pair_x0, same_function
 from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
 from pecker_fast.networks.numbers import are_weights, check_numbers
 from pecker_fast.networks.part_files import copy_part, is_small, save_part
@@ -33,4 +33,5 @@ __all__ = [
     "one_step_marks",
     "pair_x0",
     "save_part",
+    "same_function",
 ]

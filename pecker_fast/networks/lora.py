@@ -237,6 +237,15 @@ def lora_score(teacher: Denoiser, rank: int = 16, targets: str = "all", seed: in
     return score
 
 
+def same_function(teacher: Denoiser, score: Denoiser) -> bool:
+    """Whether φ and ψ are one function, to the bit: equal weights, or adapters that add nothing yet."""
+    if isinstance(score.unet, AdaptedUNet):
+        ends = [p for name, p in score.named_parameters() if name.endswith("lora_b")]
+        return score.unet.base is teacher.unet and not any(bool(p.any()) for p in ends)
+    ours, theirs = score.named_parameters(), dict(teacher.named_parameters())
+    return len(ours) == len(theirs) and all(name in theirs and torch.equal(p, theirs[name]) for name, p in ours)
+
+
 def pair_x0(
     teacher: Denoiser,
     score: Denoiser,

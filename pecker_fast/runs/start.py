@@ -23,7 +23,7 @@ from pecker_fast.files import (
     whole_folder,
     write_json,
 )
-from pecker_fast.forgetting import ForgetImages
+from pecker_fast.forgetting import ForgetImages, check_start
 from pecker_fast.loading import Parts, fit_timesteps, load_parts, look_at_hub, plan_of
 from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import ALONE, Ranks, joined
@@ -92,6 +92,8 @@ def train(
         identity = identity_of(recipe, parts)
         alike(ranks, identity["start_sha256"], "model: the ranks have loaded different models")
         plan = ranks.told(lambda: plan_run_folder(recipe, identity))
+        if plan.checkpoint is None:  # a run that goes on has its mask
+            ranks.agree(lambda: check_start(located, parts.teacher, parts.score))
         if tensorboard:
             ranks.agree(require_tensorboard)
         if dry_run:
@@ -239,6 +241,8 @@ def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
     plan, _ = plan_of(recipe, None)
     note(notes_of(plan))
     folder = plan_run_folder(recipe, {})
+    if folder.checkpoint is None:
+        check_start(recipe)
     notes = look_at_hub(recipe)
     note(notes or ())
     looked = (

@@ -51,6 +51,9 @@ class ShardedPass(SaliencyPass):
     def weights(self) -> list[tuple[str, Tensor]]:
         return [(name, torch.empty(1).expand(size)) for name, size in self.network.shards.shapes.items()]
 
+    def check_contrast(self) -> None:
+        self.ranks.agree(super().check_contrast)
+
     def contrast_(self, scores: SaliencyScores, retain: SaliencyScores) -> None:
         self.network.shards.contrast_(scores, retain, floor=CONTRAST_FLOOR)
 
