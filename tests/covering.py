@@ -30,9 +30,11 @@ class Refused(NamedTuple):
 
 
 class Space:
-    """What rows are made of."""
+    """What rows are made of; `all_refused`: the refusals as they were given."""
 
-    def __init__(self, values: Choice, refused: Sequence[Refused] = (), needs: Mapping[str, Choice] | None = None) -> None:
+    def __init__(
+        self, values: Choice, refused: Sequence[Refused] = (), needs: Mapping[str, Choice] | None = None
+    ) -> None:
         self.values, self.all_refused = values, refused
         self.place = {key: i for i, key in enumerate(values)}
         self.needs = {key: self._indices(choice) for key, choice in (needs or {}).items()}
@@ -49,6 +51,10 @@ class Space:
             kinds = [(type(value), value) for value in self.values[key]]
             found[key] = {kinds.index((type(value), value)) for value in chosen}
         return found
+
+    def indices(self, told: Mapping[str, Any]) -> Row:
+        """A row of values as one of their places."""
+        return {key: min(found) for key, found in self._indices({key: [value] for key, value in told.items()}).items()}
 
     def pairs(self) -> set[Pair]:
         items = [[(key, i) for i in range(len(values))] for key, values in self.values.items()]

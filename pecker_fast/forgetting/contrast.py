@@ -10,7 +10,7 @@ from pecker_fast.errors import RecipeError
 from pecker_fast.networks import Denoiser, same_function
 from pecker_fast.recipe import Recipe
 
-# share of its own terms below which a retain gradient is rounding: signal is .6 to .9 of them, rounding 0 to 3e-8 (0007)
+# share of its own terms below which a retain gradient is rounding; signal is .6 to .9, rounding 0 to 3e-8 (docs/design/0008)
 ROUNDING = {"fp32": 1e-4, "bf16": 8 * torch.finfo(torch.bfloat16).eps}
 
 

@@ -101,7 +101,9 @@ class Recipe(Section):
         if not self.uses_prompts:
             self._classes_fit()
         if self.mask.threshold is not None and self.mask.scope == "tensor":
-            raise ValueError("mask.scope: tensor is a density for each tensor; mask.threshold goes with mask.scope=global")
+            raise ValueError(
+                "mask.scope: tensor is a density for each tensor; mask.threshold goes with mask.scope=global"
+            )
         if self.engine.compile != "none" and self.mask.refresh and self.mask.skip and self.uses_mask:
             raise ValueError("mask.refresh: with engine.compile every new mask is compiled anew; add mask.skip=false")
         if self.engine.compile != "none" and self.score == "lora":

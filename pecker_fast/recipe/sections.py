@@ -61,7 +61,9 @@ class Mask(Section):
 
     source: Literal["saliency", "random", "none"] = key("saliency", "how weights are chosen; none = all of them")
     score: Literal["mse", "forget_loss"] = key("mse", "loss whose gradient is the saliency")
-    contrast: bool = key(False, "divide by the same gradient on retain classes")
+    contrast: bool = key(
+        False, "divide by the same gradient on retain classes; with forget_loss needs a two-stage start"
+    )
     density: float = key(0.5, "share of the weights that is kept", gt=0, le=1, allow_inf_nan=False)
     threshold: float | None = key(None, "fixed γ in place of a density; null = use density", gt=0, allow_inf_nan=False)
     structure: Literal["element", "row", "tile", "tensor"] = key("element", "unit that is kept or dropped as a whole")

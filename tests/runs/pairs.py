@@ -114,7 +114,12 @@ def text_space(folder: Path, kind: str) -> Space:
         Refused({"model": [str(single)], "model_config": [None]}, r"give model_config=FOLDER"),
         Refused({"forget": [concept, *plain], "cover": [None]}, r"cover: "),
         Refused({"forget": [concept, *plain], "guidance.unconditional": ["keywords"]}, r"guidance\.unconditional: "),
-        Refused({"forget": own["forget"][1:], "evaluate.prompts": [captions]}, r"evaluate\.prompts: captions are sorted"),
+        # sorted by the concept: keywords and prompts have none, and with them what only they go with
+        Refused(
+            {"forget": own["forget"][1:], "evaluate.prompts": [captions]}, r"evaluate\.prompts: captions are sorted"
+        ),
+        Refused({"cover": [None], "evaluate.prompts": [captions]}, r"cover: |evaluate\.prompts: "),
+        Refused({"guidance.unconditional": ["keywords"], "evaluate.prompts": [captions]}, r"guidance\.unconditional: "),
     ]
     return Space({**own, **common(folder)}, [*refused, *REFUSED], NEEDS)
 

@@ -1,25 +1,24 @@
 """Every value of a recipe's keys beside every other: a run of two steps ends, or is refused in one line before it starts.
 
 Rows come from a covering array, so that each pair of values that is not on the list of refusals has run, and did something, in at
-least one of them.
+least one of them. The first rows of it hold most pairs; the slow tests run all rows, of several arrays, books and report included.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from covering import covering
+from pairs import ELSEWHERE, class_space, nested, one_line, short, text_space
 from safetensors.torch import load_file
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from covering import Refused, Space, covering
-from pairs import ELSEWHERE, REFUSED, class_space, nested, one_line, short, text_space
-
-from pecker_fast.errors import PeckerError, RecipeError
+from pecker_fast.errors import PeckerError
+from pecker_fast.forgetting import SaliencyPass
 from pecker_fast.recipe import recipe_from, recipe_help
 from pecker_fast.runs.start import train
+
+FIRST = {"classes": 10, "sd1": 6}  # rows that hold most pairs
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +48,27 @@ def runs_to_its_end(row):
     shutil.rmtree(run)
 
 
-def check_rows(space, seed):
-    rows, never = covering(space, seed)
-    assert not {pair for pair in never if space.allows(dict(pair), pair[0][0])}  # whatever is not refused can be run
+@pytest.fixture
+def light(monkeypatch):
+    """Runs without books, forecast and report, most of the time of one so small; they have tests of their own."""
+
+    class NoBooks:
+        def __init__(self, engine, state):
+            state.flops_per_iteration = dict.fromkeys(("distill", "forget"), 0.0)
+
+        def run(self, iterate):
+            return iterate()
+
+        def spent_s(self):
+            return 0.0
+
+    monkeypatch.setattr("pecker_fast.runs.loop.Accountant", NoBooks)
+    monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
+    monkeypatch.setattr("pecker_fast.runs.training.write_report", lambda run: run)
+    monkeypatch.setattr(SaliencyPass, "flops", lambda self: 0.0)
+
+
+def check_rows(space, rows):
     failed = []
     for row in rows:
         try:
@@ -62,16 +79,23 @@ def check_rows(space, seed):
     assert not failed, f"{len(failed)} of {len(rows)} rows:\n" + "\n".join(failed)
 
 
-@pytest.mark.parametrize("kind", ["classes", "sd1"])
-def test_every_pair_of_values_runs(spaces, kind):
-    check_rows(spaces(kind), seed=0)
+@pytest.mark.parametrize("kind", FIRST)
+def test_most_pairs_of_values_run(spaces, light, kind):
+    space = spaces(kind)
+    rows, never = covering(space)
+    lost = [pair for pair in never if space.allows(dict(pair), pair[0][0])]
+    assert not lost, lost  # whatever is not refused can be run
+    held = set().union(*(space.covered(space.indices(row)) for row in rows[: FIRST[kind]]))
+    assert len(held) > 0.7 * len(space.pairs() - never)
+    assert set().union(*(space.covered(space.indices(row)) for row in rows)) >= space.pairs() - never
+    check_rows(space, rows[: FIRST[kind]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["classes", "sd1", "sd2", "sdxl"])
-def test_every_pair_of_values_runs_in_other_company(spaces, kind, seed):
-    check_rows(spaces(kind), seed)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["classes", "sd1", "sdxl"])
+def test_every_pair_of_values_runs(spaces, kind, seed):
+    check_rows(spaces(kind), covering(spaces(kind), seed)[0])
 
 
 @pytest.mark.parametrize("kind", ["classes", "sd1"])

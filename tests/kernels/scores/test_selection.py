@@ -323,6 +323,42 @@ def test_a_kept_census_changes_nothing_but_the_number_of_passes(monkeypatch, red
     assert scores.census() is None
 
 
+def written(score, factor, how):
+    """Written into by somebody whose writes no version counter sees, as a collective's."""
+    before = score._version
+    if how == "data":
+        score.data.mul_(factor)
+    else:
+        score.numpy()[...] *= factor.numpy()
+    assert score._version == before
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("how", ["data", "numpy"])
+@pytest.mark.parametrize("door", ["accumulators", "named_scores", "held before"])
+@pytest.mark.parametrize("contrast", [False, True])
+def test_scores_changed_from_outside_are_counted_anew(impl, how, door, contrast):
+    reduction = "sum" if door == "accumulators" else "square"  # of "sum" named_scores are copies
+    if door == "held before":
+        scores = scored(reduction, impl, contrast=False, last=False)
+        held = scores.accumulators()
+        scores.accumulate(last=True)
+    else:
+        scores = scored(reduction, impl, contrast)
+        held = list(getattr(scores, door)())
+    assert scores.census() is not None  # lending them changes nothing
+    draw = torch.Generator().manual_seed(5)
+    for _, score in held:
+        written(score, torch.rand(score.shape, generator=draw) * 4, how)
+    assert scores.census() is None
+    truth = {name: score.abs().clone() for name, score in scores.accumulators()}
+    for density in (0.01, 0.4):
+        mask = pk.SaliencyMask.from_scores(scores, density=density, impl=impl)
+        again = pk.SaliencyMask.from_scores(truth, density=density, impl="reference")
+        assert mask == again
+        assert mask.threshold == again.threshold
+
+
 def test_without_a_last_call_no_census_is_kept():
     scores = scored("sum", "auto", contrast=False, last=False)
     assert scores.census() is None

@@ -51,6 +51,18 @@ def scores_like(kind, device, dtype=torch.float32, sizes=SIZES, seed=0):
 KINDS = ("normal", "spread", "equal", "zero", "few", "denormal", "one bin")
 
 
+def test_scores_changed_from_outside_are_counted_anew(device):
+    model = small_model().to(device)
+    scores = pk.SaliencyScores(model.named_parameters(), "sum", "triton")
+    fill_grads(model, seed=0)
+    scores.accumulate(last=True)
+    draw = torch.Generator().manual_seed(5)
+    for _, score in scores.accumulators():
+        score.data.mul_((torch.rand(score.shape, generator=draw) * 4).to(device))  # moves no version
+    mask = pk.SaliencyMask.from_scores(scores, density=0.3, impl="triton")
+    assert mask == pk.SaliencyMask.from_scores(dict(scores.named_scores()), density=0.3, impl="reference")
+
+
 def shifted(tensors, offset):
     """The same values `offset` elements into larger buffers: addresses that are no multiple of 16."""
     out = []
