@@ -32,6 +32,6 @@ __all__ = [
     "lora_score",
     "one_step_marks",
     "pair_x0",
-    "save_part",
     "same_function",
+    "save_part",
 ]
