@@ -57,6 +57,8 @@ def load_parts(recipe: Recipe) -> Parts:
     """Load model, start of θ and ψ, judge and conditions on the CPU. Raises RecipeError or ModelError, one line."""
     require_gpu(recipe, pick_device())
     model = load_model(recipe)
+    if model.text is not None:
+        model.text.check_prompts()  # of training alone: a run that was made before can still be looked at
     teacher = model.teacher
     generator, score = load_start(recipe, teacher)
     if recipe.engine.checkpointing:

@@ -30,6 +30,10 @@ class TextParts:
     pixels: tuple[int, int]  # (height, width) of the images
     window: PromptWindow  # what the text encoders read of all prompts
 
+    def check_prompts(self) -> None:
+        """Raises RecipeError where a prompt to forget reads to the model as its cover, or as a caption to keep."""
+        self.window.check(self.plan.forget, self.plan.cover, self.plan.retain)
+
     def notes(self) -> list[str]:
         """What the user is told of captions and prompts before training."""
         plan = self.plan
@@ -113,7 +117,6 @@ def load_text_parts(
     groups += [group for one in (plan, judged) for group in (one.forget, one.cover, one.retain)]
     prompts = text_model.unique(*groups, more)
     window = text_model.prompt_window(configs, prompts)
-    window.check(plan.forget, plan.cover, plan.retain)
     encoders = None
     if source.is_file():
         text_model.check_text_folder(configs)
