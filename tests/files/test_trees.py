@@ -1,7 +1,5 @@
 """Folders deleted, replaced and copied: at every step, whether it fails or the process dies there, old or new stands whole."""
 
-import stat
-
 import pytest
 from disk_faults import failing, killed, steps_of
 
@@ -96,29 +94,6 @@ def test_a_folder_in_use_is_not_swept_away(tmp_path):
         put_new(tmp_path / "out")  # another process, in the meantime
         assert content_of(mine) == NEW
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_copies_of_read_only_folders_may_be_written_and_deleted(tmp_path):
-    source = tmp_path / "source"
-    grow(source, OLD)
-    (source / "skipped.bin").write_text("x")
-    (source / "link").symlink_to("model.json")
-    for path in [*source.rglob("*"), source]:
-        if not path.is_symlink():
-            path.chmod(0o555 if path.is_dir() else 0o444)
-    try:
-        files.copy_tree(source, tmp_path / "copy", ["*.bin"])
-    finally:
-        for path in [source, *source.rglob("*")]:
-            if path.is_dir():
-                path.chmod(0o755)
-    assert content_of(tmp_path / "copy") == {**OLD, "link": "old"}
-    for path in [tmp_path / "copy", *(tmp_path / "copy").rglob("*")]:
-        assert path.stat().st_mode & stat.S_IWUSR
-        assert not path.is_symlink()
-    (tmp_path / "copy" / "unet").chmod(0o555)  # as an earlier version left it
-    files.remove_tree(tmp_path / "copy")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_deleting_opens_read_only_folders_first(tmp_path, monkeypatch):

@@ -190,6 +190,22 @@ def test_parts_of_a_single_file_are_saved_with_the_names_that_all_read(plain, tm
     assert same(text, modules["text_encoder_2"])
 
 
+def test_a_part_of_a_read_only_model_becomes_one_that_can_be_changed(folder, tmp_path):
+    part = folder / "vae"
+    (part / "link.txt").symlink_to("config.json")
+    (part / "weights.bin").write_bytes(b"x")
+    for file in part.iterdir():
+        if not file.is_symlink():
+            file.chmod(0o444)
+    copy_part(part, tmp_path / "vae")
+    copied = {file.name: file for file in (tmp_path / "vae").iterdir()}
+    assert copied.keys() == {"config.json", "link.txt", files.WEIGHTS_NAME}
+    for name, file in copied.items():
+        assert file.read_bytes() == (part / name).read_bytes()
+        assert file.stat().st_mode & 0o200
+        assert not file.is_symlink()
+
+
 def test_the_shapes_model_has_the_names_that_all_read():
     held = files.read_tensors(files.resolve_model("shapes") / "text_encoder" / TEXT)[0]
     assert all(name.startswith("text_model.") for name in held)
