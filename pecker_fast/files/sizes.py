@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pecker_fast.errors import ModelError
-from pecker_fast.files.folders import WEIGHTS_NAME, weight_files
 from pecker_fast.files.reading import tensor_shapes
+from pecker_fast.files.weights import WEIGHTS_NAME, weight_files
 
 
 class Size(NamedTuple):
