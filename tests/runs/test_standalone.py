@@ -120,7 +120,7 @@ def test_a_run_that_was_moved_alone_is_drawn_from_as_before(kind, request, tmp_p
         back()
 
 
-@pytest.mark.parametrize("kind", ["text", "class"])
+@pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.slow), "class"])
 def test_a_project_that_was_moved_as_a_whole(kind, request, tmp_path, monkeypatch):
     """The model is found where it lies as seen from the run."""
     project = request.getfixturevalue(f"{kind}_project")
