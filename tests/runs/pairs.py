@@ -83,7 +83,7 @@ def class_space(folder: Path) -> Space:
     for number in (0, 2):
         _write_images(folder / "images" / str(number), 8)
     own = {
-        "model": [str(model)], "model_config": [None], "forget": [0, [0, 2]], "cover": [1, [1, 1]], "retain": [None, [1]],
+        "model": [str(model)], "model_config": [None], "null_class": [None, 3], "forget": [0, [0, 2]], "cover": [1, [1, 1]], "retain": [None, [1]],
         "guidance.unconditional": [None], "resolution": [None], "evaluate.prompts": [None],
         "evaluate.judge": [None, str(other / "judge")],
     }  # fmt: skip
@@ -102,7 +102,7 @@ def text_space(folder: Path, kind: str) -> Space:
     captions = ["a red circle on the left", "a photo of the blue circle", "a red square", "a white dog"]
     concept = {"concept": "circle", "captions": captions}
     own = {
-        "model": [str(model), str(single)], "model_config": [None, str(model)],
+        "model": [str(model), str(single)], "model_config": [None, str(model)], "null_class": [None],
         "forget": [concept, {"keywords": ["red"], "prompts": ["cat"]}, ["a photo of the cat"]],
         "cover": ["square", None], "retain": [["a blue triangle", "green star"], captions],
         "guidance.unconditional": [None, "blurry", "keywords"], "resolution": [None, 48],
