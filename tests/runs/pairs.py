@@ -83,7 +83,8 @@ def class_space(folder: Path) -> Space:
     for number in (0, 2):
         _write_images(folder / "images" / str(number), 8)
     own = {
-        "model": [str(model)], "model_config": [None], "null_class": [None, 3], "forget": [0, [0, 2]], "cover": [1, [1, 1]], "retain": [None, [1]],
+        "model": [str(model)], "model_config": [None], "null_class": [None, 3],
+        "forget": [0, [0, 2]], "cover": [1, [1, 1]], "retain": [None, [1]],
         "guidance.unconditional": [None], "resolution": [None], "evaluate.prompts": [None],
         "evaluate.judge": [None, str(other / "judge")],
     }  # fmt: skip
