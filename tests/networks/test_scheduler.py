@@ -75,9 +75,7 @@ def test_betas_that_not_every_scheduler_knows_are_carried_as_numbers(tmp_path, n
     ],
 )  # fmt: skip
 def test_keys_that_change_the_meaning_are_refused_by_name(tmp_path, key, value):
-    with pytest.raises(
-        ModelError, match=key if key not in ("beta_schedule", "num_train_timesteps") else "not a schedule"
-    ):
+    with pytest.raises(ModelError, match=key if key != "beta_schedule" else "not a schedule"):
         load_schedule(write(tmp_path / "scheduler", _class_name="EulerDiscreteScheduler", **{key: value}))
 
 
