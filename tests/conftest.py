@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_models import write_tiny_model
 
 CACHE = Path(__file__).parents[1] / ".cache"
 # Before torch is imported, and for every process a test starts. Workers share the cores: threads of one that wait for each other
@@ -20,15 +19,7 @@ os.environ |= {
 }
 os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 
-TINY_KEYS = {
-    "forget": 0,
-    "cover": 1,
-    "steps": 4,
-    "batch_size": 4,
-    "mask": {"samples": 8, "density": 0.3},
-    "evaluate": {"every": 2, "samples": 8, "final": 12, "teacher_steps": 2},
-    "checkpoint": {"every": 2, "keep": 2},
-}
+from tiny_models import TINY_KEYS, write_tiny_model  # noqa: E402  it imports torch
 
 
 @pytest.fixture(scope="session")

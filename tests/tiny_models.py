@@ -5,6 +5,16 @@ from pathlib import Path
 
 import torch
 
+TINY_KEYS = {
+    "forget": 0,
+    "cover": 1,
+    "steps": 4,
+    "batch_size": 4,
+    "mask": {"samples": 8, "density": 0.3},
+    "evaluate": {"every": 2, "samples": 8, "final": 12, "teacher_steps": 2},
+    "checkpoint": {"every": 2, "keep": 2},
+}
+
 
 def write_tiny_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, judge: bool = True) -> Path:
     """Three classes and a null class, 1×8×8 images; a few thousand random weights."""

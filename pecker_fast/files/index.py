@@ -50,11 +50,11 @@ def check_index(path: Path, index: Mapping[str, Any]) -> None:
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or not any(isinstance(v, str) for v in value):
             continue
+        classes = USED[part][1] if part in USED else ()
+        if classes and len(value) == 2 and value[0] in tuple(_LIBRARIES) and value[1] not in classes:
+            raise ModelError(f"{path}: {part} is a {value[1]}; only {' or '.join(classes)} is supported in its place")
         if not _is_known(part, value):
             raise ModelError(f"{path}: {part} {NO_CODE}")
-        classes = USED[part][1] if part in USED else ()
-        if classes and value[1] not in classes:
-            raise ModelError(f"{path}: {part} is a {value[1]}; only {' or '.join(classes)} is supported in its place")
 
 
 def _is_known(part: str, value: list[Any]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.conditions import shown_classes
-from pecker_fast.errors import ModelError
+from pecker_fast.errors import Interrupted, ModelError
 from pecker_fast.evaluate import Sampler, evaluate, fid_floor, share
 from pecker_fast.forgetting import ddim_sample, grid_labels, one_step_sample, save_grid
 from pecker_fast.loading import Model
@@ -47,7 +47,9 @@ class BaseJudging:
             return None
         try:
             figures = self.shares(self.multi_step(), min(TRIED, wanted))
-        except ModelError:
+        except Interrupted:
+            raise
+        except Exception:  # of whatever kind: its reference row says so at the end
             return None
         return {key: figures[key] for key in ("ua", "retain_accuracy", "samples")} | {"doubts": self.doubts(figures)}
 

@@ -24,7 +24,7 @@ def title(folder):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A finished run, for those that only look."""
-    from conftest import TINY_KEYS
+    from tiny_models import TINY_KEYS
 
     from pecker_fast.recipe import recipe_from
 

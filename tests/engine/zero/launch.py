@@ -10,7 +10,8 @@ from processes import Started, pecker_fast
 from ranks import free_port
 
 COMMON = [
-    "generator=null", "forget=0", "cover=1", "batch_size=8", "mask.samples=16", "mask.density=0.3", "evaluate.every=0",
+    "generator=null", "forget=0", "cover=1", "batch_size=8", "mask.samples=16", "mask.density=0.3", "mask.contrast=false",
+    "evaluate.every=0",
     "evaluate.samples=8", "evaluate.final=8", "evaluate.teacher_steps=2", "ema=0.9",
 ]  # fmt: skip
 
