@@ -18,7 +18,7 @@ from pecker_fast.forgetting import SaliencyPass
 from pecker_fast.recipe import recipe_from, recipe_help
 from pecker_fast.runs.start import train
 
-FIRST = {"classes": 10, "sd1": 6}  # rows that hold most pairs
+FIRST = {"classes": 8, "sd1": 4}  # rows that hold most pairs
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def light(monkeypatch):
 
     monkeypatch.setattr("pecker_fast.runs.loop.Accountant", NoBooks)
     monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
+    monkeypatch.setattr("pecker_fast.runs.start.planned", lambda recipe, device: [])
     monkeypatch.setattr("pecker_fast.runs.training.write_report", lambda run: run)
     monkeypatch.setattr(SaliencyPass, "flops", lambda self: 0.0)
 
@@ -86,7 +87,7 @@ def test_most_pairs_of_values_run(spaces, light, kind):
     lost = [pair for pair in never if space.allows(dict(pair), pair[0][0])]
     assert not lost, lost  # whatever is not refused can be run
     held = set().union(*(space.covered(space.indices(row)) for row in rows[: FIRST[kind]]))
-    assert len(held) > 0.7 * len(space.pairs() - never)
+    assert len(held) > 0.6 * len(space.pairs() - never)
     assert set().union(*(space.covered(space.indices(row)) for row in rows)) >= space.pairs() - never
     check_rows(space, rows[: FIRST[kind]])
 
@@ -99,7 +100,7 @@ def test_every_pair_of_values_runs(spaces, kind, seed):
 
 
 @pytest.mark.parametrize("kind", ["classes", "sd1"])
-def test_what_is_refused_is_refused_in_one_line_before_anything_is_written(spaces, kind):
+def test_what_is_refused_is_refused_in_one_line_before_anything_is_written(spaces, light, kind):
     space = spaces(kind)
     for one in space.all_refused:
         for case in one.cases():
