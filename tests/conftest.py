@@ -28,7 +28,15 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_recipe(tiny_model, tmp_path):
+def plain_plots(request, monkeypatch):
+    """The plots of a run's page, a third of a run this small, are left out but where a test is marked `plots`: tests/report
+    has them."""
+    if request.node.get_closest_marker("plots") is None:
+        monkeypatch.setattr("pecker_fast.report.figures._svg", lambda figure, name, label: f"<svg id='{name}'></svg>")
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model, tmp_path, plain_plots):
     """make(**keys) -> a Recipe over the tiny model with a fresh output folder; sections are merged."""
     from pecker_fast.recipe import recipe_from
 

@@ -106,6 +106,7 @@ def test_iterations_are_timed_beside_their_baselines(results):
     assert any(line.startswith("| plain | `salient_only` |") and "| 1.00 × |" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_floor_of_an_iteration_is_measured_and_shown(tmp_path):
     file = tmp_path / "floor_digits.json"
     command = [sys.executable, "bench/floor.py", "--quick"]

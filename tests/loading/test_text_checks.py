@@ -26,7 +26,7 @@ from pecker_fast.runs.start import train
 
 
 @pytest.fixture(autouse=True)
-def no_forecast(monkeypatch):
+def no_forecast(monkeypatch, plain_plots):
     """The memory forecast is most of the time of a run this small, and not what these tests are about."""
     monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
 

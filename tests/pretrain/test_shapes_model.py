@@ -77,6 +77,7 @@ def test_a_short_run_leaves_figures_grids_and_other_words_need_no_other_key(tmp_
     assert tools.evaluate_protocol(output, "classes", samples=60)["ua"] == metrics["after"]["ua"]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_run_with_an_adapter_is_predicted(tmp_path):
     keys = [*QUICK, "score=lora", "evaluate.final=0", f"output={tmp_path / 'run'}"]
     train(load_recipe("shapes", keys), quiet=True)

@@ -29,7 +29,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 @pytest.fixture(autouse=True)
-def no_forecast(monkeypatch):
+def no_forecast(monkeypatch, plain_plots):
     monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
     monkeypatch.setattr("pecker_fast.runs.start.planned", lambda recipe, device: [])
 

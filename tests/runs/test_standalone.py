@@ -20,7 +20,7 @@ CAPTIONS = ["a red circle on the left", "a photo of the blue circle", "small cir
 
 
 @pytest.fixture(autouse=True)
-def no_forecast(monkeypatch):
+def no_forecast(monkeypatch, plain_plots):
     monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
 
 

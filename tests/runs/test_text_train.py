@@ -31,7 +31,7 @@ FORECAST = ("each_kind", "memory", "damaged", "bad_input", "hub", "dry")
 
 
 @pytest.fixture(autouse=True)
-def no_forecast(request, monkeypatch):
+def no_forecast(request, monkeypatch, plain_plots):
     """Elsewhere the forecast, most of the time of a run this small, is left out: tests/account/test_memory.py has it."""
     if not any(word in request.node.name for word in FORECAST):
         monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)

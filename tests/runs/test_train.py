@@ -31,12 +31,14 @@ def final_files(run_dir):
     return {p.name: files.sha256_file(p) for p in paths}
 
 
+@pytest.mark.plots
 def test_run_folder_is_complete(tiny_recipe):
     result = train(tiny_recipe(), quiet=True)
     run = result.run_dir
     for name in ("recipe.yaml", "run.jsonl", "mask.safetensors", "metrics.json", "report.html", "pipeline/README.md",
                  "samples/before.png", "samples/after.png", "samples/teacher.png"):  # fmt: skip
         assert (run / name).stat().st_size > 0, name
+    assert (run / "report.html").read_text().count("<path") > 10  # plots
     metrics = json.loads((run / "metrics.json").read_text())
     for row in ("before", "after", "teacher"):
         assert set(metrics[row]) >= METRICS
