@@ -1,5 +1,5 @@
 # make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
-# make test       set up, then linter, type checker and all fast tests (about twelve minutes on two cores, two and a half of them set-up and checks)
+# make test       set up, then linter, type checker and all fast tests (a quarter of an hour on two cores, two and a half minutes of it set-up and checks)
 # make test-all   everything, what only repeats and the slow training tests, the matrix over ranks, the tables of digits and shapes (about two hours and a half)
 # make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON

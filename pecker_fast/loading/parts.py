@@ -114,7 +114,7 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False
     told = (*files.model_notes(folder), *_start_notes(recipe), timesteps_note(recipe, length))
     model.notes = tuple(filter(None, (*told, null_class_note(model.teacher))))
     if recipe.engine.weights == "bf16":
-        model.teacher.unet.to(torch.bfloat16)
+        in_dtype(model.teacher.unet, torch.bfloat16)
     return model
 
 
@@ -192,7 +192,8 @@ def _load_like(teacher: Denoiser, folder: Path) -> Denoiser:
 
 def in_dtype(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The network with its weights kept in `dtype`."""
-    return unet if dtype == torch.float32 else unet.to(dtype)
+    # diffusers' own `to` speaks of modules to be kept in float32, which these networks have none of
+    return unet if dtype == torch.float32 else nn.Module.to(unet, dtype)
 
 
 def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
