@@ -75,6 +75,36 @@ def stored_weights(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> di
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
 
 
+def class_weights(result: Result) -> dict[str, Tensor]:
+    """θ's tensors in float32; of weights that were kept in bfloat16 those that did not move have the base's own digits."""
+    if result.generator.dtype == torch.float32:
+        return stored_weights(result.generator)
+    base = {name: files.widened(tensor).float() for name, tensor in result.model.base_unet().items()}
+    return as_stored(result.generator.unet.state_dict(), base)
+
+
+def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """θ's tensors as they go to a file: in the base's dtypes, and where a weight is what the base's became on loading, the
+    base's very bits (weights kept in bf16 have lost digits that the file need not lose). A float8 tensor that has changed
+    becomes float16."""
+    stored = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach().cpu()
+        if name not in base or not tensor.is_floating_point():
+            stored[name] = tensor
+            continue
+        original = base[name]
+        if files.is_float8(original):
+            wide = original.to(tensor.dtype)
+            if torch.equal(wide, tensor):
+                stored[name] = original
+                continue
+            original = wide.to(torch.float16)  # float8 would round away what was trained
+        kept = original.to(tensor.dtype) == tensor
+        stored[name] = torch.where(kept, original, tensor.to(original.dtype))
+    return stored
+
+
 def unet_config(denoiser: Denoiser) -> dict[str, Any]:
     """The network's config as diffusers writes it, without where it once lay."""
     config = json.loads(denoiser.unet.to_json_string())  # type: ignore[operator]
@@ -84,8 +114,10 @@ def unet_config(denoiser: Denoiser) -> dict[str, Any]:
 def export_pipeline(result: Result, folder: Path) -> Path:
     """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact."""
     with files.whole_folder(folder) as temporary:
-        write_unet(result.generator, temporary / "unet", marks=result.marks())
-        weights_sha256 = files.hash_of(stored_weights(result.generator))
+        weights = class_weights(result)
+        files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(result.generator))
+        files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt", **result.marks()})
+        weights_sha256 = files.hash_of(weights)
         write_about(temporary, None, scheduler_config(result.generator), facts(result, weights_sha256))
         files.write_text(temporary / "README.md", card(result, weights_sha256))
     return folder

@@ -6,9 +6,8 @@ from pathlib import Path
 from pecker_fast import files
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export.delta import write_delta
-from pecker_fast.export.folder import Result, card, export_pipeline, facts, scheduler_config
+from pecker_fast.export.folder import Result, as_stored, card, export_pipeline, facts, scheduler_config
 from pecker_fast.export.text_pipeline import (
-    as_stored,
     export_text_pipeline,
     one_step_scheduler,
     text_card,

@@ -12,12 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pecker_fast import files
 from pecker_fast.export.card import Card
-from pecker_fast.export.folder import Result, scheduler_config, unet_config, write_about
+from pecker_fast.export.folder import Result, as_stored, scheduler_config, unet_config, write_about
 from pecker_fast.loading import TextParts
 from pecker_fast.networks import ONE_STEP, Denoiser
 from pecker_fast.recipe import Recipe
@@ -35,28 +32,6 @@ image = pipe(
 
 
 JUDGED = "UA: share of forget samples in which the judge does not see the forgotten word."
-
-
-def as_stored(named: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """θ's tensors as they go to a file: in the base's dtypes, and where a weight is what the base's became on loading, the
-    base's very bits (weights kept in bf16 have lost digits that the file need not lose). A float8 tensor that has changed
-    becomes float16."""
-    stored = {}
-    for name, tensor in named.items():
-        tensor = tensor.detach().cpu()
-        if name not in base or not tensor.is_floating_point():
-            stored[name] = tensor
-            continue
-        original = base[name]
-        if files.is_float8(original):
-            wide = original.to(tensor.dtype)
-            if torch.equal(wide, tensor):
-                stored[name] = original
-                continue
-            original = wide.to(torch.float16)  # float8 would round away what was trained
-        kept = original.to(tensor.dtype) == tensor
-        stored[name] = torch.where(kept, original, tensor.to(original.dtype))
-    return stored
 
 
 def export_text_pipeline(result: Result, folder: Path, pictures: Mapping[str, Path]) -> Path:

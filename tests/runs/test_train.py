@@ -296,3 +296,11 @@ def test_null_class_is_neither_forgettable_nor_retained(tiny_recipe):
         train(tiny_recipe(forget=3), quiet=True)
     with pytest.raises(RecipeError, match="class 3 is out of range"):
         train(tiny_recipe(retain=[2, 3]), quiet=True)
+
+
+def test_weights_kept_in_bfloat16_that_did_not_move_have_the_bases_bits(tiny_recipe, tiny_model):
+    keys = {"steps": 0, "precision": "bf16", "engine": {"weights": "bf16"}, "evaluate": {"every": 0, "final": 0}}
+    run = train(tiny_recipe(**keys), quiet=True).run_dir
+    base, result = files.read_weights(tiny_model / "unet"), files.read_weights(run / "pipeline" / "unet")
+    assert all(torch.equal(base[name], tensor) for name, tensor in result.items())
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in base.values())  # the control
