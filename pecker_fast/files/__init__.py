@@ -1,7 +1,7 @@
 """The only door to the disk: safe reading, checks of model folders, atomic writing."""
 
 from pecker_fast.files.configs import CONFIGS, check_config, read_config, read_object
-from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_parts, model_notes
+from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_parts, model_notes, unet_folder
 from pecker_fast.files.guard import guarded
 from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
@@ -117,6 +117,7 @@ __all__ = [
     "sweep",
     "tensor_shapes",
     "todays_names",
+    "unet_folder",
     "variant_of",
     "weight_files",
     "weights_name",

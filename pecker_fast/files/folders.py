@@ -45,7 +45,7 @@ def check_configs(path: str | Path) -> Path:
     if not root.is_dir():
         raise ModelError(f"{root}: no such model folder")
     check_parts(root, PARTS)
-    unet = root / "unet" if (root / "unet").is_dir() else root
+    unet = unet_folder(root)
     if not (unet / CONFIG_NAME).is_file():
         kind = read_index(root).get("_class_name")
         what = f"a {kind} is not supported yet" if isinstance(kind, str) else "nothing to train"
@@ -54,6 +54,11 @@ def check_configs(path: str | Path) -> Path:
     if name not in UNETS:
         raise ModelError(f"{unet / CONFIG_NAME}: _class_name is {name!r}; only {' and '.join(UNETS)} are supported")
     return unet
+
+
+def unet_folder(root: Path) -> Path:
+    """Where a model folder has its UNet: in unet/, or at the top."""
+    return root / "unet" if (root / "unet").is_dir() else root
 
 
 def check_parts(root: Path, parts: Iterable[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,16 +107,35 @@ def check_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> 
     raise error(f"{path}: not a safetensors file, or cut short ({size} bytes); fetch or write it again")
 
 
-def tensor_shapes(path: str | Path, *, error: type[PeckerError] = DataError) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, from its header alone; raises `error` as `read_tensors` does."""
+@contextlib.contextmanager
+def _opened(path: str | Path, error: type[PeckerError]) -> Iterator[Any]:
+    """A safetensors file, checked and opened; inside, whatever is wrong with it raises `error`."""
     check_tensors(path, error=error)
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as reason:
-        raise error(f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again") from None
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+    ) as reason:
+        text = f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again"
+        raise error(text) from None
+    except MemoryError:
+        raise error(f"{path}: not enough memory to read {size_of(Path(path), 'file', error)} bytes") from None
+
+
+def tensor_shapes(path: str | Path, *, error: type[PeckerError] = DataError) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header alone; raises `error` as `read_tensors` does."""
+    with _opened(path, error) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def is_there(path: Path) -> bool:
@@ -130,28 +151,12 @@ def read_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> t
 
     Raises `error` for a pickle under any name and for a missing, malformed or truncated file.
     """
-    check_tensors(path, error=error)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            # a copy, so that a file shortened later cannot fault the process through its memory map
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as reason:
-        text = f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again"
-        raise error(text) from None
-    except MemoryError:
-        raise error(f"{path}: not enough memory to read {size_of(Path(path), 'file', error)} bytes") from None
+    with _opened(path, error) as file:
+        # a copy, so that a file shortened later cannot fault the process through its memory map
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_head(path: str | Path, *, error: type[PeckerError] = DataError) -> tuple[frozenset[str], dict[str, str]]:
     """Names of the tensors and metadata of a safetensors file; no tensor is read. Raises `error` as `read_tensors`."""
-    check_tensors(path, error=error)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            return frozenset(file.keys()), dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as reason:
-        text = f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again"
-        raise error(text) from None
+    with _opened(path, error) as file:
+        return frozenset(file.keys()), dict(file.metadata() or {})

@@ -40,7 +40,7 @@ def refuse_one_step(folder: Path) -> None:
     """Raise ModelError where a model's folder or single file is a one-step generator: it is nobody's teacher."""
     card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
     found = isinstance(card, dict) and card.get("kind") == ONE_STEP
-    weights = [folder] if folder.is_file() else files.weight_files(_unet(folder))
+    weights = [folder] if folder.is_file() else files.weight_files(files.unet_folder(folder))
     if found or any(files.read_head(file, error=ModelError)[1].get(KIND) == ONE_STEP for file in weights):
         raise ModelError(
             f"{folder}: a one-step generator cannot be the teacher; give the model it came from (to forget more, name it all "
@@ -52,7 +52,7 @@ def check_said(path: Path, schedule: Schedule, where: Path | str) -> None:
     """Raise ModelError where a single file, or a folder's UNet, says another schedule of itself than the one read at `where`."""
     prediction = schedule.prediction_type
     snr = ZERO_SNR if not bool((schedule.a > 0).all()) else "false"
-    for file in [path] if path.is_file() else files.weight_files(_unet(path)):
+    for file in [path] if path.is_file() else files.weight_files(files.unet_folder(path)):
         names, metadata = files.read_head(file, error=ModelError)
         for key, said in said_of(names, metadata).items():
             key_of, ours = ("rescale_betas_zero_snr", snr) if said == ZERO_SNR else ("prediction_type", prediction)
@@ -76,7 +76,3 @@ def said_of(names: Collection[str], metadata: Mapping[str, str]) -> dict[str, st
         said["ss_zero_terminal_snr"] = ZERO_SNR
     said |= {name: "the noise levels of EDM" for name in _EDM if name in names}
     return said
-
-
-def _unet(folder: Path) -> Path:
-    return folder / "unet" if (folder / "unet").is_dir() else folder

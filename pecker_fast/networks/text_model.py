@@ -64,7 +64,7 @@ def is_text_model(folder: Path) -> bool:
 
 def _check_lone_unet(folder: Path) -> None:
     """Raise ModelError for a text-to-image UNet without the model it belongs to."""
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = files.unet_folder(folder)
     if not (unet / files.CONFIG_NAME).is_file():
         return
     config = files.read_json(unet / files.CONFIG_NAME, error=ModelError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.errors import ModelError
+from pecker_fast import files
 
 TOKENS = 4  # of a text; the network does not care how many
 TIME_IDS = 6  # SDXL: original size, crop, target size
@@ -21,16 +22,10 @@ def trial_pass(network: nn.Module, where: Path | str) -> None:
     run = _PASSES.get(type(network).__name__)
     if run is None:
         return
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            run(network)
-    except NotImplementedError:  # an operation that has no form without memory: nothing is known of it
-        return
-    except Exception as error:  # a foreign config can fail anywhere inside the library
-        text = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{where}: its config makes a {type(network).__name__} that cannot run ({type(error).__name__}: {text})"
-        ) from None
+    what = f"its config makes a {type(network).__name__} that cannot run"
+    no_form = contextlib.suppress(NotImplementedError)  # of an operation without memory: nothing is known of it
+    with files.guarded(where, what), no_form, torch.no_grad(), torch.device("meta"):
+        run(network)
 
 
 def _size(config: Any) -> tuple[int, int]:

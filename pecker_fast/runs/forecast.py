@@ -58,7 +58,7 @@ def configs_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None, P
     source = files.resolve_model(recipe.model)
     check_source(recipe, source)
     folder = config_folder(recipe, source)
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = files.unet_folder(folder)
     config = network_config(unet, files.UNETS[0], source)
     has_vae = (folder / "vae" / files.CONFIG_NAME).is_file()
     found = network_config(folder / "vae", "AutoencoderKL", source) if has_vae else None
@@ -122,7 +122,7 @@ def surely_fits(recipe: Recipe) -> bool:
     side = config.get("sample_size") or 0
     side = max(side) if isinstance(side, list | tuple) else side
     values = sum(int(width) * int(max(1, side >> i)) ** 2 for i, width in enumerate(config["block_out_channels"]))
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = files.unet_folder(folder)
     stored = sum(path.stat().st_size for path in unet.glob("*.safetensors"))
     needed = 40 * stored + 200 * FLOAT_BYTES * recipe.batch_size * values * (config.get("layers_per_block") or 2)
     return needed < device_of().memory_bytes / 2
