@@ -3,6 +3,7 @@
 // whose cache line holds a kept one; 1/8 of mask for every weight of a block that has one.
 #include "adam.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -59,6 +60,18 @@ std::vector<Task> tasks_of(const AdamTensor* table, int64_t n_tensors, int64_t* 
   return tasks;
 }
 
+// State and compact gradients are read and written where the ranks say, lists of lanes are as long as they say: bits that were
+// changed since would lead past the ends of both.
+bool ranks_hold(const Task& task) {
+  const AdamTensor& t = *task.tensor;
+  if (!t.bits || (t.whole && !t.masked_grad_compact)) return true;
+  for (int64_t at = task.begin; at < task.end; at += kBlock) {
+    const int64_t ones = popcount(t.bits + at / 8, (std::min(kBlock, task.end - at) + 7) / 8);
+    if (ones != t.rank[at / kBlock + 1] - t.rank[at / kBlock]) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace pecker
 
@@ -76,29 +89,34 @@ PECKER_API void pecker_advance(const pecker::AdamTensor* table, int64_t n_tensor
   for (int64_t i = 0; i < n_tensors; ++i) ++*table[i].step;
 }
 
-PECKER_API void pecker_adam(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
+PECKER_API int pecker_adam(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
                             int threads) {
   int64_t n_bytes;
   const auto tasks = pecker::tasks_of(table, n_tensors, &n_bytes);
   const int level = pecker::level();
+  std::atomic<int> status{0};
   pecker::parallel_tasks(static_cast<int64_t>(tasks.size()), n_bytes, threads, [&](int64_t i) {
     const auto& task = tasks[i];
+    if (!pecker::ranks_hold(task)) return status.store(pecker::kStaleRanks);
 #ifdef PECKER_X86
     if (level == 2) return pecker::avx512::step_task(*task.tensor, *settings, task.begin, task.end);
     if (level == 1) return pecker::avx2::step_task(*task.tensor, *settings, task.begin, task.end);
 #endif
     pecker::scalar::step_task(*task.tensor, *settings, task.begin, task.end);
   });
+  return status;
 }
 
-PECKER_API void pecker_grad_stats(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
+PECKER_API int pecker_grad_stats(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
                                   pecker::GradStats* result, int threads) {
   int64_t n_bytes;
   const auto tasks = pecker::tasks_of(table, n_tensors, &n_bytes);
   const int level = pecker::level();
   std::vector<pecker::GradStats> parts(tasks.size());
+  std::atomic<int> status{0};
   pecker::parallel_tasks(static_cast<int64_t>(tasks.size()), n_bytes, threads, [&](int64_t i) {
     const auto& task = tasks[i];
+    if (!pecker::ranks_hold(task)) return status.store(pecker::kStaleRanks);
 #ifdef PECKER_X86
     if (level == 2) parts[i] = pecker::avx512::stats_task(*task.tensor, *settings, task.begin, task.end);
     if (level == 1) parts[i] = pecker::avx2::stats_task(*task.tensor, *settings, task.begin, task.end);
@@ -111,4 +129,5 @@ PECKER_API void pecker_grad_stats(const pecker::AdamTensor* table, int64_t n_ten
     result->square_sum += part.square_sum;
     result->finite &= part.finite;
   }
+  return status;
 }

@@ -47,6 +47,9 @@ struct GradStats {
   int64_t finite;
 };
 
+// What a call returns where the bits of a mask are no longer those its ranks were taken of: nothing of those blocks was touched.
+constexpr int kStaleRanks = 1;
+
 // Where the ones of a byte are.
 struct PositionsOfByte {
   alignas(16) uint16_t at[8];

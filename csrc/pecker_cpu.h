@@ -68,6 +68,8 @@ struct AdamTensor;
 struct AdamSettings;
 struct GradStats;
 int level();
+// Ones in bits [n_bytes], on this thread.
+int64_t popcount(const uint8_t* bits, int64_t n_bytes);
 }  // namespace pecker
 
 // bits [ceil(n / 8)] -> rank [ceil(n / 4096) + 1]: ones before each block of 4096 weights, and in all.
@@ -75,6 +77,7 @@ PECKER_API void pecker_rank(const uint8_t* bits, int64_t n, int64_t* rank);
 // Adds one to the step counter of every row.
 PECKER_API void pecker_advance(const pecker::AdamTensor* table, int64_t n_tensors);
 // One Adam step over a table of tensors, and what is known of its gradients beforehand (csrc/adam.h).
-PECKER_API void pecker_adam(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings, int threads);
-PECKER_API void pecker_grad_stats(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
+// Both return kStaleRanks where the bits of a mask were changed after their ranks were taken, 0 else.
+PECKER_API int pecker_adam(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings, int threads);
+PECKER_API int pecker_grad_stats(const pecker::AdamTensor* table, int64_t n_tensors, const pecker::AdamSettings* settings,
                                   pecker::GradStats* result, int threads);

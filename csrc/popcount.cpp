@@ -51,7 +51,9 @@ PECKER_AVX512 int64_t popcount_avx512(const uint8_t* bits, int64_t n) {
 }
 #endif
 
-int64_t popcount(const uint8_t* bits, int64_t n) {
+}  // namespace
+
+int64_t pecker::popcount(const uint8_t* bits, int64_t n) {
 #ifdef PECKER_X86
   if (pecker::level() == 2) return popcount_avx512(bits, n);
   if (pecker::level() == 1) return popcount_avx2(bits, n);
@@ -59,11 +61,9 @@ int64_t popcount(const uint8_t* bits, int64_t n) {
   return popcount_scalar(bits, n);
 }
 
-}  // namespace
-
 PECKER_API int64_t pecker_popcount(const uint8_t* bits, int64_t n_bytes, int threads) {
   std::atomic<int64_t> total{0};
   pecker::parallel_for(n_bytes, 64, n_bytes, threads,
-                       [&](int64_t begin, int64_t end) { total += popcount(bits + begin, end - begin); });
+                       [&](int64_t begin, int64_t end) { total += pecker::popcount(bits + begin, end - begin); });
   return total;
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NativeLibraryError
 
 LIBRARY = "libpecker_cpu.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 RANK_BLOCK = 4096  # kBlock in csrc/adam.h
 LEVELS = ("scalar", "avx2", "avx512")
 
@@ -59,9 +59,9 @@ def library() -> ctypes.CDLL:
         ("pecker_popcount", i64, [pointer, i64, i32]),
         ("pecker_apply", i32, [pointer, i64, i32, pointer, i32]),
         ("pecker_rank", None, [pointer, i64, pointer]),
-        ("pecker_adam", None, [pointer, i64, pointer, i32]),
+        ("pecker_adam", i32, [pointer, i64, pointer, i32]),
         ("pecker_advance", None, [pointer, i64]),
-        ("pecker_grad_stats", None, [pointer, i64, pointer, pointer, i32]),
+        ("pecker_grad_stats", i32, [pointer, i64, pointer, pointer, i32]),
         ("pecker_accumulate", None, [pointer, *table, i32, pointer, pointer, i32]),
         ("pecker_rms_sums", None, [pointer, pointer, i64, i64, pointer, i32]),
         ("pecker_contrast", None, [pointer, pointer, pointer, i64, i64, f32, i32, pointer, pointer, i32]),

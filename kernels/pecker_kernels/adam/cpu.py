@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..errors import NativeLibraryError
+from ..errors import MaskError, NativeLibraryError
 from .jobs import AdamJob, AdamStep, alike
+from .lanes import STALE
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # The columns of AdamTensor in csrc/adam.h; masked_grad's follow grad's.
@@ -84,8 +85,8 @@ class _Table:
         self.rows = np.array([_fixed_row(job) for job in jobs], dtype=np.int64).reshape(-1, _COLUMNS)
 
     @staticmethod
-    def _addresses(jobs: Sequence[AdamJob]) -> list[int]:
-        return [t.data_ptr() for job in jobs for t in (job.param, job.step, *_state(job))]
+    def _addresses(jobs: Sequence[AdamJob]) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t.numel()) for job in jobs for t in (job.param, job.step, *_state(job))]
 
     def fits(self, jobs: Sequence[AdamJob]) -> bool:
         """Whether these are the jobs it was made for and nothing was moved; jobs are changed in their gradients only."""
@@ -133,11 +134,17 @@ def _table(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> _Table:
     return table
 
 
+def _done(status: int) -> None:
+    if status:
+        raise MaskError(STALE)
+
+
 def _stats(rows: np.ndarray, settings: _Settings) -> _Stats:
     result = _Stats()
-    native.library().pecker_grad_stats(
+    status = native.library().pecker_grad_stats(
         rows.ctypes.data, len(rows), ctypes.byref(settings), ctypes.byref(result), torch.get_num_threads()
     )
+    _done(status)
     return result
 
 
@@ -175,12 +182,13 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> 
     if settings.clip_norm is not None:
         norm = math.sqrt(_stats(table.rows, _settings(settings)).square_sum)
         factor = min(1.0, settings.clip_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
-    native.library().pecker_adam(
+    status = native.library().pecker_adam(
         table.rows.ctypes.data, len(table.rows), ctypes.byref(_settings(settings, factor)), torch.get_num_threads()
     )
     del held
     # The write happened behind autograd's back.
     torch.autograd.graph.increment_version([job.param for job in jobs])
+    _done(status)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -3,12 +3,14 @@ write them, each implementation carries them out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import PeckerKernelsError
+from ..overlap import shared_pair
 from .lanes import Lanes
 
 
@@ -73,7 +75,13 @@ class AdamJob:
         """Raise PeckerKernelsError for tensors that no implementation could walk together: kernels read raw memory."""
         p, n = self.param, self.param.numel()
         for name, g in (("grad", self.grad), ("masked_grad", self.masked_grad)):
-            if g is None or g.shape == p.shape:
+            if g is None:
+                continue
+            if not g.is_floating_point() or g.is_sparse or g.device != p.device:
+                raise PeckerKernelsError(
+                    f"a gradient is {g.dtype} on {g.device}: dense floating numbers on {p.device} are expected"
+                )
+            if g.shape == p.shape:
                 continue
             if not (self.may_be_compact(name) and self.is_compact(g) and g.numel() == self.lanes.count):
                 raise PeckerKernelsError(f"a gradient is {list(g.shape)}, its weights {list(p.shape)}")
@@ -86,6 +94,23 @@ class AdamJob:
         step = self.step
         if step.dtype != torch.float32 or step.numel() != 1:
             raise PeckerKernelsError(f"steps are counted in one float32 number, got {step.dtype} {list(step.shape)}")
+
+
+def refuse_shared(jobs: Sequence[AdamJob]) -> None:
+    """Raise PeckerKernelsError where what two jobs of one step write lies in the same memory."""
+    written = [
+        (i, t)
+        for i, job in enumerate(jobs)
+        for t in (job.param, job.exp_avg, job.exp_avg_sq, job.master, job.ema, job.step)
+        if t is not None
+    ]
+    pair = shared_pair(written)
+    if pair is not None:
+        one, other = (f"{i} {list(jobs[i].param.shape)}" for i in pair)
+        raise PeckerKernelsError(
+            f"weights {one} and {other} of a step, or their state, share memory: give tied weights once, or step on them "
+            "in groups of their own"
+        )
 
 
 @dataclass(slots=True)

@@ -11,7 +11,9 @@ from torch import Tensor
 from .. import native
 from ..errors import MaskError
 from ..mask import bits as bitmask
+from ..mask.saliency import SaliencyMask
 
+STALE = "the bits of a mask were changed while weights were stepped on by them: set the mask anew"
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,8 +30,9 @@ def _storage_positions(index: Tensor, shape: Sequence[int], stride: Sequence[int
 class Lanes:
     """Positions of the `count` weights that are updated in a tensor of `shape`, ascending in row-major order.
 
-    bits: uint8 [ceil(n / 8)] with `count` ones, or None where every weight is updated. A compact vector holds one value
-    per lane in that order, and where every weight is a lane "compact" is the tensor itself.
+    bits: uint8 [ceil(n / 8)] that nobody else writes, or None where every weight is updated. A compact vector holds one
+    value per lane in that order, and where every weight is a lane "compact" is the tensor itself. count: the ones, where
+    the caller has counted them.
     """
 
     def __init__(self, shape: Sequence[int], bits: Tensor | None = None, count: int | None = None) -> None:
@@ -41,6 +44,12 @@ class Lanes:
             self.count = bitmask.popcount(bits) if count is None else count
         self._positions: dict[tuple[int, ...], Tensor] = {}
 
+    @classmethod
+    def of(cls, mask: SaliencyMask, name: str, device: torch.device) -> Lanes:
+        """Of one tensor of a mask that nobody else writes (see SaliencyMask.clone), on `device`."""
+        shape, count = mask.shapes[name], mask.count_of(name)
+        return cls(shape) if count == shape.numel() else cls(shape, mask.bits[name].to(device), count)
+
     @functools.cached_property
     def index(self) -> Tensor | None:
         """int64 [count] positions, None where every weight is a lane. Eight bytes a lane, so made only where torch
@@ -50,7 +59,10 @@ class Lanes:
     @functools.cached_property
     def _rank(self) -> Tensor:
         assert self.bits is not None
-        return native.rank_of(self.bits, self.shape.numel())
+        rank = native.rank_of(self.bits, self.shape.numel())
+        if int(rank[-1]) != self.count:
+            raise MaskError(STALE)
+        return rank
 
     def rank(self) -> Tensor:
         """See native.rank_of."""

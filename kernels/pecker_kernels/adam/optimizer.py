@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import PeckerKernelsError
 from ..mask.saliency import SaliencyMask
-from .jobs import AdamJob, AdamStep
+from .jobs import AdamJob, AdamStep, refuse_shared
 from .lanes import Lanes
 from .settings import check_group
 from .state import HALF, LaneState
@@ -90,9 +91,10 @@ class MaskedAdam(LaneState):
             "check_finite": check_finite,
         }
         check_group(defaults)
-        self._mask = mask
+        self._mask = None if mask is None else mask.clone()
         self._lanes: dict[Tensor, Lanes] = {}
         self._plans: dict[int, AdamPlan] = {}
+        self._lock = threading.Lock()  # plans and counters are of one step at a time
         self.skipped: Tensor | None = None
         super().__init__(params, defaults)
 
@@ -140,13 +142,14 @@ class MaskedAdam(LaneState):
             )
         extra = None if masked_grads is None else self._by_param(masked_grads, "masked_grads")
         given = {} if compact_grads is None else self._by_param(compact_grads, "compact_grads")
-        try:
-            self._step_all(given, extra)
-        finally:
-            # The next backward pass needs the gradients' memory.
-            for plan in self._plans.values():
-                for job in plan.jobs:
-                    job.grad = job.masked_grad = None
+        with self._lock:
+            try:
+                self._step_all(given, extra)
+            finally:
+                # The next backward pass needs the gradients' memory.
+                for plan in self._plans.values():
+                    for job in plan.jobs:
+                        job.grad = job.masked_grad = None
         return loss
 
     def _step_all(self, given: dict[Tensor, Tensor], extra: dict[Tensor, Tensor] | None) -> None:
@@ -260,6 +263,7 @@ class MaskedAdam(LaneState):
         for job, p in zip(plan.jobs, live):
             job.grad, job.masked_grad = grads[p], more.get(p)
         if plan.which is None:
+            refuse_shared(plan.jobs)
             plan.which = choose(group["impl"], plan.jobs)
         return plan
 

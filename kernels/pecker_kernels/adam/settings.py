@@ -26,8 +26,8 @@ TORCH_DEFAULTS: dict[str, Any] = {
 DEFAULTS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "capturable")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise PeckerKernelsError (a ValueError) for a bad setting, in torch.optim.Adam's words where it has some."""
+def check_numbers(group: dict[str, Any]) -> None:
+    """`check_group` of what the functional step has too."""
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise PeckerKernelsError("Tensor lr must be 1-element")
@@ -47,12 +47,17 @@ def check_group(group: dict[str, Any]) -> None:
             raise PeckerKernelsError(f"Invalid {key}: {group[key]} (a positive number, or None for no clipping)")
     if group["ema"] is not None and not 0.0 <= group["ema"] <= 1.0:
         raise PeckerKernelsError(f"Invalid ema decay: {group['ema']} (between 0 and 1, or None for no average)")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**63:
+        raise PeckerKernelsError(f"Invalid seed: {group['seed']} (an integer from 0 to 2**63 - 1)")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise PeckerKernelsError (a ValueError) for a bad setting, in torch.optim.Adam's words where it has some."""
+    check_numbers(group)
     if group["master"] not in (None, "fp32"):
         raise PeckerKernelsError(f"Invalid master: {group['master']!r} (choose 'fp32' or None)")
     if not isinstance(group["check_finite"], bool):
         raise PeckerKernelsError(f"Invalid check_finite: {group['check_finite']!r} (True or False)")
     if group["state"] not in ("compact", "dense"):
         raise PeckerKernelsError(f"Invalid state: {group['state']!r} (choose 'compact' or 'dense')")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**63:
-        raise PeckerKernelsError(f"Invalid seed: {group['seed']} (an integer from 0 to 2**63 - 1)")
     check_impl(group["impl"])

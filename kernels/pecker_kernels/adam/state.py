@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,10 +34,12 @@ class LaneState(torch.optim.Optimizer):
     _mask: SaliencyMask | None
     _lanes: dict[Tensor, Lanes]
     _plans: dict[int, AdamPlan]
+    _lock: threading.Lock
     skipped: Tensor | None
 
     @property
     def mask(self) -> SaliencyMask | None:
+        """The optimizer's own copy."""
         return self._mask
 
     def _fit(self, group: dict[str, Any], mask: SaliencyMask | None) -> None:
@@ -69,11 +72,8 @@ class LaneState(torch.optim.Optimizer):
     def _lanes_of(self, p: Tensor, name: str | None) -> Lanes:
         lanes = self._lanes.get(p)
         if lanes is None:
-            mask, name = self._mask, str(name)
-            if mask is None or mask.count_of(name) == p.numel():
-                lanes = Lanes(p.shape)
-            else:
-                lanes = Lanes(p.shape, mask.bits[name].to(p.device, copy=True), mask.count_of(name))
+            mask = self._mask
+            lanes = Lanes(p.shape) if mask is None else Lanes.of(mask, str(name), p.device)
             self._lanes[p] = lanes
         return lanes
 
@@ -129,7 +129,7 @@ class LaneState(torch.optim.Optimizer):
         for group in self.param_groups:
             self._fit(group, new_mask)
         old = {p: self._lanes_of(p, name) for name, p, _ in self._named()}
-        self._mask, self._lanes, self._plans = new_mask, {}, {}
+        self._mask, self._lanes, self._plans = None if new_mask is None else new_mask.clone(), {}, {}
         for name, p, group in self._named():
             group["mask_sha256"] = new_mask.digest if new_mask is not None else None
             if p not in self.state or not self.state[p]:
@@ -252,5 +252,5 @@ class LaneState(torch.optim.Optimizer):
         return {**super().__getstate__(), "_mask": self._mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._lanes, self._plans, self.skipped = {}, {}, None
+        self._lanes, self._plans, self.skipped, self._lock = {}, {}, None, threading.Lock()
         super().__setstate__(state)

@@ -39,8 +39,10 @@ class SaliencyMask:
     bits: {name: uint8 [ceil(n / 8)]}, least significant bit first, padding zero; in named_parameters order.
     shapes: {name: torch.Size}. structure: "element" | "row" | "tile" | "tensor". scope: "global" | "tensor".
     threshold: the score of the last weight (or block) kept, None where there is no single one. provenance: free
-    strings. counts: {name: ones}, given by a maker of the bits who vouches for them; without it they are counted and
-    the padding is checked.
+    strings.
+
+    The bits given are copied. Nothing about them is remembered: counts and digest are those of the bits as they are now,
+    and whoever steps or plans by a mask takes a copy first.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -55,24 +57,17 @@ class SaliencyMask:
         tile: tuple[int, int] = (128, 128),
         threshold: float | None = None,
         provenance: Mapping[str, str] | None = None,
-        counts: Mapping[str, int] | None = None,
     ) -> None:
         selection.check_choice(structure, scope, tile)
-        self.bits = {name: packed.contiguous() for name, packed in bits.items()}
-        self.shapes = {name: torch.Size(shapes[name]) for name in self.bits}
+        self.shapes = {name: torch.Size(shapes[name]) for name in bits}
+        self.bits: dict[str, Tensor] = {}
+        for name, packed in bits.items():
+            bitmask.check_bits(packed, self.shapes[name].numel(), f"mask of {name!r}")
+            own = packed.detach().clone(memory_format=torch.contiguous_format)
+            self.bits[name] = bitmask.sound_bits(own, self.shapes[name].numel(), f"mask of {name!r}")
         self.structure, self.scope, self.tile = structure, scope, (int(tile[0]), int(tile[1]))
         self.threshold = threshold
         self.provenance = dict(provenance or {})
-        self._counts: dict[str, int] = dict(counts or {})
-        for name, packed in self.bits.items():
-            n = self.shapes[name].numel()
-            bitmask.check_bits(packed, n, f"mask of {name!r}")
-            if counts is not None:
-                continue
-            if n % 8 and int(packed[-1]) >> (n % 8):
-                raise MaskError(f"mask of {name!r} has ones in the padding behind its {n} weights")
-            self._counts[name] = bitmask.popcount(packed)
-        self._digest: str | None = None
 
     @classmethod
     def from_scores(
@@ -124,7 +119,6 @@ class SaliencyMask:
             tile=tile,
             threshold=choice.threshold,
             provenance=provenance,
-            counts=dict(zip(names, choice.counts)),
         )
 
     @classmethod
@@ -172,8 +166,8 @@ class SaliencyMask:
 
     @property
     def count(self) -> int:
-        """Number of weights kept."""
-        return sum(self._counts.values())
+        """Number of weights kept; waits for the device."""
+        return sum(map(bitmask.popcount, self.bits.values()))
 
     @property
     def total(self) -> int:
@@ -188,13 +182,11 @@ class SaliencyMask:
     @property
     def digest(self) -> str:
         """SHA-256 over names, shapes and bits: equal masks have equal digests."""
-        if self._digest is None:
-            sha = hashlib.sha256()
-            for name, packed in self.bits.items():
-                sha.update(json.dumps([name, list(self.shapes[name])]).encode())
-                sha.update(packed.cpu().numpy().tobytes())
-            self._digest = sha.hexdigest()
-        return self._digest
+        sha = hashlib.sha256()
+        for name, packed in self.bits.items():
+            sha.update(json.dumps([name, list(self.shapes[name])]).encode())
+            sha.update(packed.cpu().numpy().data)
+        return sha.hexdigest()
 
     def _known(self, name: str) -> str:
         if name not in self.bits:
@@ -202,13 +194,13 @@ class SaliencyMask:
         return name
 
     def count_of(self, name: str) -> int:
-        """Number of weights kept in one tensor."""
-        return self._counts[self._known(name)]
+        """Number of weights kept in one tensor; waits for the device."""
+        return bitmask.popcount(self.bits[self._known(name)])
 
     def density_of(self, name: str) -> float:
         """Share of weights kept in one tensor (0 for an empty one)."""
         n = self.shapes[self._known(name)].numel()
-        return self._counts[name] / n if n else 0.0
+        return self.count_of(name) / n if n else 0.0
 
     def bool(self, name: str) -> Tensor:
         """bool tensor of the parameter's shape, True where the weight is kept."""
@@ -247,6 +239,10 @@ class SaliencyMask:
                 raise MaskError(
                     f"the mask has a tensor {name!r} that is not in the model: it was made for another model"
                 )
+
+    def clone(self) -> SaliencyMask:
+        """A mask with bits of its own: what is done to these does not change it."""
+        return self._like(self.bits)
 
     def to(self, device: torch.device | str) -> SaliencyMask:
         """A mask whose bits lie on `device`."""

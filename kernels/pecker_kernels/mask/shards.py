@@ -174,18 +174,15 @@ class Shards:
             choice = selection.choose(
                 whole, density=density, threshold=threshold, scope=scope, structure=structure, tile=tile
             )
-            bits, counts, reached = dict(zip(self.shapes, choice.bits)), choice.counts, choice.threshold
+            bits, reached = dict(zip(self.shapes, choice.bits)), choice.threshold
         else:
             keep, reached = chosen.elements(density, threshold, scope)
             bits = {name: bitmask.pack_bits(self.gather(keep, name)) for name in self.shapes}
-            counts = [bitmask.popcount(packed) for packed in bits.values()]
-        if not any(counts):
+        mask = SaliencyMask(bits, self.shapes, structure=structure, scope=scope, tile=tile, threshold=reached)
+        if not mask.count:
             wanted = f"density {density}" if density is not None else f"threshold {threshold}"
             raise MaskError(f"{wanted} keeps none of {self.total} weights")
-        return SaliencyMask(
-            bits, self.shapes, structure=structure, scope=scope, tile=tile, threshold=reached,
-            counts=dict(zip(self.shapes, counts)),
-        )  # fmt: skip
+        return mask
 
 
 @dataclass

@@ -108,8 +108,10 @@ class SaliencyScores:
             None if g is None else s.shape for g, s in zip(grads, self._scores.values(), strict=False)
         ] or len(grads) != len(self._scores):
             raise PeckerKernelsError("gradients must be of the scores' shapes, one for each")
-        if any(g is not None and g.is_sparse for g in grads):
-            raise PeckerKernelsError("sparse gradients cannot be scored")
+        for name, g in zip(self._scores, grads):
+            if g is not None and (g.is_sparse or g.is_meta or not g.is_floating_point()):
+                kind = "sparse" if g.is_sparse else f"{g.dtype} on {g.device}"
+                raise PeckerKernelsError(f"the gradient of {name!r} is {kind}: dense floating numbers can be scored")
         self.accumulations += 1
         self._remember(self._ops.accumulate_(list(self._scores.values()), grads, self.reduction, last))
 
@@ -120,6 +122,10 @@ class SaliencyScores:
         if self._contrasted:
             raise PeckerKernelsError("scores were already contrasted: accumulate first, then contrast")
         flat = self._scores[name].view(-1)
+        if not values.is_floating_point() or values.is_meta:
+            raise PeckerKernelsError(
+                f"the gradient of {name!r} is {values.dtype} on {values.device}, not floating numbers"
+            )
         if values.dim() != 1 or not 0 <= start <= start + values.numel() <= flat.numel():
             raise PeckerKernelsError(f"elements {start}..{start + values.numel()} are not in {name!r}")
         self._remember(None)

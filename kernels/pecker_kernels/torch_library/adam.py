@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..adam.jobs import AdamJob, AdamStep
+from ..adam.jobs import AdamJob, AdamStep, refuse_shared
 from ..adam.lanes import Lanes
+from ..adam.settings import check_numbers
 from ..adam.step import AdamPlan, choose
 from ..adam.torch_ops import work_dtype
 from ..errors import MaskError, PeckerKernelsError
@@ -147,8 +148,8 @@ def masked_adam_(
         raise PeckerKernelsError(f"step counts from 1, got {step}")
     if (ema is None) == bool(emas) or (ema is not None and not 0 <= ema <= 1):
         raise PeckerKernelsError(f"emas and ema (a decay from 0 to 1) come together, got {len(emas)} and {ema}")
-    if not 0 <= seed < 2**63:
-        raise PeckerKernelsError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+    given = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay, "seed": seed}
+    check_numbers({**given, "clip_value": clip_value, "clip_norm": clip_norm, "ema": ema})
     jobs = []
     first_index = 0
     for i, p in enumerate(params):
@@ -166,6 +167,9 @@ def masked_adam_(
         if any(t is not None and t.numel() != like.numel() for t in state):
             kind = "kept weights" if compact else "weights"
             raise MaskError(f"the state of params[{i}] does not hold one value for each of its {like.numel()} {kind}")
+        for t in state:
+            if t is not None and t.shape != like and (compact or t.dim() != 1):  # flat where every weight is kept
+                raise MaskError(f"the state of params[{i}] is {list(t.shape)}, its values stand in {list(like)}")
         exp_avg, exp_avg_sq, average, master = [None if t is None else t.view(like) for t in state]
         assert exp_avg_sq is not None
         jobs.append(
@@ -188,6 +192,7 @@ def masked_adam_(
         first_index += p.numel()
     if not jobs:
         return
+    refuse_shared(jobs)
     settings = AdamStep(
         lr=lr,
         beta1=beta1,

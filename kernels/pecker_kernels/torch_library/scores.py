@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..adam import step as adam_step
 from ..errors import PeckerKernelsError
 from ..mask.bits import sound_bits
+from ..overlap import shared_pair
 from ..scores import saliency, threshold
 from ..scores.backend import serving
 
@@ -39,6 +40,11 @@ def _check_scores(scores: Sequence[Tensor], others: Sequence[Tensor], what: str,
                 f"{what}[{i}] is {other.dtype} {list(other.shape)}: a dense floating tensor of shape "
                 f"{list(score.shape)} is expected"
             )
+    pair = shared_pair(enumerate(scores))
+    if pair is not None:
+        raise PeckerKernelsError(
+            f"scores[{pair[0]}] and scores[{pair[1]}] share memory: each has to be a tensor of its own"
+        )
 
 
 @torch.library.custom_op("pecker::accumulate_", mutates_args=("scores",))

@@ -80,12 +80,11 @@ def uses_triton(module: nn.Module, mask: SaliencyMask, impl: str) -> bool:
 def plan_weight(weight: Tensor, mask: SaliencyMask, name: str, tiled: bool) -> Part:
     """The part of a weight [out, in, *kernel] called `name` in the mask; tiled: by tiles where its bits are tiles. Waits
     for the device."""
-    count, n = mask.count_of(name), weight.numel()
-    if count == 0:
-        return Part("dead")
-    if count == n:
-        return Part("dense")
-    keep = mask.bool(name).view(weight.shape[0], -1)
+    keep = mask.bool(name)
+    count = int(keep.sum())
+    if count in (0, weight.numel()):
+        return Part("dense" if count else "dead")
+    keep = keep.view(weight.shape[0], -1)
     if tiled and mask.structure == "tile":
         live = corners(keep, mask.tile)
         if live is not None:
@@ -97,12 +96,14 @@ def plan_weight(weight: Tensor, mask: SaliencyMask, name: str, tiled: bool) -> P
     within = keep.index_select(0, rows)
     shape_of_rows = (rows.numel(), *weight.shape[1:])
     bits = None if count == within.numel() else bitmask.pack_bits(within).to(weight.device)
-    return Part("rows", shape_of_rows, to_device(choice(rows), weight.device), lanes=Lanes(shape_of_rows, bits, count))
+    lanes = Lanes(shape_of_rows, bits)
+    return Part("rows", shape_of_rows, to_device(choice(rows), weight.device), lanes=lanes)
 
 
 def plan_bias(bias: Tensor, mask: SaliencyMask, name: str) -> Part:
     """A bias [out] is summed whole and its live values are taken."""
-    count = mask.count_of(name)
+    live = mask.indices(name)
+    count = live.numel()
     if count in (0, bias.numel()):
         return Part("dense" if count else "dead")
-    return Part("rows", (count,), to_device(choice(mask.indices(name)), bias.device), lanes=Lanes((count,)))
+    return Part("rows", (count,), to_device(choice(live), bias.device), lanes=Lanes((count,)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
+from pecker_kernels.mask.bits import popcount
 from torch import Tensor, nn
 
 from pecker_fast.account.iteration import unique_bytes
@@ -144,9 +147,25 @@ def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> Salie
     bits = {name: _first(p.numel(), counts[name]) for name, p in named}
     # rows stand for tiles: as many weights, and gradients of about the same size
     structure = "row" if options.structure == "tile" else options.structure
-    mask = SaliencyMask(bits, {name: p.shape for name, p in named}, structure=structure, counts=counts)
-    mask._digest = "planned"  # the bits are not worth hashing
-    return mask
+    return PlannedMask(bits, {name: p.shape for name, p in named}, structure=structure)
+
+
+class PlannedMask(SaliencyMask):
+    """Its bits may be copied to where there is no memory, and are not worth hashing."""
+
+    digest = "planned"  # type: ignore[assignment]
+
+    def __init__(self, bits: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], structure: str) -> None:
+        super().__init__(bits, shapes, structure=structure)
+        self._kept = {name: popcount(packed) for name, packed in self.bits.items()}
+
+    def count_of(self, name: str) -> int:
+        return self._kept[name]
+
+    def clone(self) -> SaliencyMask:
+        twin = copy(self)
+        twin.bits = {name: packed.clone() for name, packed in self.bits.items()}
+        return twin
 
 
 def _first(n: int, count: int) -> Tensor:

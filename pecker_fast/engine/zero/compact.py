@@ -23,18 +23,10 @@ class CompactExchange:
 
     def __init__(self, network: Sharded, mask: SaliencyMask, ranks: Ranks) -> None:
         self.network, self.mask, self.ranks = network, mask, ranks
-        self.lanes = {
-            name: Lanes(
-                p.shape, None if mask.count_of(name) == p.numel() else mask.bits[name].to(p.device), mask.count_of(name)
-            )
-            for name, p in network.parameters.items()
-        }
-        self.local = network.shards.cut(mask)
-        self.counts = ranks.everyones(self.local.count)
-        bits = None if self.local.count == network.shards.length else self.local.bits[PARTITION]
-        self.here = Lanes(
-            [network.shards.length], None if bits is None else bits.to(network.partition.device), self.local.count
-        )
+        own = mask.clone()
+        self.lanes = {name: Lanes.of(own, name, p.device) for name, p in network.parameters.items()}
+        self.here = Lanes.of(network.shards.cut(mask), PARTITION, network.partition.device)
+        self.counts = ranks.everyones(self.here.count)
 
         kept = {name: mask.bool(name).reshape(-1) for name in {piece.name for piece in network.shards.pieces}}
         self.of_pieces = [
