@@ -19,7 +19,21 @@ os.environ |= {
 }
 os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 
+from some import by_test, spread  # noqa: E402
 from tiny_models import TINY_KEYS, write_tiny_model  # noqa: E402  it imports torch
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`some(n)`: n of a test's cases are part of `make test`, all of `make test-all`."""
+    for cases in by_test(items).values():
+        marker = cases[0].get_closest_marker("some")
+        if marker is not None:
+            quick = [item for item in cases if item.get_closest_marker("slow") is None]
+            kept = spread(quick, *marker.args)
+            for item in quick:
+                if item not in kept:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def same(one, other):
 # -- counting -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("rule", RULES)
 def test_parts_add_up_to_what_torch_counts(setup, rule):
     made = setup(rule)
@@ -101,6 +102,7 @@ def test_live_weight_gradients_follow_the_rows_of_the_mask(setup):
     assert share[1] == pytest.approx((1 + share[0]) / 2, rel=0.05)  # its retain branch needs every row
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", RULES[1:])
 def test_a_masked_backward_costs_the_input_passes_and_the_live_weight_gradients(setup, rule):
     """Counted as it runs: what the account without skipping says the rule reads, within 2 %."""
@@ -132,6 +134,7 @@ def test_a_rehearsal_leaves_no_trace(setup):
     assert same(everything(watched.state), everything(alone.state))
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("rule", RULES)
 def test_an_accountant_changes_nothing(setup, rule):
     watched, alone = setup(rule), setup(rule)
@@ -427,6 +430,7 @@ def test_tables_leave_out_what_is_unknown():
 # -- baselines -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("rule", baselines.RULES)
 @pytest.mark.parametrize("name", baselines.BASELINES)
 def test_baselines_take_the_engines_step(setup, name, rule):

@@ -50,6 +50,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "keys",
     [
@@ -68,6 +69,7 @@ def test_prediction_is_what_the_digits_take(keys):
     assert iteration_bytes(predict(recipe, DIGITS)) == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("config", "keys", "checkpointing"),
     [

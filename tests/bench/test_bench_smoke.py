@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 import tables  # noqa: E402
 from deepspeed_adam import built, installed  # noqa: E402
 
-SUITES = ("adam", "threshold", "saliency", "bits")
+QUICK = ("threshold", "bits")
+SUITES = (*QUICK, "adam", "saliency")
 PATHS = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
 OUTSIDE = {
     key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")
@@ -30,21 +31,23 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A folder with the file of each of the quick suites."""
+    return run(tmp_path_factory.mktemp("quick"), QUICK)
+
+
+@pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """One process runs all suites; its file is cut into one a suite."""
-    folder = tmp_path_factory.mktemp("bench")
-    files = [f"bench/test_bench_{suite}.py" for suite in SUITES]
+    """A folder with the file of every suite, iterations included."""
+    return run(tmp_path_factory.mktemp("bench"), (*SUITES, "iteration"))
+
+
+def run(folder, suites):
+    """One process runs the suites; its file is cut into one a suite."""
+    files = [f"bench/test_bench_{suite}.py" for suite in suites]
     # A suite that only a GPU can run must at least load.
-    command = [
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        *files,
-        "bench/test_bench_iteration.py",
-        "bench/test_gpu_kernels.py",
-        "--benchmark-json",
-        folder / "all.json",
-    ]
+    command = ["pytest", "-p", "no:cacheprovider", *files, "bench/test_gpu_kernels.py"]
+    command += ["--benchmark-json", folder / "all.json"]
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
         cwd=ROOT, env={**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(folder / "compiled")},
@@ -52,17 +55,21 @@ def results(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert not (folder / "compiled").exists(), "only `make bench` compiles"
-    assert ("left out: DeepSpeed's Adam" in done.stdout) == (installed() and not built("cpu"))
+    if "adam" in suites:
+        assert ("left out: DeepSpeed's Adam" in done.stdout) == (installed() and not built("cpu"))
     everything = json.loads((folder / "all.json").read_text())
-    for suite in (*SUITES, "iteration"):
+    for suite in suites:
         entries = [e for e in everything["benchmarks"] if e["fullname"].startswith(f"bench/test_bench_{suite}.py")]
         (folder / f"{suite}.json").write_text(json.dumps({**everything, "benchmarks": entries}))
     return folder
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_suite_reports(results, suite):
-    result = json.loads((results / f"{suite}.json").read_text())
+@pytest.mark.parametrize(
+    "suite", [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in SUITES if s not in QUICK)]
+)
+def test_suite_reports(request, suite):
+    folder = request.getfixturevalue("quick" if suite in QUICK else "results")
+    result = json.loads((folder / f"{suite}.json").read_text())
     assert result["scale"] == "tiny"
     assert result["command"].startswith("BENCH_SCALE=tiny pytest ")
     assert f"bench/test_bench_{suite}.py" in result["command"]
@@ -79,6 +86,7 @@ def test_suite_reports(results, suite):
         assert entry["stats"]["median"] * 1e3 >= info["ours"]["p50_ms"]
 
 
+@pytest.mark.slow
 def test_every_named_peer_is_timed(results):
     named = {
         "adam": {"torch fused", "mask-multiply + fused", "boolean index + fused", "fused + foreach"},
@@ -91,6 +99,7 @@ def test_every_named_peer_is_timed(results):
         assert peers <= {peer for entry in entries for peer in entry["extra_info"]["peers"]}
 
 
+@pytest.mark.slow
 def test_iterations_are_timed_beside_their_baselines(results):
     names = [e["name"] for e in json.loads((results / "iteration.json").read_text())["benchmarks"]]
     rules = ("dense", "differentiated", "salient_only")
@@ -141,9 +150,9 @@ def test_an_account_becomes_a_table(tmp_path, capsys):
     assert str(tmp_path) not in table
 
 
-def test_tables_replace_what_stands_between_their_markers(results):
-    made = tables.load(results)
-    assert set(made) == {*SUITES, "iteration"}
+def test_tables_replace_what_stands_between_their_markers(quick):
+    made = tables.load(quick)
+    assert set(made) == {*QUICK}
     text = "before\n<!-- bench:bits -->\nold\n<!-- /bench:bits -->\nafter\n"
     written = tables.replaced(text, made)
     assert written == f"before\n<!-- bench:bits -->\n{made['bits']}\n<!-- /bench:bits -->\nafter\n"

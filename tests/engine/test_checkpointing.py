@@ -41,6 +41,7 @@ def one_iteration(setup, keys, checkpointing):
     return mask, [p.detach().clone() for _, p in state.generator.named_parameters()]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("case", CASES)
 def test_an_iteration_is_the_same_with_and_without(setup, case):
     plain, weights = one_iteration(setup, CASES[case], False)
@@ -62,6 +63,7 @@ def test_the_gate_fails_where_the_score_network_is_thawed_before_the_way_back(se
         one_iteration(setup, LOSS, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_memory_is_predicted_with_it_in_bfloat16(device):
     keys = ["batch_size=2", "method=sfd", "ema=0", "precision=bf16"]

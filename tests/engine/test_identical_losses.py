@@ -111,6 +111,7 @@ def difference(ours, theirs):
     return max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in ours)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_has_the_losses_of_the_plain_loop(setup, kind):
     apart = [difference(*pair) for pair in zip(*both(setup, kind))]

@@ -24,6 +24,7 @@ def trained(setup, rule, structure, skip, steps=3, density=0.2):
     return engine, state, mask, [a - b for a, b in zip(weights(state.generator), start)]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("structure", ["element", "row", "tile", "tensor"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_same_step_is_taken(setup, rule, structure):

@@ -209,6 +209,7 @@ def live_bytes():
     return sum(found.values())
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("wait", [False, True])
 def test_no_tensor_outlives_an_iteration(setup, wait):
     _, engine, state, _ = setup()

@@ -53,6 +53,7 @@ def both(salun, dtype=torch.float32, impl="auto"):
     return hand, mask_by_hand, kernels, module.with_kernels(kernels, images.to(dtype), labels, impl)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2.0**-23), (torch.float64, 2.0**-52)], ids=str)
 def test_the_converted_loop_ends_with_the_same_weights(salun, dtype, rounding):
     hand, mask_by_hand, kernels, mask = both(salun, dtype)

@@ -58,6 +58,7 @@ def test_the_one_step_generator_obeys_and_the_judge_would_see_if_it_did_not():
     assert scrambled["retain_obeyed"]["colour"] < 0.6
 
 
+@pytest.mark.slow
 def test_a_short_run_leaves_figures_grids_and_other_words_need_no_other_key(tmp_path):
     output = tmp_path / "run"
     train(load_recipe("shapes", [*QUICK, "forget.concept=red", "cover=blue", f"output={output}"]), quiet=True)

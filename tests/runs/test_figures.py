@@ -141,6 +141,7 @@ def test_a_judge_that_its_teacher_fails_is_told_once_before_training(tiny_recipe
     assert len(events(run, "judge")) == 1
 
 
+@pytest.mark.slow
 def test_asking_the_judge_changes_no_weight_and_is_left_out_where_nothing_is_judged(tiny_recipe, tmp_path, monkeypatch):
     def weights(run):
         return (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()

@@ -103,6 +103,7 @@ def test_stable_diffusion_as_it_was_released(plain, tmp_path, capsys):
             assert mine.keys() == wanted.keys()
 
 
+@pytest.mark.slow
 def test_a_float8_model_trains_and_what_has_changed_is_kept_in_float16(plain, tmp_path):
     folder, run = shutil.copytree(plain, tmp_path / "model"), tmp_path / "run"
     restored(folder, "unet", lambda k, t: (k, t.to(torch.float8_e4m3fn)))

@@ -85,6 +85,7 @@ def gone(project, path):
     return lambda: (project / "hidden").rename(hidden)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", ["text", "class"])
 def test_a_run_that_was_moved_alone_is_drawn_from_as_before(kind, request, tmp_path, monkeypatch):
     project = request.getfixturevalue(f"{kind}_project")
@@ -151,6 +152,7 @@ def test_a_project_that_was_moved_as_a_whole(kind, request, tmp_path, monkeypatc
         back()
 
 
+@pytest.mark.slow
 def test_captions_that_were_edited_are_told_and_not_taken(text_project, tmp_path, monkeypatch, capsys):
     home = elsewhere(text_project, tmp_path, monkeypatch)
     monkeypatch.chdir(home)

@@ -74,6 +74,7 @@ def same(a, b):
     return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_each_kind_is_drawn_by_stock_diffusers_as_by_us(models, tmp_path, kind):
     run = tmp_path / "run"
@@ -95,6 +96,7 @@ def test_a_run_of_each_kind_is_drawn_by_stock_diffusers_as_by_us(models, tmp_pat
     assert "samples/before.png" in card
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_steps_leave_every_format_bit_identical(models, tmp_path, kind):
     run = tmp_path / "run"
@@ -134,6 +136,7 @@ def test_half_precision_weights_keep_their_dtype_and_bits(models, tmp_path):
     assert same(base, files.read_weights(tmp_path / "none" / "pipeline" / "unet"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_a_single_file_is_the_same_model_as_its_folder(models, tmp_path, kind):
     from pecker_fast.networks.single_file import to_single_file
@@ -176,6 +179,7 @@ def test_a_delta_is_refused_on_another_base_and_brings_its_schedule(models, tmp_
         tools.apply_delta_file(delta, str(tmp_path / "run" / "pipeline"), tmp_path / "z")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(models, tmp_path):
     keys = {"score": "lora", "lora": {"rank": 2}, "checkpoint": {"every": 1}}
     train(recipe(models["sd1"], tmp_path / "whole", **keys, steps=3), quiet=True)
@@ -210,6 +214,7 @@ LINEAR = {
 }  # an update linear in the gradient
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "change", [pytest.param({"micro_batch": 1}, marks=pytest.mark.slow), {"micro_batch": 3}, {"checkpointing": True}]
 )

@@ -21,6 +21,7 @@ SENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "rule"),
     [key if key == (1, "differentiated") else pytest.param(*key, marks=pytest.mark.slow) for key in SENT],

@@ -132,6 +132,7 @@ def test_text_to_image(zero, kind, keys, alone, tmp_path_factory):
     check(2, zero, {**TEXT, **keys}, model, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_the_gradient_through_the_frozen_score_network_is_torchs(zero, tiny_model):
     keys = {"method": "sfd"}
@@ -172,6 +173,7 @@ def check_resume(before, after, zero, other, cases, tiny_model, alone, folder):
         check_outcomes([result[name] for result in results], alone(keys))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_rank_goes_on_with_two_and_another_stage(tiny_model, alone, tmp_path):
     cases = {"moment": {"update_rule": "salient_only", "optimizer": {"betas": [0.5, 0.999]}}}
     check_resume(1, 2, 2, 3, cases, tiny_model, alone, tmp_path)

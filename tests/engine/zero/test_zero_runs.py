@@ -89,6 +89,7 @@ def kill_and_resume(model, folder, world, seed):
     assert (folder / "a" / WEIGHTS).read_bytes() == (folder / "b" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stalled_rank_is_named_and_ends_the_run(tiny_model, tmp_path):
     out = tmp_path / "run"
     job = start(tmp_path / "logs", 2, *keys(tiny_model, out, "engine.zero=2", "steps=100000", "engine.stall_s=10"))

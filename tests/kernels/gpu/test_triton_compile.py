@@ -23,6 +23,7 @@ def compiled(*arguments):
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_every_kernel_compiles_without_spills_and_with_wide_accesses(tmp_path, arch):
     done = compiled("--arch", str(arch), "--output", str(tmp_path / "table.json"))
@@ -36,6 +37,7 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(tmp_path, a
     )
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [("spills", "spills"), ("narrow", "bits wide"), ("hopeful", "not be aligned"), ("wrong", "does not compile")],

@@ -138,6 +138,7 @@ def _rank(rank, port, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_exact_over_two_ranks():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

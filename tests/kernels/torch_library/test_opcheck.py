@@ -36,6 +36,7 @@ def test_every_operation_is_checked_here():
     }  # fmt: skip
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bits(n, impl):
@@ -47,6 +48,7 @@ def test_bits(n, impl):
     passes(ops.popcount, (bits,), {"impl": impl})
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -79,6 +81,7 @@ def adam_arguments(shapes, dtype, masked, beta1, whole=False):
     return params, grads, bits, first, [normal(*s).to(work).square() for s in moments], 3
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all"])
 @pytest.mark.parametrize(
@@ -113,6 +116,7 @@ def adam_form(form, dtype, masked=True):
     return arguments, more
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all"])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
@@ -154,6 +158,7 @@ def values(dtype=torch.float32, shapes=((65,), (3, 7), (), (0,)), seed=3):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "abs", "square"])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -173,6 +178,7 @@ def test_contrast(reduction, impl):
     passes(ops_select.contrast_, (values(), squares, 3, reduction), {"floor": 0.01, "impl": impl})
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", [ops_select.kth_largest, ops_select.keep_top_k], ids=["kth_largest", "keep_top_k"])
@@ -183,6 +189,7 @@ def test_selection(op, dtype, impl):
     passes(op, ([s.requires_grad_() for s in scores], 1), {"impl": impl})
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all"])
 @pytest.mark.parametrize("impl", IMPLS)

@@ -55,6 +55,7 @@ def in_float64(model):
     return model.double()
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("make", [class_conditional, text_conditional])
 @pytest.mark.parametrize("structure", ["element", "row", "tile", "tensor"])
 @pytest.mark.parametrize("density", [0.01, 0.3])
@@ -125,6 +126,7 @@ def input_only_flops(model, x):
     return count
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("structure", "density"), [("row", 0.1), ("row", 0.5), ("tile", 0.3), ("tensor", 0.3)])
 def test_backward_flops_are_those_of_live_weights(structure, density):
     model, x = class_conditional(), images(torch.float32).requires_grad_()

@@ -6,15 +6,16 @@ test_triton_interpreter.py starts one. Without a GPU and outside that process no
 
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from pecker_kernels import dispatch
 
-# kernel_gates.py, whichever folder pytest was started on
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# kernel_gates.py and some.py, whichever folder pytest was started on
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 3)]
+
+from some import by_test, spread  # noqa: E402
 
 if not (dispatch.triton_available() and (dispatch.interpreted() or torch.cuda.is_available())):
     collect_ignore_glob = ["test_*.py"]
@@ -22,21 +23,14 @@ elif dispatch.interpreted():
     collect_ignore = ["test_gpu_large.py"]
 
 
-SOME = 3  # cases of a test that are run where some are enough
+SOME = 2  # cases of a test that are run where some are enough
 
 
 def pytest_collection_modifyitems(config, items):
     """TRITON_CASES=some: the first, the last and those evenly between, of every parametrised test."""
     if os.environ.get("TRITON_CASES") != "some":
         return
-    tests = defaultdict(list)
-    for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
-    kept = {
-        cases[i * (len(cases) - 1) // max(1, min(SOME, len(cases)) - 1)].nodeid
-        for cases in tests.values()
-        for i in range(min(SOME, len(cases)))
-    }
+    kept = {item.nodeid for cases in by_test(items).values() for item in spread(cases, SOME)}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
     items[:] = [item for item in items if item.nodeid in kept]
 
