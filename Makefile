@@ -21,12 +21,14 @@ FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 
 setup: $(READY)
 
+# --no-compile: of what is installed few modules are ever imported, and those are compiled then
 $(READY): pyproject.toml constraints.txt $(NATIVE) $(FOLDERS)
 	@echo "== setting up $(VENV): pinned packages, native kernels (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older; run make PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable ".[test,track,eval,deepspeed]"
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt \
+		$(BIN)/python -m pip install --quiet --no-compile --editable ".[test,track,eval,deepspeed]"
 	@$(BIN)/python -m compileall -q pecker_fast kernels
 	@touch $@
 
