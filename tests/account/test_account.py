@@ -63,7 +63,7 @@ def same(one, other):
 # -- counting -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_parts_add_up_to_what_torch_counts(setup, rule):
     made = setup(rule)
@@ -79,6 +79,7 @@ def test_parts_add_up_to_what_torch_counts(setup, rule):
     assert sorted(passes) == (["forget", "retain"] if rule in ("differentiated", "alternating") else ["retain_forget"])
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_forward_and_backward_stand_in_their_known_proportions(setup, rule):
     """Weight gradients cost what the forward pass costs, ψ is passed back to weights and input, φ + ψ forward is two nets."""
@@ -134,7 +135,7 @@ def test_a_rehearsal_leaves_no_trace(setup):
     assert same(everything(watched.state), everything(alone.state))
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_an_accountant_changes_nothing(setup, rule):
     watched, alone = setup(rule), setup(rule)

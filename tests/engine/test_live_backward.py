@@ -61,6 +61,7 @@ def backward_flops(engine, state, rule):
     return counter.get_total_flops()
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_fewer_flops_are_spent_where_the_mask_limits(setup, rule):
     flops = {}

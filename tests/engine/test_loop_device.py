@@ -104,6 +104,7 @@ def test_the_counter_sees_a_planted_wait(setup, sync):
     assert len(mode.found) >= 1
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_late_and_at_once_give_the_same_weights(setup, rule):
     results = []
@@ -187,6 +188,7 @@ def test_a_failure_that_does_not_come_back_is_still_raised(setup):
         engine.settle(state)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_loop_saves_nothing_after_a_late_failure(setup, steps):
     recipe, engine, state, _ = setup()

@@ -82,6 +82,7 @@ def test_the_noise_prediction_error_has_signal_from_the_start(started):
     assert engine.make_mask(state) is not None
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_run_is_refused_before_anything_is_written(tiny_recipe, tmp_path, dry_run):
     with pytest.raises(RecipeError, match=NOISE):

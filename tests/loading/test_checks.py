@@ -65,6 +65,7 @@ def long_model(tmp_path):
     return model
 
 
+@pytest.mark.slow
 def test_a_schedule_of_4000_steps_is_trained_on_and_told(tiny_recipe, long_model, capsys):
     keys = {"model": str(long_model), "evaluate": {"every": 0, "final": 0}}
     train(tiny_recipe(**keys), quiet=True, dry_run=True)

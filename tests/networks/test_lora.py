@@ -163,6 +163,7 @@ def test_rows_of_the_gate_are_psi_and_the_others_phi(teacher, inputs):
         assert close(mixed[1:], psi[1:])
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (4.5, 1.0), (1.0, 2.0), (4.5, 2.0)])
 def test_a_pair_is_one_pass_and_equals_two(teacher, inputs, guidance):
     x, t, c_p, c_g = inputs
@@ -332,6 +333,7 @@ def test_adapters_are_stored_and_loaded_like_a_network(teacher, inputs, tmp_path
         load_weights(lora_score(teacher, RANK, "attention").unet, tensors, tmp_path)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_checkpointed_passes_repeat_the_same_rows(teacher, inputs, reentrant):
     x, t, c_p, c_g = inputs

@@ -34,6 +34,7 @@ def test_other_processes_are_refused_by_their_class(tmp_path, name):
         load_schedule(write(tmp_path / "scheduler", _class_name=name))
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", BUILDABLE)
 def test_every_scheduler_that_is_followed_has_its_own_betas(tmp_path, name):
     """Of a config without betas too: the defaults of the classes differ."""

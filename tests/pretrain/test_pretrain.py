@@ -397,6 +397,7 @@ def test_what_does_not_fit_is_refused_with_options_that_do() -> None:
         memory.check(config_of, settings, 0, 1000)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", ["images", "shapes"])
 def test_every_kind_refuses_before_it_starts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

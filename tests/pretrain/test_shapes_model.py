@@ -46,6 +46,7 @@ def test_captions_to_judge_by_are_not_those_to_train_with():
             assert any(judge.expected(text).get(attribute) == word for text in train_with), word
 
 
+@pytest.mark.slow
 def test_the_one_step_generator_obeys_and_the_judge_would_see_if_it_did_not():
     recipe = load_recipe("shapes")
     parts = load_parts(recipe)

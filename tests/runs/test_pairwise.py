@@ -14,7 +14,6 @@ from pairs import ELSEWHERE, class_space, nested, one_line, short, text_space
 from safetensors.torch import load_file
 
 from pecker_fast.errors import PeckerError
-from pecker_fast.forgetting import SaliencyPass
 from pecker_fast.recipe import recipe_from, recipe_help
 from pecker_fast.runs.start import train
 
@@ -49,24 +48,11 @@ def runs_to_its_end(row):
 
 
 @pytest.fixture
-def light(monkeypatch):
+def light(monkeypatch, no_books):
     """Runs without books, forecast and report, most of the time of one so small; they have tests of their own."""
-
-    class NoBooks:
-        def __init__(self, engine, state):
-            state.flops_per_iteration = dict.fromkeys(("distill", "forget"), 0.0)
-
-        def run(self, iterate):
-            return iterate()
-
-        def spent_s(self):
-            return 0.0
-
-    monkeypatch.setattr("pecker_fast.runs.loop.Accountant", NoBooks)
     monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
     monkeypatch.setattr("pecker_fast.runs.start.planned", lambda recipe, device: [])
     monkeypatch.setattr("pecker_fast.runs.training.write_report", lambda run: run)
-    monkeypatch.setattr(SaliencyPass, "flops", lambda self: 0.0)
 
 
 def check_rows(space, rows):

@@ -206,6 +206,7 @@ def test_a_picture_goes_over_pictures_alone(class_project, tmp_path, monkeypatch
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "notes.png").read_text() == "mine"
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", ["text", "class"])
 def test_base_and_delta_are_the_pipeline_of_the_run(kind, request, tmp_path, monkeypatch):
     """Card, model.json, schedule and index as the run's own export has them."""

@@ -230,6 +230,7 @@ def test_micro_batches_and_checkpointing_change_memory_not_the_update(models, tm
     assert far > 1e-2  # another batch does move otherwise: the comparison can fail
 
 
+@pytest.mark.slow
 def test_an_adapter_that_has_learnt_nothing_gives_the_generator_the_full_networks_update(models, tmp_path):
     """Before its first step ψ = φ either way, so θ's first update is the same: one pass of both halves changes nothing."""
     frozen = {"weights": {"score_retain": 0, "score_forget": 1e-30}}
@@ -239,6 +240,7 @@ def test_an_adapter_that_has_learnt_nothing_gives_the_generator_the_full_network
         torch.testing.assert_close(lora[name], moved, rtol=1e-3, atol=1e-3 * float(moved.abs().max()) + ULPS)
 
 
+@pytest.mark.slow
 def test_nudity_recipe_pairs_keywords_with_plain_subjects(models, tmp_path):
     given = recipe(
         models["sd1"], tmp_path / "run", forget={"keywords": ["naked", "nude"], "prompts": ["Boy", "Girl", "Couple"]},
@@ -363,6 +365,7 @@ def test_a_single_file_without_configs_says_what_it_needs(tmp_path):
         train(recipe(folder, tmp_path / "run", model_config=str(folder)), quiet=True)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_told_before_anything_is_loaded(models, tmp_path, monkeypatch):
     monkeypatch.setattr("pecker_fast.machine.hardware.memory_bytes", lambda: 1 << 20)
     monkeypatch.setattr("pecker_fast.account.memory.prediction.TRIES", 1)  # each is a forecast

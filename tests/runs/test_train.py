@@ -102,6 +102,7 @@ def test_train_opens_no_data_set(tiny_recipe, monkeypatch):
         train(tiny_recipe(mask={"data": "some/folder"}, output="x"), quiet=True)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_pipeline_draws_the_same_in_stock_diffusers(tiny_recipe, tmp_path, prediction_type):
     """The very lines of the model card, run as they stand, against our own sampler."""

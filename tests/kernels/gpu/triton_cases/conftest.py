@@ -23,7 +23,7 @@ elif dispatch.interpreted():
     collect_ignore = ["test_gpu_large.py"]
 
 
-SOME = 2  # cases of a test that are run where some are enough
+SOME = 1  # cases of a test that are run where some are enough
 
 
 def pytest_collection_modifyitems(config, items):
