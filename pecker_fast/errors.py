@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import re
 import signal
+from collections.abc import Iterator
 
 
 class PeckerError(Exception):
@@ -62,3 +66,45 @@ class RankError(PeckerError):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Stopped(BaseException):
+    """A signal ended the work where it stood; no Exception, so that nobody takes it for a damaged file."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = int(signum)
+        super().__init__(f"stopped by {signal.Signals(self.signum).name}")
+
+
+class OutOfMemory(PeckerError):
+    """More memory was asked for than the machine, or its GPU, has."""
+
+
+_LACKS = re.compile(
+    r"DefaultCPUAllocator|can't allocate memory|not enough memory|cannot allocate memory|out of memory|_ALLOC_FAILED",
+    re.I,
+)
+_ASKED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.I)
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What was asked for, in a few words, where an error of Python, torch or the system says that memory is short; else None."""
+    short = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not short and not (isinstance(error, RuntimeError | OSError) and _LACKS.search(str(error))):
+        return None
+    asked = _ASKED.search(str(error))
+    place = " of the GPU" if "CUDA" in str(error) else ""
+    return f"out of memory{place}" + (f" ({asked[1]} more were asked for)" if asked else "")
+
+
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn a lack of memory inside the block into `OutOfMemory`, which says what to do about it."""
+    try:
+        yield
+    except PeckerError:
+        raise
+    except Exception as error:
+        if (what := lack_of_memory(error)) is None:
+            raise
+        raise OutOfMemory(f"{what}; {remedy}") from None

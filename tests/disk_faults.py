@@ -3,9 +3,33 @@
 import contextlib
 import errno
 import os
+from dataclasses import dataclass
 
 from pecker_fast.errors import OutputError
 from pecker_fast.files import writing
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls a process: before its step `at` on the disk it dies, or so many steps fail with an error."""
+
+    at: int
+    error: int | None = None  # an errno; None = the process is gone
+    steps: int = 1 << 30
+
+    def __call__(self):
+        """From here on, in this process."""
+        seen = [0]
+
+        def point(name):
+            seen[0] += 1
+            if seen[0] <= self.at or seen[0] > self.at + self.steps:
+                return
+            if self.error is None:
+                os._exit(9)
+            raise OSError(self.error, os.strerror(self.error))
+
+        writing.fault_point = point
 
 
 def steps_of(action, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,18 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def pecker_fast(*arguments: str, log: Path, env: dict[str, str] | None = None) -> Started:
-    """`pecker-fast ARGUMENTS` with both streams written to a file; env: added to this process's environment."""
+def pecker_fast(
+    *arguments: str, log: Path, env: dict[str, str] | None = None, first: Callable[[], None] | None = None
+) -> Started:
+    """`pecker-fast ARGUMENTS` with both streams written to a file.
+
+    env: added to this process's environment. first: called in the process before anything else, a function of a module's own.
+    """
     environment = {**os.environ, **(env or {})}
-    return Started(context().Process(target=_main, args=(arguments, environment, str(log)), daemon=True))
+    return Started(context().Process(target=_main, args=(arguments, environment, str(log), first), daemon=True))
 
 
-def _main(arguments: tuple[str, ...], environment: dict[str, str], log: str) -> None:
+def _main(arguments: tuple[str, ...], environment: dict[str, str], log: str, first: Callable[[], None] | None) -> None:
     assert "preloaded" in sys.modules, "every process would import torch anew"
     os.environ.clear()
     os.environ.update(environment)
@@ -74,4 +80,6 @@ def _main(arguments: tuple[str, ...], environment: dict[str, str], log: str) -> 
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     from pecker_fast import cli
 
+    if first is not None:
+        first()
     sys.exit(cli.main(arguments))

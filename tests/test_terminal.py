@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from pecker_fast import cli, terminal
@@ -118,8 +119,6 @@ def test_a_reader_that_went_away_ends_nothing(monkeypatch, tmp_path):
 
 
 def test_a_console_of_the_callers_may_break(tmp_path):
-    from rich.console import Console
-
     with broken_pipe() as out, Tracker(tmp_path, console=Console(file=out)) as tracker:
         for _ in range(3):
             tracker.say("x" * 10_000)
@@ -168,6 +167,21 @@ def test_a_record_on_a_full_disk_has_a_gap_and_no_torn_line(monkeypatch, tmp_pat
     assert "run.jsonl: cannot write: No space left on device; the run goes on" in err
 
 
+def test_a_display_that_fails_is_left_out(tmp_path):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise RuntimeError("no display")
+
+    console = Console(file=Broken(), force_terminal=True)
+    with Tracker(tmp_path, console=console) as tracker:
+        tracker.progress("forget", total=2)
+        tracker.event("step", 1, score_loss=1.0)
+        tracker.tick(2)
+        tracker.say("x")
+        tracker.progress("forget", total=2)
+    assert [event["step"] for event in read_events(tmp_path / "run.jsonl")] == [1]
+
+
 def test_a_line_written_by_half_is_taken_back(tmp_path, monkeypatch):
     with Tracker(tmp_path, console="none") as tracker:
         tracker.event("step", 1)
@@ -182,9 +196,10 @@ def test_a_line_written_by_half_is_taken_back(tmp_path, monkeypatch):
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        whole, tracker._file = tracker._file, Half(tracker._file)
+        lines = tracker._file
+        whole, lines._file = lines._file, Half(lines._file)
         tracker.event("step", 2)
-        tracker._file = whole
+        lines._file = whole
         tracker.event("step", 3)
     assert [event["step"] for event in read_events(tmp_path / "run.jsonl")] == [1, 3]
 

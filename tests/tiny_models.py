@@ -16,8 +16,10 @@ TINY_KEYS = {
 }
 
 
-def write_tiny_model(folder: Path, prediction_type: str = "epsilon", seed: int = 0, judge: bool = True) -> Path:
-    """Three classes and a null class, 1×8×8 images; a few thousand random weights."""
+def write_tiny_model(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, judge: bool = True, least: bool = False
+) -> Path:
+    """Three classes and a null class, 1×8×8 images; a few thousand random weights. least: a third of the layers."""
     from diffusers import DDPMScheduler, UNet2DModel
 
     from pecker_fast.evaluate.judge import Reference, SmallClassifier, save_judge
@@ -28,11 +30,12 @@ def write_tiny_model(folder: Path, prediction_type: str = "epsilon", seed: int =
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8,) if least else (8, 8),
+        down_block_types=("DownBlock2D",) if least else ("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("UpBlock2D",) if least else ("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
         attention_head_dim=4,
+        add_attention=not least,
         num_class_embeds=4,
     )
     unet.save_pretrained(folder / "unet", safe_serialization=True)

@@ -3,6 +3,7 @@ that needs them, so that help comes at once."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -18,10 +19,13 @@ from pecker_fast.cli.judge import evaluate, sample
 from pecker_fast.cli.look import mask, report
 from pecker_fast.cli.machine import bench, doctor
 from pecker_fast.cli.pretrain import pretrain
+from pecker_fast.cli.stopping import stoppable
 from pecker_fast.cli.train import train
 from pecker_fast.cli.verb import HELP, add, epilog
-from pecker_fast.errors import PeckerError
+from pecker_fast.errors import PeckerError, Stopped, lack_of_memory
 from pecker_fast.terminal import say, tolerant_streams
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 app = typer.Typer(
     name="pecker-fast",
@@ -61,8 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "RANK" in os.environ:  # the deepspeed launcher says it twice, and the second time as an argument
         given = [argument for argument in given if not argument.startswith("--local_rank=")]
-    with tolerant_streams():
-        return _run(given, debug)
+    try:
+        with tolerant_streams(), stoppable(for_good=arguments is None):
+            return _run(given, debug)
+    except Stopped as stopped:  # between two lines of ours
+        return _stopped(stopped)
 
 
 def _run(given: list[str], debug: bool) -> int:
@@ -71,15 +78,17 @@ def _run(given: list[str], debug: bool) -> int:
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+    except Stopped as stopped:
+        return _stopped(stopped)
     except PeckerError as error:
         if debug:
             traceback.print_exc()
         return error.exit_code if error.silent else _fail(str(error), error.exit_code)
     except typer.Abort:
         return _fail("aborted", 1)
-    except MemoryError:
-        return _fail("out of memory; use a smaller batch_size or fewer samples", 2)
     except Exception as error:
+        if (lack := lack_of_memory(error)) is not None:
+            return _fail(f"{lack}; use a smaller batch_size or fewer samples", 2)
         if hasattr(error, "format_message") and hasattr(
             error, "exit_code"
         ):  # the parser's own: an option misspelt, say
@@ -91,8 +100,25 @@ def _run(given: list[str], debug: bool) -> int:
         kernels: Any = sys.modules.get("pecker_kernels.errors")
         if kernels is not None and isinstance(error, kernels.PeckerKernelsError):
             return _fail(" ".join(str(error).split()), 2)
+        if (disk := _of_the_disk(error)) is not None:
+            return _fail(disk, 2)
         text = " ".join(str(error).split())[:300]
         return _fail(f"internal error: {type(error).__name__}: {text}; run with PECKER_DEBUG=1 for the traceback", 1)
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """What is said of an error of the disk that nobody else has named; None for other errors."""
+    from pecker_fast.files import disk_error
+
+    found = disk_error(error)
+    if found is None or found.errno not in DISK:
+        return None
+    where = f"{found.filename}: " if found.filename else ""
+    return f"{where}{found.strerror}; free some space, or see to the disk, and try again"
+
+
+def _stopped(stopped: Stopped) -> int:
+    return _fail(str(stopped), 128 + stopped.signum)
 
 
 def _fail(message: str, code: int) -> int:

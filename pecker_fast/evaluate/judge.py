@@ -177,7 +177,6 @@ def save_judge(
     that `load_judge` gives back, so that both sides of a comparison come from the same weights.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, {"type": "SmallClassifier", **network.config, "info": info})
     weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in network.state_dict().items()}
     write_tensors(folder / WEIGHTS, weights)

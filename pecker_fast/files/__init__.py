@@ -6,6 +6,7 @@ from pecker_fast.files.guard import guarded
 from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
 from pecker_fast.files.index import PARTS, UNETS, USED, read_index, without_parts_beside
+from pecker_fast.files.lines import LineFile, append_line
 from pecker_fast.files.names import at_home, is_hub_name, resolve_model, revision_of, shipped_models
 from pecker_fast.files.reading import (
     MAX_HEADER_BYTES,
@@ -25,10 +26,12 @@ from pecker_fast.files.trees import (
     beside,
     copy_file,
     discard,
+    held,
     is_left_over,
     remove_tree,
     replace_folder,
     sweep,
+    whole_file,
     whole_folder,
 )
 from pecker_fast.files.values import shown
@@ -47,8 +50,11 @@ from pecker_fast.files.weights import (
     wrapper_of,
 )
 from pecker_fast.files.writing import (
+    disk_error,
     disk_step,
     fsync_folder,
+    is_full,
+    make_folder,
     output_errors,
     remove,
     replace,
@@ -69,8 +75,10 @@ __all__ = [
     "UNETS",
     "USED",
     "WEIGHTS_NAME",
+    "LineFile",
     "Size",
     "abandon",
+    "append_line",
     "at_home",
     "beside",
     "check_config",
@@ -82,15 +90,19 @@ __all__ = [
     "check_tensors",
     "copy_file",
     "discard",
+    "disk_error",
     "disk_step",
     "fsync_folder",
     "guarded",
     "hash_of",
+    "held",
     "is_float8",
+    "is_full",
     "is_hub_name",
     "is_left_over",
     "is_old_convolution",
     "look_at_hub",
+    "make_folder",
     "model_notes",
     "named_after",
     "output_errors",
@@ -121,6 +133,7 @@ __all__ = [
     "variant_of",
     "weight_files",
     "weights_name",
+    "whole_file",
     "whole_folder",
     "widened",
     "without_parts_beside",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecker_fast.errors import DataError, PeckerError
+from pecker_fast.errors import DataError, OutOfMemory, PeckerError, lack_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,10 +126,16 @@ def _opened(path: str | Path, error: type[PeckerError]) -> Iterator[Any]:
         LookupError,
         OverflowError,
     ) as reason:
+        if lack_of_memory(reason) is not None:
+            raise _too_large(path) from None
         text = f"{path}: damaged safetensors file: {first_line(reason)}; fetch or write it again"
         raise error(text) from None
     except MemoryError:
-        raise error(f"{path}: not enough memory to read {size_of(Path(path), 'file', error)} bytes") from None
+        raise _too_large(path) from None
+
+
+def _too_large(path: str | Path) -> OutOfMemory:
+    return OutOfMemory(f"{path}: out of memory while it was read; free some, or take a machine with more")
 
 
 def tensor_shapes(path: str | Path, *, error: type[PeckerError] = DataError) -> dict[str, tuple[int, ...]]:

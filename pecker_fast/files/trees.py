@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from pecker_fast.errors import OutputError
 from pecker_fast.files import writing
 from pecker_fast.files.reading import reason_of
 from pecker_fast.terminal import warn
@@ -133,31 +134,57 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path of the same name for another's writer, whose file takes the place of `path` at the end of the block.
+
+    Raises OutputError, with what was at `path` before intact.
+    """
+    path = Path(path)
+    with writing.output_errors(path):
+        sweep(path.parent, {path.name})
+        temporary = beside(path, "tmp")
+        try:
+            writing.disk_step(f"write:{path.name}")
+            temporary.mkdir(parents=True)
+            with _in_use(temporary):
+                yield temporary / path.name
+                writing.fsync_file(temporary / path.name)
+                writing.replace(temporary / path.name, path)
+        except BaseException:
+            abandon(temporary)
+            raise
+        discard(temporary)
+
+
+@contextlib.contextmanager
 def _in_use(folder: Path) -> Iterator[None]:
     """Inside, no other process sweeps the folder away."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with writing.in_use(fd):
+            yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder, and hold it for this process; raises OutputError when another process does. Leaves no file in it."""
+    with writing.output_errors(folder):
+        writing.make_folder(folder)
+        fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another process is at work in it; wait for it, or give another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(fd)
-
-
-def _is_used(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return False
 
 
 def sweep(folder: Path, names: Collection[str] | None = None) -> None:
@@ -170,7 +197,7 @@ def sweep(folder: Path, names: Collection[str] | None = None) -> None:
         return
     for entry in sorted(folder.iterdir()):
         found = _LEFT.fullmatch(entry.name)
-        if found is None or (names is not None and found["name"] not in names) or _is_used(entry):
+        if found is None or (names is not None and found["name"] not in names) or writing.is_used(entry):
             continue
         target = folder / found["name"]
         if found["kind"] == "old" and not os.path.lexists(target):
@@ -187,8 +214,7 @@ def is_left_over(path: Path) -> bool:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of a file, making parent folders, and make them durable; raises OSError."""
+    writing.make_folder(target.parent)
     writing.disk_step(f"write:{target.name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())
+    writing.fsync_file(target)

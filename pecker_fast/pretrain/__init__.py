@@ -14,12 +14,13 @@ from pecker_fast import draws, files
 from pecker_fast.account.memory import Prediction
 from pecker_fast.data import Dataset
 from pecker_fast.data import datasets as data_sets
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import RecipeError, memory_errors
 from pecker_fast.pretrain import memory
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.fit import resumable
 from pecker_fast.pretrain.judge import train_judge
 from pecker_fast.pretrain.progress import say_classes
+from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
 from pecker_fast.pretrain.teacher import train_unet
 from pecker_fast.terminal import say
@@ -27,6 +28,7 @@ from pecker_fast.terminal import say
 __all__ = ["SETTINGS", "Settings", "measure", "pretrain", "settings_for", "unet_config"]
 
 
+@memory_errors(memory.LIGHTER)
 def pretrain(
     name: str,
     data: str | Path | None = None,
@@ -74,53 +76,61 @@ def pretrain(
         if value >= 1 << 63:
             raise RecipeError(f"{key}: {value} is too large, less than 2^63 expected")
     folder = Path(output) if output is not None else Path("runs") / f"pretrain-{name}"
-    folders.claim(folder)
+    with folders.claimed(folder):
+        begun = time.monotonic()
+        dataset = data_sets.open_data(name, data, size=size)
+        if dataset.class_names:
+            say_classes(dataset.class_names)
+        if fits:
+            settings = fitted(settings, len(dataset), dataset.sample_size, fixed)
 
-    begun = time.monotonic()
-    dataset = data_sets.open_data(name, data, size=size)
-    if dataset.class_names:
-        say_classes(dataset.class_names)
-    if fits:
-        settings = fitted(settings, len(dataset), dataset.sample_size, fixed)
+        def config_of(settings: Settings) -> dict[str, Any]:
+            return unet_config(settings, dataset.channels, dataset.sample_size, dataset.num_classes)
 
-    def config_of(settings: Settings) -> dict[str, Any]:
-        return unet_config(settings, dataset.channels, dataset.sample_size, dataset.num_classes)
+        prediction = memory.check(config_of, settings, dataset.images.nbytes)
+        if fits or prediction is not None:
+            _tell(dataset, settings, config_of(settings), prediction)
+        identity = {"name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()}
+        command = _command(name, settings, seed, distill_steps, data is not None, size) + options(batch_size, channels)
+        if not folders.claim_for(folder, identity, command):
+            card = _card(identity, command, dataset)
+            _make(folder, dataset, settings, config_of(settings), distill_steps, card, begun)
+        folders.finish(folder)
+    return folder
 
-    config = config_of(settings)
-    prediction = memory.check(config_of, settings, dataset.images.nbytes)
-    if fits or prediction is not None:
-        _tell(dataset, settings, config, prediction)
-    identity = {"name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()}
-    folders.claim_for(folder, identity)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    resumed_from = _teacher(folder, dataset, settings, config, seed, device)
-    judge_info = train_judge(folder / "judge", dataset, settings, seed, device)
+def _card(identity: dict[str, Any], command: str, dataset: Dataset) -> dict[str, Any]:
+    """model.json of the teacher, without its figures."""
     card = {
-        "name": name,
+        "name": identity["name"],
         "kind": "teacher",
         "null_class": dataset.num_classes,
         "num_classes": dataset.num_classes,
-        "command": _command(name, settings, seed, distill_steps, data is not None, size)
-        + options(batch_size, channels),
-        "seed": seed,
+        "command": command,
+        "seed": identity["seed"],
         "settings": identity["settings"],
         "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
         "versions": _versions(),
     }
-    if dataset.class_names:
-        card["class_names"] = list(dataset.class_names)
+    return card | ({"class_names": list(dataset.class_names)} if dataset.class_names else {})
+
+
+def _make(
+    folder: Path, dataset: Dataset, settings: Settings, config: dict[str, Any], distill_steps: int, card: dict[str, Any],
+    begun: float,
+) -> None:  # fmt: skip
+    """Train and write all parts of the model, or go on with them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seed = card["seed"]
+    resumed_from = _teacher(folder, dataset, settings, config, seed, device)
+    judge_info = train_judge(folder / "judge", dataset, settings, seed, device)
     files.write_json(folder / folders.MODEL, card)
     if distill_steps:
-        from pecker_fast.runs import distill
-
-        distill(folder, steps=distill_steps, seed=seed, keys=settings.distill, dtype=getattr(torch, settings.storage))
+        distil(folder, [settings.distill], distill_steps, seed, getattr(torch, settings.storage))
         card = files.read_json(folder / folders.MODEL) | card
     figures = {"judge": judge_info, **measure(folder, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
-    folders.finish(folder)
-    return folder
 
 
 def _teacher(

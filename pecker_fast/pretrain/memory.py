@@ -16,6 +16,7 @@ from pecker_fast.errors import RecipeError
 from pecker_fast.machine import device_of
 from pecker_fast.pretrain.settings import Settings, with_size
 
+LIGHTER = "give a smaller --batch-size, fewer or narrower --channels, or a smaller --size; or free memory"
 KEPT = 100  # activations of every level's size that a step may keep, rather too many
 Config = Mapping[str, Any]
 

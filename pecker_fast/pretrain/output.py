@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.errors import CheckpointError, OutputError
+from pecker_fast.pretrain.rounds import round_folders
 
 PARTIAL = "partial.json"
 PARTIAL_TENSORS = "partial.safetensors"
@@ -16,22 +19,24 @@ TEACHER = "teacher"
 MODEL = "model.json"
 
 
-def claim(folder: Path) -> None:
-    """Make the folder, or find that it is empty or holds an interrupted run; else raise `OutputError`."""
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder, or find that it is empty or holds an interrupted run, and hold it; else raise `OutputError`."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, a folder is needed")
-    with files.output_errors(folder):
-        if folder.is_dir() and not (folder / PARTIAL).is_file() and not _is_empty(folder):
+    with files.held(folder):
+        if not (folder / PARTIAL).is_file() and not _is_empty(folder):
             what = "already holds a model" if (folder / MODEL).is_file() else "is not empty and not of this command"
             raise OutputError(f"{folder}: {what}; nothing is overwritten, choose another output")
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
 
 
-def claim_for(folder: Path, identity: dict[str, Any]) -> None:
-    """Mark the claimed folder as this run's; raise `OutputError` where it is another run's unfinished one."""
+def claim_for(folder: Path, identity: dict[str, Any], command: str) -> bool:
+    """Mark the claimed folder as this run's, and clear away what a killed process has left; raise `OutputError` where it is
+    another run's unfinished one. Returns whether the model is whole: that process had come to `finish`."""
     if not (folder / PARTIAL).is_file():
         files.write_json(folder / PARTIAL, identity)
-        return
+        return False
     found = files.read_json(folder / PARTIAL, error=OutputError)
     if found != identity:
         known = found if isinstance(found, dict) else {}
@@ -39,6 +44,11 @@ def claim_for(folder: Path, identity: dict[str, Any]) -> None:
         raise OutputError(
             f"{folder}: holds an unfinished run with other {', '.join(changed) or 'contents'}; choose another output"
         )
+    with files.output_errors(folder):
+        for part in (folder, *(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())):
+            files.sweep(part)
+    card = files.read_json(folder / MODEL, error=OutputError) if (folder / MODEL).is_file() else {}
+    return isinstance(card, dict) and "figures" in card and card.get("command") == command
 
 
 def _partial(folder: Path, part: str) -> Path:
@@ -65,7 +75,8 @@ def finish(folder: Path) -> None:
     """Remove what an interrupted run would need; the folder is a finished model from here on."""
     with files.output_errors(folder):
         files.sweep(folder)
-        for path in (*folder.glob("partial*.safetensors"), folder / PARTIAL):  # the mark of an unfinished run goes last
+        parts = (*sorted(folder.glob("partial-*.safetensors")), folder / PARTIAL_TENSORS, *round_folders(folder))
+        for path in (*parts, folder / PARTIAL):  # the mark of an unfinished run goes last
             files.remove_tree(path)
 
 
@@ -93,5 +104,5 @@ def write_scheduler(folder: Path) -> None:
     scheduler: Any = DDPMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon"
     )
-    with files.output_errors(folder / "scheduler"):
-        scheduler.save_pretrained(folder / "scheduler")
+    with files.whole_folder(folder / "scheduler") as temporary:
+        scheduler.save_pretrained(temporary)

@@ -198,7 +198,8 @@ def load_network(network: Denoiser, path: Path) -> None:
 def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
     counters = {name: getattr(state, name) for name in COUNTERS}
     if ranks.is_first and state.mask is not None:
-        state.mask.save(folder / "mask.safetensors")
+        with files.whole_file(folder / "mask.safetensors") as target:
+            state.mask.save(target)
     if isinstance(state, ZeroState):
         write_shard(state, folder, ranks.rank, ranks.world)
         if ranks.is_first:

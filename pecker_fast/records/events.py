@@ -7,12 +7,10 @@ device, so logging never waits for one.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import os
 import time
-from io import FileIO
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pecker_fast import terminal
 from pecker_fast.errors import DataError, PeckerError
-from pecker_fast.files import disk_step, output_errors
+from pecker_fast.files import LineFile, disk_step
 from pecker_fast.terminal import warn
 
 EVENTS = "run.jsonl"
@@ -61,10 +59,7 @@ class Tracker:
         self._started = time.monotonic()
         self._board = _Board(self.run_dir / "tensorboard") if tensorboard else None
         self._console, self._live = _console(console)
-        with output_errors(self.path):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._file: FileIO | None = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
-            _cut_torn_line(self._file)
+        self._file: LineFile | None = LineFile(self.path)
         self._told = False  # that the record has a gap
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -83,32 +78,38 @@ class Tracker:
         if self._file is None:
             raise ValueError(f"event {name}: the tracker is closed")
         record = {"event": name, "time_s": round(time.monotonic() - self._started, 3), "step": step, **values}
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
-        self._append(self._file, line + b"\n")
+        self._append(self._file, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
         if self._board is not None:
             self._board.add(name, step, values)
-        self._show(name, step, values)
+        with self._showing():
+            self._show(name, step, values)
 
-    def _append(self, file: FileIO, line: bytes) -> None:
+    def _append(self, file: LineFile, line: str) -> None:
         """A whole line or none: where the disk is full the run goes on, and is told once that its record has a gap."""
-        end = file.tell()
         try:
-            disk_step(f"write:{EVENTS}")
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.append(line)
         except OSError as reason:
-            with contextlib.suppress(OSError):
-                file.truncate(end)
-                file.seek(end)
             if not self._told:
                 warn(f"{self.path}: cannot write: {reason.strerror or reason}; the run goes on, its record has a gap")
             self._told = True
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Inside, a display that fails (a console of the caller's whose reader went away, say) is shown nothing any more."""
+        try:
+            yield
+        except (Exception, SystemExit):
+            self._console = self._progress = None
 
     def progress(self, stage: str, total: int, start: int = 0) -> None:
         """Begin a stage of `total` steps, the first of which follows global step `start`. Ends the stage before."""
         self._stop_bar()
         self._stage, self._total, self._first = stage, total, start
         self._rate_from, self._printed_s = None, -math.inf
+        with self._showing():
+            self._start_bar(stage, total)
+
+    def _start_bar(self, stage: str, total: int) -> None:
         if self._live and self._console is not None:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -124,16 +125,15 @@ class Tracker:
     def tick(self, step: int) -> None:
         """Move the bar to global step `step` without logging anything; no effect off a terminal."""
         self._note_rate(step)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step - self._first)
+        with self._showing():
+            if self._progress is not None:
+                self._progress.update(self._task, completed=step - self._first)
 
     def say(self, text: str) -> None:
         """One line for the reader, above the bar; not part of the record."""
-        if self._console is not None:
-            try:
+        with self._showing():
+            if self._console is not None:
                 self._console.print(escape(text), highlight=False, soft_wrap=True)
-            except (OSError, ValueError, SystemExit):  # a console of the caller's, whose reader went away
-                self._console = None
 
     def close(self) -> None:
         """End the bar and close the files; may be called twice."""
@@ -141,7 +141,8 @@ class Tracker:
         if self._board is not None:
             self._board.close()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a disk that tells only now that it was full
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> Self:
@@ -195,9 +196,10 @@ class Tracker:
         return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
 
     def _stop_bar(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        progress, self._progress = self._progress, None
+        with self._showing():
+            if progress is not None:
+                progress.stop()
 
 
 class NoTracker(Tracker):
@@ -234,34 +236,45 @@ def require_tensorboard() -> Any:
 
 
 class _Board:
-    """TensorBoard, opened at the first number so that a resumed run can hide what it will write again."""
+    """TensorBoard, opened at the first number so that a resumed run can hide what it will write again.
+
+    A mirror, no record: where it cannot be written the run goes on without it, and says so once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._make, self._folder = require_tensorboard(), folder
         self._writer: Any = None
+        self._over = False
 
     def add(self, name: str, step: int, values: dict[str, Any]) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        if name == "start" and self._writer is None:
-            resumed = values.get("resumed_from")
-            self._open(None if resumed is None else resumed + 1)
+        if self._over or (not numbers and name != "start"):
             return
-        if not numbers:
-            return
-        if self._writer is None:
-            self._open(None)
-        for key, value in numbers.items():
-            self._writer.add_scalar(f"{name}/{key}", value, step)
-        if name != "step":
-            self._writer.flush()
+        with self._mirroring():
+            if self._writer is None:
+                resumed = values.get("resumed_from") if name == "start" else None
+                self._writer = self._make(str(self._folder), purge_step=None if resumed is None else resumed + 1)
+            if name == "start":
+                return
+            for key, value in numbers.items():
+                self._writer.add_scalar(f"{name}/{key}", value, step)
+            if name != "step":
+                self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is not None and not self._over:
+            with self._mirroring():
+                self._writer.close()
 
-    def _open(self, purge_step: int | None) -> None:
-        with output_errors(self._folder):
-            self._writer = self._make(str(self._folder), purge_step=purge_step)
+    @contextlib.contextmanager
+    def _mirroring(self) -> Iterator[None]:
+        try:
+            disk_step(f"write:{self._folder.name}")
+            yield
+        except Exception as reason:  # its writer is a thread, which hands on whatever it met
+            self._over = True
+            line = getattr(reason, "strerror", None) or reason
+            warn(f"{self._folder}: cannot write: {line}; the run goes on without TensorBoard")
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
@@ -288,25 +301,6 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
         elif number < len(lines):  # what follows the last line break was never finished
             raise DataError(f"{path}: line {number} is damaged; remove it to read the rest")
     return events
-
-
-def _cut_torn_line(file: FileIO) -> None:
-    """Leave `file` at its end, which is the end of a whole line."""
-    data = file.read()
-    end = len(data)
-    if data and not data.endswith(b"\n"):
-        end = data.rfind(b"\n") + 1
-        tail = data[end:]
-        try:
-            json.loads(tail)
-        except ValueError:
-            file.truncate(end)
-        else:  # whole but for its line break
-            end = len(data)
-            file.seek(end)
-            file.write(b"\n")
-            return
-    file.seek(end)
 
 
 def _finite(value: Any) -> Any:

@@ -82,7 +82,7 @@ def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
     run_dir = Path(recipe.output)
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputError(f"{run_dir}: is a file; give another output")
-    names = {p.name for p in run_dir.iterdir() if not _is_torn(p)} - {BASE, LOCK} if run_dir.is_dir() else set()
+    names = {p.name for p in run_dir.iterdir() if not is_ours(p)} - {BASE} if run_dir.is_dir() else set()
     if names and not is_run_folder(run_dir):
         raise OutputError(f"{run_dir}: is not empty and not a run folder; give another output")
     if recipe.resume == "never":
@@ -164,15 +164,17 @@ def sweep_run_folder(run_dir: Path) -> None:
     sweep_checkpoints(run_dir)
 
 
-def _is_torn(path: Path) -> bool:
-    return files.is_left_over(path) or _TORN_MASK.fullmatch(path.name) is not None
+def is_ours(path: Path) -> bool:
+    """Whether an entry of a folder is none of a user's though the folder has no mark yet: the lock, what a killed process left."""
+    return path.name == LOCK or files.is_left_over(path) or _TORN_MASK.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder for this process; raises OutputError when another process trains in it."""
     with files.output_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        files.make_folder(run_dir)
+        files.disk_step(f"write:{LOCK}")
         file = (run_dir / LOCK).open("w")
     with file:
         try:

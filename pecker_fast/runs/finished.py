@@ -7,7 +7,7 @@ from typing import Any
 from pecker_fast import files
 from pecker_fast.conditions import concept_names, placed, read_prompts, short_range, shown_classes
 from pecker_fast.engine import blend_average
-from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError
+from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError, memory_errors
 from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector
 from pecker_fast.export import FORMATS, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 
+@memory_errors("draw fewer images (count), or free memory")
 def sample_run(
     run_dir: str | Path,
     classes: Sequence[int] | None = None,
@@ -110,6 +111,7 @@ def _wanted(model: Model, classes: Sequence[int] | None, prompts: Sequence[str] 
     return list(classes)
 
 
+@memory_errors("judge fewer samples, or free memory")
 def evaluate_run(
     run_dir: str | Path,
     samples: int | None = None,
@@ -163,6 +165,7 @@ def _why_blank(row: dict[str, Any] | None, other_judge: bool, everything: bool) 
     return f"the run has it of {row['samples']} samples with seed {seed}; --all draws it again"
 
 
+@memory_errors("an export holds the model in memory, free some")
 def export_run(
     run_dir: str | Path, output: str | Path | None = None, weights: str = "ema", form: str = "diffusers"
 ) -> Path:
@@ -224,11 +227,13 @@ def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> De
     return generator.freeze()
 
 
+@memory_errors("base and result are held in memory, free some")
 def apply_delta_file(delta: str | Path, base: str, output: str | Path) -> Path:
     """Base + delta = result: a diffusers folder for a folder, a single file for a single file. See `delta.apply_to_folder`."""
     return apply_to_folder(Path(delta), files.resolve_model(base), Path(output))
 
 
+@memory_errors("judge fewer samples, or free memory")
 def evaluate_protocol(
     run_dir: str | Path,
     protocol: str,

@@ -9,7 +9,7 @@ import torch
 
 from pecker_fast import files
 from pecker_fast.account import measured_rate
-from pecker_fast.account.memory import Prediction, enough, predict
+from pecker_fast.account.memory import Prediction, enough, lighter_keys, predict
 from pecker_fast.conditions import PromptPlan
 from pecker_fast.errors import ModelError, PeckerError
 from pecker_fast.loading import check_source, config_folder, plan_of
@@ -109,6 +109,11 @@ def check_memory(recipe: Recipe, device: Device | None = None) -> Prediction | N
     if prediction is not None and device.memory_bytes:
         enough(prediction, device.memory_bytes, again)
     return prediction
+
+
+def lighter(recipe: Recipe) -> str:
+    """What to do where memory runs out in spite of the forecast, in one line."""
+    return f"lower what it takes, by one or more of: {', '.join(lighter_keys(recipe))}; or free memory"
 
 
 def surely_fits(recipe: Recipe) -> bool:

@@ -1,6 +1,7 @@
 """Judging a run: samplers of its networks, figures and image grids at fixed seeds, proof of what stayed untouched."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.conditions import shown_classes
-from pecker_fast.errors import Interrupted, ModelError
+from pecker_fast.errors import CheckpointError, Interrupted, ModelError
 from pecker_fast.evaluate import Sampler, evaluate, fid_floor, share
 from pecker_fast.forgetting import ddim_sample, grid_labels, one_step_sample, save_grid
-from pecker_fast.loading import Model
+from pecker_fast.loading import Model, start_generator
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe
 
@@ -20,14 +21,15 @@ GRID_COLUMNS = 8
 GRID_SEED = 7
 EVALUATION_SEED = 1_000_003  # apart from every training seed a user is likely to choose
 TRIED = 48  # samples of each group that the teacher draws before training
+Drawing = Callable[[], AbstractContextManager[object]]  # what every draw runs in, and may be left by
 TRUSTED = 0.8  # share of its teacher's samples that a judge is expected to see as asked
 
 
 class BaseJudging:
     """Samplers of one recipe's networks; every row of figures sees the same noise."""
 
-    def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
-        self.recipe, self.parts, self.poll = recipe, parts, poll  # poll is called before every draw and may raise
+    def __init__(self, recipe: Recipe, parts: Model, drawing: Drawing = nullcontext) -> None:
+        self.recipe, self.parts, self.drawing = recipe, parts, drawing
 
     @property
     def possible(self) -> bool:
@@ -74,7 +76,7 @@ class BaseJudging:
         )
 
     def one_step(self, generator: Denoiser) -> Sampler:
-        return self._polled(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
+        return self._drawn(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
 
     def multi_step(self) -> Sampler:
         """The teacher's own sampler, the reference row. It raises ModelError where the images are not finite."""
@@ -86,12 +88,12 @@ class BaseJudging:
                 raise ModelError("the teacher's multi-step sampler drew images that are not finite")
             return images
 
-        return self._polled(sample)
+        return self._drawn(sample)
 
-    def _polled(self, sampler: Sampler) -> Sampler:
+    def _drawn(self, sampler: Sampler) -> Sampler:
         def sample(labels: Tensor, seed: int) -> Tensor:
-            self.poll()
-            return sampler(labels, seed)
+            with self.drawing():
+                return sampler(labels, seed)
 
         return sample
 
@@ -142,3 +144,19 @@ def outside_sha256(network: Denoiser, mask: SaliencyMask) -> str:
     return files.sha256_tensors(
         (name, p.detach().cpu()[~mask.bool(name).cpu()]) for name, p in network.named_parameters()
     )
+
+
+def outside_mask(
+    recipe: Recipe, teacher: Denoiser, mask: SaliencyMask | None, generator: Denoiser
+) -> dict[str, Any] | None:
+    """Proof that weights outside the mask are the start's: their sha256 before and after (`salient_only`, one mask); None where
+    they may move. Raises CheckpointError where they have moved all the same."""
+    if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
+        return None
+    start = start_generator(recipe, teacher)  # φ is as it was loaded
+    before, after = outside_sha256(start, mask), outside_sha256(generator, mask)
+    if before != after:
+        raise CheckpointError(
+            f"weights outside the mask have changed ({before[:12]} is now {after[:12]}); please report this"
+        )
+    return {"weights": mask.total - mask.count, "before_sha256": before, "after_sha256": after}

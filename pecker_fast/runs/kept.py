@@ -18,7 +18,6 @@ def keep_figures(figures: dict[str, Any], run_dir: Path | None = None, json_file
         kept.append(json_file)
     if run_dir is not None:
         path = run_dir / EVALUATIONS
-        with files.output_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures, ensure_ascii=False) + "\n")
+        files.append_line(path, json.dumps(figures, ensure_ascii=False))
         kept.append(path)
     return kept

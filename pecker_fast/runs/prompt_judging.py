@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ from pecker_fast.forgetting import save_grid
 from pecker_fast.loading import Model
 from pecker_fast.networks import TextDenoiser, TextTable
 from pecker_fast.recipe import Recipe
-from pecker_fast.runs.judging import EVALUATION_SEED, GRID_COLUMNS, GRID_SEED, BaseJudging, Judging
+from pecker_fast.runs.judging import EVALUATION_SEED, GRID_COLUMNS, GRID_SEED, BaseJudging, Drawing, Judging
 
 ROWS = 3  # prompts of each kind in a grid
 NEIGHBOURS = 3  # of precision and recall
 
 
-def judging_of(recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> Judging | PromptJudging:
+def judging_of(recipe: Recipe, parts: Model, drawing: Drawing = nullcontext) -> Judging | PromptJudging:
     """What judges this run: by classes or by prompts."""
-    return (Judging if parts.text is None else PromptJudging)(recipe, parts, poll)
+    return (Judging if parts.text is None else PromptJudging)(recipe, parts, drawing)
 
 
 class PromptJudging(BaseJudging):
     """Figures by a judge of words, where there is one; grids always."""
 
-    def __init__(self, recipe: Recipe, parts: Model, poll: Callable[[], object] = lambda: None) -> None:
-        super().__init__(recipe, parts, poll)
+    def __init__(self, recipe: Recipe, parts: Model, drawing: Drawing = nullcontext) -> None:
+        super().__init__(recipe, parts, drawing)
         assert parts.text is not None
         assert isinstance(parts.teacher, TextDenoiser)
         self.judged: Conditions = parts.text.judged

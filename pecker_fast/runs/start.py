@@ -1,6 +1,7 @@
 """The verbs of the library: train a recipe, unlearn from Python, distil a one-step generator."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,17 +12,19 @@ import torch
 
 from pecker_fast.conditions import notes_of
 from pecker_fast.engine.zero import check_recipe, require_deepspeed
-from pecker_fast.errors import ModelError, OutputError, RecipeError
+from pecker_fast.errors import ModelError, OutputError, RecipeError, memory_errors
 from pecker_fast.export import write_unet
 from pecker_fast.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
     discard,
     is_hub_name,
-    is_left_over,
     read_json,
     revision_of,
     sha256_tensors,
     whole_folder,
     write_json,
+    write_tensors,
 )
 from pecker_fast.forgetting import ForgetImages, check_start
 from pecker_fast.loading import Parts, fit_timesteps, load_parts, look_at_hub, plan_of
@@ -34,6 +37,7 @@ from pecker_fast.records import (
     NoTracker,
     Tracker,
     begun_with,
+    is_ours,
     is_run_folder,
     locked,
     open_run_folder,
@@ -42,9 +46,10 @@ from pecker_fast.records import (
     take_inputs,
     trajectory_sha256,
 )
-from pecker_fast.runs.forecast import check_memory, surely_fits
+from pecker_fast.runs.forecast import check_memory, lighter, surely_fits
 from pecker_fast.runs.planning import found_rows, planned, prompt_rows, run_rows
-from pecker_fast.runs.training import RunResult, Training
+from pecker_fast.runs.result import RunResult
+from pecker_fast.runs.training import Training
 from pecker_fast.terminal import note
 
 __all__ = ["RunResult", "distill", "train", "unlearn"]
@@ -66,7 +71,7 @@ def train(
     this with the same recipe (`ranks.launched`).
     """
     started = time.perf_counter()
-    with ranks_of(recipe, ranks) as ranks:
+    with ranks_of(recipe, ranks) as ranks, memory_errors(lighter(recipe)):
         check_ranks(recipe, ranks)
         located = ranks.agree(lambda: begun_with(recipe))
         text, found = located.uses_prompts, []
@@ -191,11 +196,13 @@ def distill(
     *,
     steps: int,
     seed: int,
+    into: Path,
     keys: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     quiet: bool = False,
 ) -> None:
-    """Put a distilled one-step generator beside the teacher: `generator/` (averaged θ) and `score/` (ψ), all classes.
+    """Distil a one-step generator from the teacher in `folder`; write `into`/generator (averaged θ) and `into`/score (ψ), all
+    classes, both at once.
 
     keys: further recipe keys (lr, ema, ...); dtype: what the weights are stored as.
     """
@@ -220,8 +227,9 @@ def distill(
         with Tracker(run_dir, console="none" if quiet else "auto") as tracker:
             training = Training(recipe, parts, identity, tracker, stop, None, time.perf_counter())
             state = training.distilled(plan.checkpoint)
-    for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
-        write_unet(network, folder / name, dtype)
+    with whole_folder(into) as temporary:
+        for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
+            write_unet(network, temporary / name, dtype)
     discard(run_dir)
 
 
@@ -282,7 +290,7 @@ def _write_base(model: Any, output: Path, null_class: int | None) -> Path:
             f"model: {type(model).__name__} has no .unet and .scheduler; give a pipeline, a folder or a name"
         )
     folder = output / BASE
-    there = [entry for entry in output.iterdir() if not is_left_over(entry)] if output.is_dir() else []
+    there = [entry for entry in output.iterdir() if not is_ours(entry)] if output.is_dir() else []
     if there and not is_run_folder(output) and not folder.is_dir():
         raise OutputError(f"{output}: is not empty and not a run folder; give another output")
     if folder.is_dir():
@@ -290,7 +298,8 @@ def _write_base(model: Any, output: Path, null_class: int | None) -> Path:
         if mine != theirs:
             raise OutputError(f"{folder}: holds another model; give another output")
     with whole_folder(folder) as temporary:
-        unet.save_pretrained(temporary / "unet", safe_serialization=True)
+        write_json(temporary / "unet" / CONFIG_NAME, json.loads(unet.to_json_string()))
+        write_tensors(temporary / "unet" / WEIGHTS_NAME, unet.state_dict(), {"format": "pt"})
         scheduler.save_pretrained(temporary / "scheduler")
         if null_class is not None:
             write_json(temporary / "model.json", {"null_class": null_class})

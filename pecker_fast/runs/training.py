@@ -1,7 +1,8 @@
 """One run as it moves through its stages: distillation, mask, forgetting, figures, export."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from pecker_fast import files
 from pecker_fast.account.memory import ITERATION, Prediction, size
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.zero import ZeroEngine
-from pecker_fast.errors import CheckpointError, Interrupted
+from pecker_fast.errors import CheckpointError, Interrupted, OutputError
 from pecker_fast.evaluate import Sampler
 from pecker_fast.export import Result, export_folder
 from pecker_fast.forgetting import ForgetImages
 from pecker_fast.loading import Parts, pick_device, start_generator
-from pecker_fast.machine import StopFlag, hardware
+from pecker_fast.machine import StopFlag, answering, hardware
 from pecker_fast.machine.ranks import ALONE, Ranks
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe, idle_keys
@@ -31,9 +32,10 @@ from pecker_fast.records import (
     save_checkpoint,
 )
 from pecker_fast.report import write_report
-from pecker_fast.runs.judging import outside_sha256
+from pecker_fast.runs.judging import outside_mask
 from pecker_fast.runs.loop import Losses, run_stage
 from pecker_fast.runs.prompt_judging import judging_of
+from pecker_fast.runs.result import RunResult
 from pecker_fast.terminal import warn
 
 
@@ -42,16 +44,6 @@ def engine_of(recipe: Recipe, parts: Parts, device: torch.device, ranks: Ranks) 
     if recipe.engine.zero:
         return ZeroEngine(recipe, parts.conditions, device, ranks)
     return LocalEngine(recipe, parts.conditions, device)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What `train` leaves: the run folder, its metrics (None after a dry run) and the report. found: rows of a dry run."""
-
-    run_dir: Path
-    metrics: dict[str, Any] | None
-    report: Path | None
-    found: tuple[tuple[str, str], ...] = ()
 
 
 class Training:
@@ -73,9 +65,9 @@ class Training:
         self.forget_images, self.started = forget_images, started
         self.device = pick_device()
         self.engine = engine_of(recipe, parts, self.device, ranks)
-        self.judging = judging_of(recipe, parts, lambda: stop.check_here("the same command takes the figures up again"))
+        self.judging = judging_of(recipe, parts, lambda: stop.at_once("the same command takes the figures up again"))
         self.run_dir = Path(recipe.output)
-        self.saved_step: int | None = None
+        self.saved: tuple[str, int] | None = None  # stage and step of the newest checkpoint
         self.mask_cost: dict[str, float] = {}  # of one mask
         self.prediction: Prediction | None = None  # of the memory this run will take
         self.written = recipe  # in the user's own words, for the model card
@@ -109,6 +101,7 @@ class Training:
             self.ranks.first(self.try_judge)
         if state.stage == "distill":
             self.iterate(state, self.recipe.distill_steps)
+            self.save(state)  # what follows is long, and lets go of this state
             state = self.enter_forget(state)
         elif checkpoint is None:
             state = self.enter_forget(state)
@@ -129,7 +122,7 @@ class Training:
             self.metrics |= {"after": None, "teacher": None, "step": None}
             self.ranks.first(lambda: self.copy_before(source))
         else:
-            self.saved_step = self.total_step(state)
+            self.saved = (state.stage, self.total_step(state))
         self.save_mask(state)
 
     def copy_before(self, source: Path) -> None:
@@ -143,6 +136,7 @@ class Training:
         state = self.resume(checkpoint) if checkpoint else self.start()
         self.log_start(checkpoint, state)
         self.iterate(state, self.recipe.distill_steps)
+        self.save(state)
         return state
 
     def start(self) -> TrainState:
@@ -182,21 +176,31 @@ class Training:
     def timed_mask(self, state: TrainState) -> SaliencyMask | None:
         """A mask at the present weights; its time and FLOPs count as training."""
         start = time.perf_counter()
+        where = "stopped in the saliency pass; the same command goes on"
 
         def poll() -> None:
-            self.stop.check("stopped in the saliency pass; the same command goes on")
+            self.stop.check(where)
 
-        with self.ranks.running():
+        with self.ranks.running(), self.leaving(state, where):
             mask = self.engine.make_mask(state, self.forget_images, poll)
         seconds = time.perf_counter() - start
         flops = 0.0
         if not self.engine.sharded:
-            with self.engine.autocast():
+            with self.engine.autocast(), self.leaving(state, where):
                 flops = self.engine.saliency_pass(state, self.forget_images, poll).flops()
         state.training_s += seconds
         state.flops += flops
         self.mask_cost = {"ms": 1e3 * seconds, "flops": flops}
         return mask
+
+    @contextmanager
+    def leaving(self, state: TrainState, where: str) -> Iterator[None]:
+        """A pass that may be left off anywhere, backward too. Ranks leave it together, between batches."""
+        if self.ranks.world > 1 or self.engine.sharded:
+            yield
+            return
+        with self.stop.at_once(where), answering(p for _, p in state.generator.named_parameters()):
+            yield
 
     def refresh(self, state: TrainState) -> None:
         mask = self.timed_mask(state)
@@ -219,8 +223,8 @@ class Training:
 
         def write() -> None:
             if mask is not None:
-                with files.output_errors(self.run_dir / MASK):
-                    mask.save(self.run_dir / MASK)
+                with files.whole_file(self.run_dir / MASK) as target:
+                    mask.save(target)
 
         self.ranks.first(write)
 
@@ -267,11 +271,11 @@ class Training:
 
     def save(self, state: TrainState) -> None:
         step = self.total_step(state)
-        if self.saved_step == step:
+        if self.saved == (state.stage, step):
             return
         self.engine.settle(state)
         folder = save_checkpoint(state, self.run_dir, step, self.identity, self.recipe.checkpoint.keep, self.ranks)
-        self.saved_step = step
+        self.saved = (state.stage, step)
         self.tracker.event("checkpoint", step, path=str(folder.relative_to(self.run_dir)))
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -303,8 +307,12 @@ class Training:
         """Final checkpoint, figures, pipeline, report."""
         self.save(state)
         generator = self.engine.averaged(state)
-        done = self.ranks.first(lambda: self.conclude(state, generator))
-        return done or RunResult(self.run_dir, None, None)
+
+        def concluded() -> RunResult:
+            with self.stop.at_once("the last checkpoint is written; the same command makes figures and export"):
+                return self.conclude(state, generator)
+
+        return self.ranks.first(concluded) or RunResult(self.run_dir, None, None)
 
     def conclude(self, state: TrainState, generator: Denoiser | None) -> RunResult:
         """Figures, pipeline and report of the averaged generator, on rank 0."""
@@ -315,7 +323,12 @@ class Training:
         self.judge_as("after", self.judging.one_step(generator))
         self.judge_teacher()
         self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
-        self.metrics["outside_mask"] = self.outside_mask(state, generator)
+        self.metrics["outside_mask"] = proof = outside_mask(self.recipe, self.parts.teacher, state.mask, generator)
+        if proof is not None:
+            self.tracker.say(
+                f"{proof['weights']} weights outside the mask are bit-identical to the start's "
+                f"(sha256 {proof['after_sha256'][:16]}…)"
+            )
         self.metrics["cost"] = {
             "training_s": state.training_s,
             "images": state.images,
@@ -346,7 +359,7 @@ class Training:
         """The reference row. Where it cannot be made it stays empty, since the run itself is done and is to be exported."""
         try:
             self.judge_as("teacher", self.judging.multi_step())
-        except Interrupted:
+        except (Interrupted, OutputError):
             raise
         except Exception as error:
             self.metrics["teacher"] = None
@@ -381,18 +394,3 @@ class Training:
             return self.metrics.get("cost", {}).get("parts")
         over = self.recipe.mask.refresh or self.recipe.steps
         return {**account, "mask": {key: value / max(over, 1) for key, value in self.mask_cost.items()}}
-
-    def outside_mask(self, state: TrainState, generator: Denoiser) -> dict[str, Any] | None:
-        """Proof that weights outside the mask are the start's: their sha256 before and after (`salient_only`, one mask)."""
-        mask, recipe = state.mask, self.recipe
-        if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
-            return None
-        weights = mask.total - mask.count
-        start = start_generator(recipe, self.parts.teacher)  # φ is as it was loaded
-        before, after = outside_sha256(start, mask), outside_sha256(generator, mask)
-        if before != after:
-            raise CheckpointError(
-                f"weights outside the mask have changed ({before[:12]} is now {after[:12]}); please report this"
-            )
-        self.tracker.say(f"{weights} weights outside the mask are bit-identical to the start's (sha256 {after[:16]}…)")
-        return {"weights": weights, "before_sha256": before, "after_sha256": after}

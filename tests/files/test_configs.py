@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pecker_fast import files
-from pecker_fast.errors import ModelError
+from pecker_fast.errors import ModelError, OutOfMemory
 from pecker_fast.files import CONFIGS, Size, check_config, check_size
 from pecker_fast.files.sizes import _LEAST
 from pecker_fast.networks import architectures
@@ -171,9 +171,7 @@ def test_more_than_the_weights_hold_is_refused_before_building(kind, config, lea
             check_size(tmp_path, config, kind, held)
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("x"), RecursionError(), MemoryError(), OSError(40, "a\nb"), ZeroDivisionError()]
-)
+@pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), OSError(40, "a\nb"), ZeroDivisionError()])
 def test_errors_of_libraries_become_one_line(error, tmp_path):
     with pytest.raises(ModelError, match="cannot be built") as caught, files.guarded(tmp_path, "cannot be built"):
         raise error
@@ -183,3 +181,5 @@ def test_errors_of_libraries_become_one_line(error, tmp_path):
         with pytest.raises(type(passes)) as own, files.guarded(tmp_path, "cannot be built"):
             raise passes
         assert own.value is passes
+    with pytest.raises(OutOfMemory, match="out of memory while"), files.guarded(tmp_path, "cannot be built"):
+        raise MemoryError

@@ -254,9 +254,9 @@ def test_wrong_numbers_are_one_line_and_write_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_part_of_an_unfinished_run_is_refused(model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "run"))
-    folders.claim_for(
-        folder, {"name": "shapes", "seed": 0, "settings": files.read_json(model / "model.json")["settings"]}
-    )
+    (folder / "model.json").unlink()
+    settings = files.read_json(model / "model.json")["settings"]
+    folders.claim_for(folder, {"name": "shapes", "seed": 0, "settings": settings}, "")
     file = folder / "vae" / files.WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"damaged|cut short"):

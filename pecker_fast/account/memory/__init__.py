@@ -9,6 +9,7 @@ from pecker_fast.account.memory.prediction import (
     Prediction,
     TooLarge,
     enough,
+    lighter_keys,
     predict,
     size,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "alive",
     "build",
     "enough",
+    "lighter_keys",
     "measured_peak",
     "predict",
     "predict_fit",

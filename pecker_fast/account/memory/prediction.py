@@ -178,6 +178,11 @@ class Settings:
         return tuple((kind, key) for applies, kind, key in found if applies)
 
 
+def lighter_keys(recipe: Recipe) -> list[str]:
+    """Keys of a recipe that take less memory, none of them tried."""
+    return [key for _, key in Settings(recipe).remedies(recipe.batch_size)] or ["a smaller model"]
+
+
 class _Plan:
     """The run of a recipe on networks without memory; made and used inside a FakeTensorMode."""
 

@@ -12,11 +12,12 @@ import torch
 
 from pecker_fast import draws, files
 from pecker_fast.data import captions, random_words, render
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import RecipeError, memory_errors
 from pecker_fast.evaluate import WordJudge, fid, fid_floor
 from pecker_fast.networks import load_schedule
 from pecker_fast.pretrain import memory
 from pecker_fast.pretrain import output as folders
+from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import Settings, options, with_size
 from pecker_fast.pretrain.shapes.folder import write_pipeline
 from pecker_fast.pretrain.shapes.judge import quantise, train_judge
@@ -32,6 +33,7 @@ POOL_BYTES = 4 * 3 * SIZE * SIZE  # of a picture as it is drawn
 CAPTIONS, HELD_OUT = "captions.txt", "held_out.txt"
 
 
+@memory_errors(memory.LIGHTER)
 def pretrain_shapes(
     output: str | Path | None = None,
     steps: int | None = None,
@@ -66,11 +68,20 @@ def pretrain_shapes(
             raise RecipeError(f"{key}: {value} is out of range, a number from {least} and below 2^63 expected")
     folder = Path(output) if output is not None else Path("runs") / "pretrain-shapes"
     memory.check(lambda teacher: _memory_config(settings, teacher), settings.teacher, settings.pool * POOL_BYTES)
-    folders.claim(folder)
+    command = f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
+    command += f"--distill-steps {distill_steps}{options(batch_size, channels)}"
+    with folders.claimed(folder):
+        identity = {"name": "shapes", "seed": seed, "settings": json.loads(json.dumps(asdict(settings)))}
+        if not folders.claim_for(folder, identity, command):
+            told = {"command": command, "seed": seed, "settings": identity["settings"], "versions": _versions()}
+            _make(folder, settings, seed, distill_steps, {"name": "shapes", "kind": "teacher", **told})
+        folders.finish(folder)
+    return folder
 
+
+def _make(folder: Path, settings: ShapesSettings, seed: int, distill_steps: int, card: dict[str, Any]) -> None:
+    """Train and write all parts of the model, or go on with them, and model.json, which says of them what is in `card` too."""
     begun = time.monotonic()
-    identity = {"name": "shapes", "seed": seed, "settings": json.loads(json.dumps(asdict(settings)))}
-    folders.claim_for(folder, identity)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, split in ((CAPTIONS, "train"), (HELD_OUT, "held_out")):
         files.write_text(folder / name, "\n".join(captions(split)) + "\n")
@@ -86,22 +97,11 @@ def pretrain_shapes(
     schedule = load_schedule(folder / "scheduler")
     resumed_from = train_teacher(folder, data, tokenizer, schedule, settings, seed, device)
 
-    card = {
-        "name": "shapes",
-        "kind": "teacher",
-        "command": f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
-        f"--distill-steps {distill_steps}{options(batch_size, channels)}",
-        "seed": seed,
-        "settings": identity["settings"],
-        "versions": _versions(),
-    }
     if distill_steps:
-        distil(folder, settings, distill_steps, seed)
+        distil(folder, settings.distill, distill_steps, seed, torch.float16)
     figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
-    folders.finish(folder)
-    return folder
 
 
 def _resized(settings: ShapesSettings, batch_size: int | None, channels: tuple[int, ...] | None) -> ShapesSettings:
@@ -123,23 +123,6 @@ def _memory_config(settings: ShapesSettings, teacher: Settings) -> dict[str, Any
     """The UNet's config, as wide as `teacher` asks for, and the tokens of a caption."""
     wide = replace(settings, unet_channels=teacher.channels or settings.unet_channels)
     return {**unet_config(wide), "tokens": LENGTH}
-
-
-def distil(folder: Path, settings: ShapesSettings, steps: int, seed: int) -> None:
-    """Put `generator/` and `score/` beside the teacher. A round that an interrupted run has finished is not done again."""
-    from pecker_fast.runs import distill
-
-    done = folder / "distilled.json"
-    first = files.read_json(done)["rounds"] if done.is_file() else 0
-    for number, given in enumerate(settings.distill):
-        keys = {key: value for key, value in given.items() if key != "share"}
-        keys |= {"generator": str(folder)} if number else {}
-        if number >= first:
-            distill(
-                folder, steps=max(1, round(given["share"] * steps)), seed=seed + number, keys=keys, dtype=torch.float16
-            )
-            files.write_json(done, {"rounds": number + 1})
-    done.unlink()
 
 
 def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int) -> dict[str, Any]:

@@ -55,10 +55,11 @@ def write_pipeline(folder: Path, tokenizer: Any) -> None:
     """`tokenizer/`, `scheduler/` and `model_index.json`: what makes the folder a StableDiffusionPipeline."""
     import diffusers
 
-    with files.output_errors(folder):
-        tokenizer.save_pretrained(folder / "tokenizer")
-        tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json, merges.txt: for older readers
-        diffusers.DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")  # type: ignore[attr-defined]
+    with files.whole_folder(folder / "tokenizer") as temporary:
+        tokenizer.save_pretrained(temporary)
+        tokenizer.backend_tokenizer.model.save(str(temporary))  # vocab.json, merges.txt: for older readers
+    with files.whole_folder(folder / "scheduler") as temporary:
+        diffusers.DDIMScheduler(**SCHEDULER).save_pretrained(temporary)  # type: ignore[attr-defined]
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
