@@ -1,6 +1,7 @@
 # make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
 # make test       set up, then linter, type checker and all fast tests (a quarter of an hour on two cores, two and a half minutes of it set-up and checks)
 # make test-all   everything, what only repeats and the slow training tests, the matrix over ranks, the tables of digits and shapes (about two hours and a half)
+# make storm      kills, signals, full disks, flipped bits and hostile folders in rounds: MINUTES=60, SEED=7 for the same rounds again
 # make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON
 # make clean      remove the environment and build output (runs/ is kept)
@@ -16,7 +17,7 @@ NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
 FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 
-.PHONY: demo test test-all bench gpu-check lint setup clean
+.PHONY: demo test test-all storm bench gpu-check lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -50,6 +51,12 @@ test-all: lint
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 30
 	@$(BIN)/python bench/digits_table.py
 	@$(BIN)/python bench/shapes_table.py
+
+MINUTES ?= 60
+SEED ?=
+
+storm: setup
+	@$(BIN)/python tests/storm.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench: setup
 	@$(BIN)/python bench/deepspeed_adam.py

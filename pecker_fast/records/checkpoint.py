@@ -58,9 +58,8 @@ def save_checkpoint(
 
     def finish() -> None:
         with files.output_errors(target):
-            entries = {
-                p.name: {"sha256": files.sha256_file(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())
-            }
+            written = sorted(p for p in temporary.iterdir() if not files.is_left_over(p))
+            entries = {p.name: {"sha256": files.sha256_file(p), "bytes": p.stat().st_size} for p in written}
             manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": entries}
             files.write_json(temporary / "manifest.json", manifest)
             files.replace_folder(temporary, target)

@@ -2,9 +2,13 @@
 
 import errno
 import os
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from disk_faults import failing, killed, steps_of
+from pecker_kernels import SaliencyMask
 
 from pecker_fast import files
 from pecker_fast.engine import TrainState
@@ -17,13 +21,17 @@ from pecker_fast.records import checkpoint
 IDENTITY = {"recipe_sha256": "r", "base_sha256": "b"}
 
 
+def mask_of(generator):
+    return SaliencyMask.random(generator.named_parameters(), density=0.3, seed=0)
+
+
 @pytest.fixture
 def state(tiny_recipe):
     recipe = tiny_recipe()
     parts = load_parts(recipe)
     state = TrainState(
         parts.teacher, parts.score, parts.generator, adam(recipe, parts.score.named_parameters(), 1e-3),
-        Dense(recipe, parts.generator.named_parameters(), None), start_ema(parts.generator, 0.9),
+        Dense(recipe, parts.generator.named_parameters(), mask_of(parts.generator)), start_ema(parts.generator, 0.9),
     )  # fmt: skip
     for network, optimizer in (
         (parts.score, state.score_optimizer),
@@ -68,6 +76,22 @@ def test_every_fault_point_leaves_the_old_or_the_new_checkpoint(state, tmp_path,
             for file in leftover.iterdir():
                 file.unlink()
             leftover.rmdir()
+
+
+@pytest.mark.parametrize("end", [pytest.param(failing, marks=pytest.mark.slow), killed])
+def test_a_disk_that_stays_broken_and_a_process_that_dies(state, tmp_path, monkeypatch, end):
+    """The old or the new checkpoint, and after the next save nothing but checkpoints."""
+    old, new = (hashes(save(state, tmp_path / f"{step}", step)) for step in (1, 3))
+    steps = steps_of(lambda: save(state, tmp_path / "1", 2), monkeypatch)
+    assert {name.partition(":")[0] for name in steps} >= {"mkdir", "write", "fsync", "replace"}
+    for at in range(len(steps)):
+        run = tmp_path / f"at-{at}"
+        shutil.copytree(tmp_path / "1" / "checkpoints" / "step-000001", run / "checkpoints" / "step-000001")
+        end(partial(save, state, run, 3), at, monkeypatch)
+        found = checkpoint.latest_checkpoint(run, warn=lambda message: pytest.fail(message))
+        assert hashes(found) == (old if found.name == "step-000001" else new), steps[at]
+        save(state, run, 4)
+        assert len(list((run / "checkpoints").iterdir())) == 2, steps[at]
 
 
 def test_no_space_is_one_clear_line_and_the_old_checkpoint_stays(state, tmp_path, monkeypatch):

@@ -1,22 +1,15 @@
 """`train` from recipe to run folder on a tiny model: what it leaves, what it never opens, how it resumes."""
 
 import json
-import os
-import random
-import signal
 import sys
-import time
 
 import pytest
 import torch
-from limits import HUNG_S
-from processes import pecker_fast
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
 from pecker_fast import files
-from pecker_fast.errors import CheckpointError, Interrupted, OutputError, PeckerError, RecipeError
-from pecker_fast.recipe import recipe_to_yaml
+from pecker_fast.errors import CheckpointError, OutputError, PeckerError, RecipeError
 from pecker_fast.records import checkpoint
 from pecker_fast.runs.finished import evaluate_run, export_run, sample_run
 from pecker_fast.runs.start import train, unlearn
@@ -51,22 +44,6 @@ def test_run_folder_is_complete(tiny_recipe):
     assert events[0] == "start"
     assert events[-1] == "end"
     assert events.count("evaluate") == 2
-
-
-@pytest.mark.parametrize(
-    "rule",
-    ["salient_only", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("alternating", "differentiated"))],
-)
-def test_resume_is_bit_identical_from_every_step(tiny_recipe, tmp_path, rule):
-    keys = {"update_rule": rule, "steps": 4, "distill_steps": 2, "mask": {"refresh": 3}, "evaluate": {"final": 0, "every": 0},
-            "checkpoint": {"every": 1, "keep": 100}}  # fmt: skip
-    whole = train(tiny_recipe(**keys, output=str(tmp_path / "whole")), quiet=True).run_dir
-    want = final_files(whole)
-    points = checkpoint.list_checkpoints(whole)
-    assert len(points) == 6
-    for point in points[:-1]:
-        resumed = train(tiny_recipe(**keys, output=str(tmp_path / point.name), resume=str(point)), quiet=True).run_dir
-        assert final_files(resumed) == want, point.name
 
 
 def test_a_run_in_bfloat16_with_warm_up_resumes_bit_identically(tiny_recipe, tmp_path):
@@ -198,54 +175,6 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(tiny_recipe, capsy
     train(tiny_recipe(evaluate={"final": 0}), quiet=True)
     assert "step-000004/ema.safetensors: damaged" in capsys.readouterr().err
     assert final_files(run) == want
-
-
-def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
-    """kill -9 at three random steps of a real process, resumed each time: every hash equals the uninterrupted run's."""
-    keys = {"steps": 12, "checkpoint": {"every": 1}, "evaluate": {"every": 0, "final": 0}}
-    want = final_files(train(tiny_recipe(**keys, output=str(tmp_path / "whole")), quiet=True).run_dir)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(recipe_to_yaml(tiny_recipe(**keys)))
-    rng = random.Random(0)
-    for target in sorted(rng.sample(range(1, 11), 3)):
-        process = pecker_fast("train", str(recipe), log=tmp_path / "log")
-        deadline = time.monotonic() + HUNG_S
-        while not any(int(p.name[5:]) >= target for p in checkpoint.list_checkpoints(tmp_path / "run")):
-            assert process.poll() is None, "ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run = train(tiny_recipe(**keys), quiet=True).run_dir
-    assert final_files(run) == want
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_exits_cleanly(tiny_recipe, monkeypatch, signum, code):
-    import pecker_fast.runs.training as run_module
-
-    real = run_module.Training.log_step
-
-    def kill_at_three(self, state, losses):
-        if state.step == 3:
-            os.kill(os.getpid(), signum)
-        real(self, state, losses)
-
-    monkeypatch.setattr(run_module.Training, "log_step", kill_at_three)
-    recipe = tiny_recipe(evaluate={"every": 0, "final": 0})
-    with pytest.raises(Interrupted, match="same command resumes") as caught:
-        train(recipe, quiet=True)
-    assert caught.value.exit_code == code
-    monkeypatch.undo()
-    assert checkpoint.list_checkpoints(recipe_dir(recipe))[-1].name == "step-000003"
-    assert train(recipe, quiet=True).report is not None
-
-
-def recipe_dir(recipe):
-    from pathlib import Path
-
-    return Path(recipe.output)
 
 
 def test_dry_run_writes_nothing(tiny_recipe, tmp_path):
