@@ -153,7 +153,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         except BaseException:
             abandon(temporary)
             raise
-        discard(temporary)
+        abandon(temporary)
 
 
 @contextlib.contextmanager

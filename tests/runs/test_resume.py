@@ -33,11 +33,11 @@ def trained(recipe, output, *overrides):
 def test_from_every_step(tmp_path, monkeypatch, passes, rule):
     replace_by(monkeypatch.setattr)
     recipe = write_least_recipe(tmp_path, evaluate={"every": 0, "final": 0})
-    keys = [PASSES[passes], f"update_rule={rule}", "batch_size=3", "steps=3", "distill_steps=2", "mask.refresh=2"]
+    keys = [PASSES[passes], f"update_rule={rule}", "batch_size=3", "mask.refresh=1"]
     keys.append("checkpoint={every: 1, keep: 100}")
     want = trained(recipe, tmp_path / "whole", *keys)
     points = checkpoint.list_checkpoints(tmp_path / "whole")
-    assert len(points) == 5
+    assert [point.name for point in points] == ["step-000001", "step-000002", "step-000003"]
     for point in points[:-1]:
         assert trained(recipe, tmp_path / point.name, *keys, f"resume={point}") == want, point.name
     assert trained(recipe, tmp_path / "other", *keys, "seed=1") != want
