@@ -185,13 +185,13 @@ def test_bad_arguments(tmp_path: Path) -> None:
 def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, int]] = []
 
-    def distill(folder: Path, *, steps: int, seed: int, keys: dict[str, Any], dtype: torch.dtype) -> None:
+    def distill(folder: Path, *, into: Path, steps: int, seed: int, keys: dict[str, Any], dtype: torch.dtype) -> None:
         assert dtype == torch.float16
         assert keys == SHORT.distill
         card = files.read_json(folder / "model.json")
         assert "figures" not in card
         files.write_json(folder / "model.json", {**card, "generator": {"t_init": 440}})
-        shutil.copytree(folder / "unet", folder / "generator")
+        shutil.copytree(folder / "unet", into / "generator")
         calls.append({"steps": steps, "seed": seed})
 
     monkeypatch.setattr("pecker_fast.runs.distill", distill)

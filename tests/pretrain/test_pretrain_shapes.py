@@ -149,6 +149,38 @@ def test_an_interrupted_teacher_ends_where_a_whole_one_does(
     assert files.read_json(tmp_path / "run" / "model.json")["resumed_from"] == at
 
 
+@pytest.mark.slow
+def test_rounds_of_distillation_go_on_from_one_another(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after each round, and while its result is put in its place, it comes to the same generator."""
+    settings = replace(SHORT, distill=tuple({**keys, "batch_size": 2} for keys in DEFAULT.distill[:2]))
+
+    def made(folder: Path) -> dict[str, str]:
+        return hashes(pretrain_shapes(folder, distill_steps=4, settings=settings))
+
+    whole = made(tmp_path / "whole")
+    assert whole["generator/diffusion_pytorch_model.safetensors"] != whole["unet/diffusion_pytorch_model.safetensors"]
+    for at in range(1, 5):  # of the folders that take a name: two rounds, generator, score
+        left = [at]
+        plain = files.replace_folder
+
+        def replaced(source: Path, target: Path, left: list[int] = left, plain: Any = plain) -> None:
+            if target.name.startswith((".distilled", "generator", "score")):
+                left[0] -= 1
+                if not left[0]:
+                    raise KeyboardInterrupt
+            plain(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pecker_fast.files.trees.replace_folder", replaced)
+            patch.setattr("pecker_fast.files.replace_folder", replaced)
+            with pytest.raises(KeyboardInterrupt):
+                made(tmp_path / f"{at}")
+        assert made(tmp_path / f"{at}") == whole
+        assert not list((tmp_path / f"{at}").glob(".*"))
+
+
 def test_the_tokenizer_has_the_captions_words_and_takes_any_text(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(caption_words(), LENGTH)
     assert [word for word in caption_words() if len(tokenizer(word).input_ids) != 3] == []
