@@ -181,8 +181,7 @@ class Storm:
         newest = list_checkpoints(run)[-1]
         path = rng.choice(sorted(newest.iterdir()))
         where = flip(rng, path)
-        (run / files_of_figures(rng)).unlink(missing_ok=True)
-        (run / "metrics.json").unlink()
+        (run / "metrics.json").unlink()  # else the run is finished, and no checkpoint is opened
         self.must(self.train(run), 0)
         if "passed over" not in self.told():
             raise Found(f"a flipped bit of {path.name} ({where}) was not told")
@@ -233,7 +232,7 @@ class Storm:
 
     # -- rounds -----------------------------------------------------------------------------------------------------------
 
-    def round(self, number: int) -> None:
+    def round(self, number: int, only: str | None = None) -> None:
         rng = random.Random(f"{self.seed}/{number}")
         kinds: list[Callable[[random.Random, Path], str]] = [
             *(
@@ -249,7 +248,7 @@ class Storm:
             ),
             *(self.exports, self.masks, self.folders, self.folders, self.tensors),
         ]
-        kind = rng.choice(kinds)
+        kind = rng.choice([kind for kind in kinds if only in (None, kind.__name__)])
         run = self.home / "round"
         try:
             line = kind(rng, run)
@@ -278,15 +277,12 @@ def flip(rng: random.Random, path: Path) -> str:
     return f"byte {at} bit {bit}"
 
 
-def files_of_figures(rng: random.Random) -> str:
-    return rng.choice(("report.html", "mask.safetensors", "run.jsonl", "nothing"))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
     parser.add_argument("--round", type=int, default=None, help="this round alone")
+    parser.add_argument("--only", default=None, help="rounds of this kind alone: kills, signals, disks, flips, …")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
@@ -294,9 +290,9 @@ def main() -> int:
         until, number = time.monotonic() + 60 * options.minutes, 0
         storm = Storm(Path(home), seed)
         if options.round is not None:
-            storm.round(options.round)
+            storm.round(options.round, options.only)
         while options.round is None and time.monotonic() < until:
-            storm.round(number)
+            storm.round(number, options.only)
             number += 1
     print(f"\nseed {seed}: {sum(n for k, n in storm.counts.items() if 'FOUND' not in k)} rounds")
     for kind, count in sorted(storm.counts.items()):
