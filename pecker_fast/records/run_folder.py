@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ OWN = (
 )
 EXPORTS = ("unet.safetensors", "single.safetensors", "delta.safetensors")
 LOCK = ".lock"
+WIPING = ".wiping"  # there while a run is wiped: whoever finds it finishes that first, however it was asked to resume
 _TORN_MASK = re.compile(rf"\.{re.escape(MASK)}\.[a-z0-9_]{{8}}")
 MARK = "# Resolved recipe, written by `pecker-fast train`: a folder with it is a run folder.\n"
 BASE = "base"  # a model given as an object is written here first; it is not wiped when a run starts over
@@ -87,12 +89,13 @@ def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
         raise OutputError(f"{run_dir}: is not empty and not a run folder; give another output")
     if recipe.resume == "never":
         return Plan(run_dir, None, wipe=True)
+    wiping = (run_dir / WIPING).is_file()
     given = None
     if recipe.resume != "auto":
         given = _explicit_checkpoint(Path(recipe.resume))
         check_identity(given, identity)
-    if not names:
-        return Plan(run_dir, given, wipe=False)
+    if not names or wiping:
+        return Plan(run_dir, given, wipe=wiping)
     _same_recipe(recipe, run_dir)
     own = latest_checkpoint(run_dir, warn=warn)
     if given is not None and run_dir.resolve() in given.resolve().parents:
@@ -145,18 +148,26 @@ def open_run_folder(recipe: Recipe, plan: Plan, inputs: Inputs | None = None) ->
 
     The recipe of before, whose mark makes the folder a run folder, is replaced at the end and never missing.
     """
-    with files.output_errors(plan.run_dir):
-        sweep_run_folder(plan.run_dir)
-        for name in OWN if plan.wipe else ():
-            files.remove_tree(plan.run_dir / name)
-    files.write_text(plan.run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
+    wiped, run_dir = [], plan.run_dir
+    with files.output_errors(run_dir):
+        sweep_run_folder(run_dir)
+        if plan.wipe:
+            wiped = [run_dir / name for name in OWN if os.path.lexists(run_dir / name)]
+        if wiped:
+            files.write_text(run_dir / WIPING, "")
+        for path in wiped:
+            files.remove_tree(path)
+    files.write_text(run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
     if inputs is not None:
-        write_inputs(plan.run_dir, inputs)
+        write_inputs(run_dir, inputs)
+    if plan.wipe and (run_dir / WIPING).exists():
+        with files.output_errors(run_dir):
+            files.remove(run_dir / WIPING)
 
 
 def sweep_run_folder(run_dir: Path) -> None:
     """Clear away what a killed process has left of what a run writes; for the holder of the run's lock."""
-    files.sweep(run_dir, {RECIPE, *OWN, *EXPORTS})
+    files.sweep(run_dir, {RECIPE, WIPING, *OWN, *EXPORTS})
     for entry in run_dir.glob(f".{MASK}.*"):
         if _TORN_MASK.fullmatch(entry.name):
             files.discard(entry)
@@ -166,7 +177,7 @@ def sweep_run_folder(run_dir: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether an entry of a folder is none of a user's though the folder has no mark yet: the lock, what a killed process left."""
-    return path.name == LOCK or files.is_left_over(path) or _TORN_MASK.fullmatch(path.name) is not None
+    return path.name in (LOCK, WIPING) or files.is_left_over(path) or _TORN_MASK.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager

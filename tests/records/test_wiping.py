@@ -60,7 +60,6 @@ def test_every_step_of_starting_over(tmp_path, monkeypatch, end, found):
     found(tmp_path / "count")
     steps = steps_of(lambda: start_over(tmp_path / "count"), monkeypatch)
     assert held(tmp_path / "count") == FRESH
-    assert steps[-1].startswith("fsync:")
     for at in range(len(steps)):
         run = tmp_path / str(at)
         found(run)
@@ -70,7 +69,10 @@ def test_every_step_of_starting_over(tmp_path, monkeypatch, end, found):
         run_folder.plan_run_folder(recipe(run), {})  # seen as ours, whatever it looks like
         if not (run / "checkpoints").is_dir() and found is finished:
             assert not (run / "pipeline").is_dir() or files.read_text(run / "pipeline" / "model.json")
-        start_over(run)
+        begun = (run / run_folder.WIPING).exists()
+        start_over(
+            run, resume="auto" if begun else "never"
+        )  # a wipe that was begun is finished, however it is asked to resume
         assert held(run) == sorted((*FRESH, *(USERS if found is finished else ()))), steps[at]
 
 
@@ -78,7 +80,10 @@ def test_checkpoints_go_first_and_the_mark_stays(tmp_path, monkeypatch):
     """What nothing can go on from is never taken for a whole run: half wiped, a run has no checkpoints."""
     finished(tmp_path / "run")
     steps = steps_of(lambda: start_over(tmp_path / "run"), monkeypatch)
-    assert steps[:2] == ["write:.lock", "rename:checkpoints"]
+    assert steps[0] == "write:.lock"
+    assert steps[1] == "write:.wiping"
+    assert next(name for name in steps if not name.endswith((".lock", ".wiping", "run"))) == "rename:checkpoints"
+    assert steps[-1] == "unlink:.wiping"
     assert "unlink:recipe.yaml" not in steps
 
 
