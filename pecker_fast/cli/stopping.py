@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from pecker_fast.errors import Stopped
 
@@ -21,7 +22,7 @@ def stoppable(for_good: bool) -> Iterator[None]:
     for_good: the process ends after the block, and signals end it at once until then. Ignored signals stay ignored (`nohup`). A
     rank of many is left to its launcher: collectives do not come back to Python.
     """
-    before = {}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
         before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)}
 

@@ -101,7 +101,7 @@ def pretrain(
 
 def _card(identity: dict[str, Any], command: str, dataset: Dataset) -> dict[str, Any]:
     """model.json of the teacher, without its figures."""
-    card = {
+    card: dict[str, Any] = {
         "name": identity["name"],
         "kind": "teacher",
         "null_class": dataset.num_classes,
@@ -112,7 +112,9 @@ def _card(identity: dict[str, Any], command: str, dataset: Dataset) -> dict[str,
         "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
         "versions": _versions(),
     }
-    return card | ({"class_names": list(dataset.class_names)} if dataset.class_names else {})
+    if dataset.class_names:
+        card["class_names"] = list(dataset.class_names)
+    return card
 
 
 def _make(

@@ -148,7 +148,8 @@ def open_run_folder(recipe: Recipe, plan: Plan, inputs: Inputs | None = None) ->
 
     The recipe of before, whose mark makes the folder a run folder, is replaced at the end and never missing.
     """
-    wiped, run_dir = [], plan.run_dir
+    run_dir = plan.run_dir
+    wiped: list[Path] = []
     with files.output_errors(run_dir):
         sweep_run_folder(run_dir)
         if plan.wipe:
