@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pecker_fast.evaluate import Verdict, share, verdict_of
+from pecker_fast.export.markdown import block, code, plain
 from pecker_fast.recipe import Recipe, recipe_to_yaml
 
 SHARES = ("ua", "cover_rate", "retain_accuracy", "ira", "cra")
@@ -29,28 +30,27 @@ class Card:
         metrics = self.metrics or {}
         return verdict_of(metrics, metrics.get("forget_steps", self.recipe.steps))
 
-    def markdown(self, forgotten: str, code: str, judged: str, tag: str = "", pictures: str = "") -> str:
+    def markdown(self, forgotten: str, usage: str, judged: str, tag: str = "", pictures: str = "") -> str:
         """What was forgotten, how to draw, how good it is, hashes, the recipe.
 
-        code: Python that draws with stock diffusers. judged: what the figures mean. tag: a line of the card's header, with
-        its end. pictures: a section of its own.
+        forgotten: in words, escaped here. usage: Python that draws with stock diffusers. judged: what the figures mean.
+        tag: a line of the card's header, with its end. pictures: a section of its own.
         """
         recipe, verdict = self.recipe, self.verdict
-        said = f"{judged}\n\nVerdict: {verdict.line()}." if verdict.figures else judged
+        said = f"{judged}\n\nVerdict: {plain(verdict.line())}." if verdict.figures else judged
         return f"""---
 library_name: diffusers
 {tag}tags: [diffusion, unlearning, one-step]
 ---
-# One-step generator that {verdict.said_of(forgotten)}
+# One-step generator that {plain(verdict.said_of(forgotten))}
 
-Made by `pecker-fast train` with the method `{recipe.method}`, from the model `{recipe.model}`.
+Made by `pecker-fast train` with the method `{recipe.method}`, from the model {code(recipe.model)}.
 It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
 It is not a denoiser: do not run it over many steps.
 
 ## Draw with stock diffusers
 
-```python
-{code}```
+{block(usage, "python")}
 
 ## Figures
 
@@ -60,13 +60,12 @@ It is not a denoiser: do not run it over many steps.
 
 {pictures}## Hashes
 
-sha256 of the base model's weights: `{self.base_sha256}`
-sha256 of these weights: `{self.weights_sha256}`
+sha256 of the base model's weights: {code(self.base_sha256)}
+sha256 of these weights: {code(self.weights_sha256)}
 
 ## Recipe
 
-```yaml
-{recipe_to_yaml(recipe)}```
+{block(recipe_to_yaml(recipe), "yaml")}
 """
 
 
@@ -84,7 +83,7 @@ def figures_table(metrics: dict[str, Any] | None) -> str:
 def _figure(column: Mapping[str, Any], name: str) -> str:
     """A figure, shares with their 95 % interval."""
     value = column.get(name)
-    if value is None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return "–"
     if name in ("samples", "seed"):
         return str(value)
