@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.errors import CheckpointError
+from pecker_fast.errors import CheckpointError, NonFiniteError
 from pecker_fast.machine import StopFlag
+from pecker_fast.networks import are_weights
 from pecker_fast.pretrain.output import load_partial, save_partial
 from pecker_fast.pretrain.progress import Ticker
 from pecker_fast.pretrain.settings import Settings, lr_at
@@ -43,6 +44,15 @@ class TrainState:
             out |= {f"unet/{name}": parameter.detach(), f"ema/{name}": average}
             out |= {f"{key}/{name}": value for key, value in moments.items()}
         return out
+
+    def check(self, what: str) -> None:
+        """Raises NonFiniteError where weights, average or moments are none that training can go on from."""
+        for name, tensor in self.tensors().items():
+            if not are_weights(tensor):
+                raise NonFiniteError(
+                    f"{what} step {self.step}: tensor {name} holds NaN, infinity or absurd numbers; it was not saved, and what was "
+                    "saved before is as it was; give a larger batch, or another seed"
+                )
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from `tensors()` of an earlier run. Raises `CheckpointError` where they are another network's."""
@@ -114,7 +124,10 @@ def fit(
             if ticker.due(state.step):
                 ticker.note(state.step, f"loss {torch.stack(recent).mean().item():.4f}")
             due = state.step % settings.checkpoint_every == 0 or time.monotonic() - saved_s >= SAVE_S
-            if save and (stop.signum or due or state.step == settings.steps):
+            ends = state.step == settings.steps
+            if ends or (save and (stop.signum or due)):
+                state.check(what)
+            if save and (stop.signum or due or ends):
                 save(state.tensors(), state.step)
                 saved_s = time.monotonic()
             stop.check(resumed(state.step))

@@ -57,7 +57,13 @@ def _partial(folder: Path, part: str) -> Path:
 
 
 def save_partial(folder: Path, tensors: dict[str, Tensor], step: int, part: str = TEACHER) -> None:
-    files.write_tensors(_partial(folder, part), tensors, {"step": str(step)})
+    """Raises OutputError."""
+    path, said = _partial(folder, part), str(step)
+    files.write_tensors(path, tensors, {"step": said, "sha256": _seal(tensors, said)})
+
+
+def _seal(tensors: dict[str, Tensor], step: str) -> str:
+    return files.sha256_value([step, files.hash_of(tensors)])
 
 
 def load_partial(folder: Path, part: str = TEACHER) -> tuple[dict[str, Tensor], int] | None:
@@ -68,6 +74,10 @@ def load_partial(folder: Path, part: str = TEACHER) -> tuple[dict[str, Tensor], 
     tensors, metadata = files.read_tensors(path, error=CheckpointError)
     if not metadata.get("step", "").isdecimal():
         raise CheckpointError(f"{path}: damaged, the step is missing; delete the file to start over")
+    if metadata.keys() != {"step"} and metadata.get("sha256") != _seal(tensors, metadata["step"]):
+        raise CheckpointError(
+            f"{path}: damaged (its sha256 is not that of what it holds); delete the file to start over"
+        )
     return tensors, int(metadata["step"])
 
 
