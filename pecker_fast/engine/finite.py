@@ -5,18 +5,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
-from pecker_kernels import MaskedAdam, all_finite
+from pecker_kernels import MaskedAdam
 from torch import Tensor, nn
 
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.forgetting import Gradients
 from pecker_fast.machine import part
 
+STEEPEST = 1e18  # of a gradient; squares of some more overflow float32, and a moment that is infinite stops its weight for ever
+
 
 class FiniteGuard:
     """Two ways to the same end: no weight, moment or average is written from a gradient that is not finite, nor after one.
 
-    At once (`late=False`, the CPU): `check` looks at each gradient before its step and raises.
+    At once (`late=False`, the CPU): `check` looks at each gradient before its step and raises, beyond `STEEPEST` too.
     Late (a device): the optimizers look, on the device, and skip the step; `flag` then keeps the number of the update that
     failed first, and while it is not zero no optimizer steps and the average stands still. The host reads the flag one
     iteration behind, so it never waits for work it has only just queued, and is never more than one iteration ahead.
@@ -41,9 +43,9 @@ class FiniteGuard:
         if self.late:
             return
         with part("finite_check"):
-            if all_finite(grads) or self._ignored:
+            if are_gradients(grads) or self._ignored:
                 return
-        bad = next(name for (name, _), g in zip(named, grads) if g is not None and not bool(torch.isfinite(g).all()))
+        bad = next(name for (name, _), g in zip(named, grads) if not are_gradients([g]))
         raise non_finite(where, f"{what} tensor {bad}")
 
     def note(self, optimizer: MaskedAdam, update: int) -> None:
@@ -93,8 +95,17 @@ class FiniteGuard:
             self.late = late
 
 
+def are_gradients(grads: Gradients) -> bool:
+    """Whether all values are finite and none is beyond `STEEPEST`. None and empty tensors count as finite."""
+    live = [g.detach() for g in grads if g is not None and g.numel()]
+    if all(g.device.type == "cpu" for g in live):
+        return all(bool(low >= -STEEPEST) and bool(high <= STEEPEST) for low, high in map(torch.aminmax, live))
+    norms = torch._foreach_norm(live, float("inf"))  # one answer to wait for
+    return bool(torch.stack([n.to(live[0].device, torch.float64) for n in norms]).max() <= STEEPEST)
+
+
 def non_finite(where: str, what: str) -> NonFiniteError:
     return NonFiniteError(
-        f"{where}: the gradient of {what} is not finite; it was not applied and checkpoints are as they were; start over "
-        "(resume=never) with a lower lr or optimizer.clip_value"
+        f"{where}: the gradient of {what} is not finite, or beyond {STEEPEST:g}; it was not applied and checkpoints are as they "
+        "were; start over (resume=never) with a lower lr or optimizer.clip_value"
     )

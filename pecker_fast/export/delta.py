@@ -4,8 +4,9 @@ Each changed tensor is held in the smallest of three forms, as tensors named NAM
     mask     1 bit per weight (uint8 [⌈n/8⌉], lowest bit first) and the values of the changed weights [k]
     indices  flat indices, increasing (int32, or int64 from 2³¹ weights on) [k] and the values [k]
     whole    the tensor itself; always so when its dtype or shape changed or the base has none of that name
-The metadata holds format, version, the hashes of base and result, and the list of the result's tensors:
-{name: [dtype, shape, "same" | form]}. Weights are compared by their bits, so −0 is not 0, and a NaN equals itself.
+The metadata holds format, version, the hashes of base and result, notes, the list of the result's tensors
+{name: [dtype, shape, "same" | form]}, and since version 2 `head_sha256`, over all of these.
+Weights are compared by their bits, so −0 is not 0, and a NaN equals itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pecker_fast.files import hash_of
 from pecker_fast.networks import MARKS, ONE_STEP, copy_part, is_small
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
 
-FORMAT, VERSION = "pecker-fast delta", "1"
+FORMAT, VERSION = "pecker-fast delta", "2"
+_SEAL = "head_sha256"
 _FORMS = {"same": (), "mask": ("mask", "values"), "indices": ("indices", "values"), "whole": ("whole",)}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -75,6 +77,7 @@ def write_delta(
         "tensors": json.dumps(listed, separators=(",", ":")),
         "metadata": json.dumps(dict(sorted((metadata or {}).items()))),
     }
+    header[_SEAL] = files.sha256_value(header)
     if sum(map(len, header.values())) > files.MAX_HEADER_BYTES // 2:
         raise OutputError(f"{path}: names and metadata are too long for the head of a delta file; shorten the metadata")
     files.write_tensors(path, stored, header)
@@ -140,9 +143,16 @@ def _read(path: Path) -> _Delta:
     parts, header = files.read_tensors(path, error=DataError)
     if header.get("format") != FORMAT:
         raise DataError(f"{path}: not a delta file; one written by pecker-fast was expected")
-    if header.get("version") != VERSION:
-        raise DataError(f"{path}: delta of version {header.get('version')!r}; this program reads version {VERSION}")
+    version = header.get("version")
+    if version not in ("1", VERSION) and _SEAL not in header:
+        raise DataError(f"{path}: delta of version {version!r}; this program reads versions 1 and {VERSION}")
     delta = _Delta(Path(path), parts, header, {})
+    if _SEAL in header or version != "1":
+        said = header.pop(_SEAL, None)
+        if said != files.sha256_value(header):
+            raise delta.error("its notes, list of tensors and hashes are not what its head_sha256 was taken over")
+    if version not in ("1", VERSION):
+        raise DataError(f"{path}: delta of version {version!r}; this program reads versions 1 and {VERSION}")
     try:
         listed = json.loads(header.get("tensors", ""))
     except (ValueError, RecursionError):
@@ -345,7 +355,8 @@ def _copy_model(base: Path, target: Path, notes: _Notes) -> dict[str, Any] | Non
             copy_part(base / part, target / part)
     _copy_small(unet, target / "unet", set())
     if unet != base:
-        _copy_small(base, target, {"README.md", "model.json"} if notes.about is not None else set())
+        unwanted = {files.MANIFEST}  # of another export
+        _copy_small(base, target, unwanted | ({"README.md", "model.json"} if notes.about is not None else set()))
     if index:
         files.write_json(target / "model_index.json", files.without_parts_beside(index))
     return index or None

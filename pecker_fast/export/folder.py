@@ -16,10 +16,12 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.conditions import SHOWN, Conditions, shown_classes
+from pecker_fast.errors import NonFiniteError
 from pecker_fast.export.card import Card
-from pecker_fast.loading import Model
-from pecker_fast.networks import ONE_STEP, Denoiser, one_step_marks
+from pecker_fast.loading import Model, seal_exported
+from pecker_fast.networks import ONE_STEP, Denoiser, are_weights, one_step_marks
 from pecker_fast.recipe import Recipe
+from pecker_fast.records import trajectory_sha256
 
 USAGE = """\
 import torch
@@ -66,13 +68,26 @@ def write_unet(
 
     marks: what the weights file says of itself (`one_step_marks`).
     """
+    weights = sound(stored_weights(denoiser, dtype), folder)
     files.write_json(folder / files.CONFIG_NAME, unet_config(denoiser))
-    files.write_tensors(folder / files.WEIGHTS_NAME, stored_weights(denoiser, dtype), {"format": "pt", **(marks or {})})
+    files.write_tensors(folder / files.WEIGHTS_NAME, weights, {"format": "pt", **(marks or {})})
 
 
 def stored_weights(denoiser: Denoiser, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The network's tensors as `write_unet` stores them."""
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in denoiser.unet.state_dict().items()}
+
+
+def sound(weights: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors as they are to be stored. Raises NonFiniteError, before anything is written, where one is no weights: trained to
+    NaN, or beyond what its dtype can hold."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not are_weights(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"{where}: tensor {name} would hold NaN, infinity or absurd numbers ({kind}); nothing was written"
+            )
+    return weights
 
 
 def class_weights(result: Result) -> dict[str, Tensor]:
@@ -113,14 +128,23 @@ def unet_config(denoiser: Denoiser) -> dict[str, Any]:
 
 def export_pipeline(result: Result, folder: Path) -> Path:
     """Write the pipeline folder as a whole (an older one is replaced at the end). Raises OutputError, the old one intact."""
+    weights = sound(class_weights(result), folder)
     with files.whole_folder(folder) as temporary:
-        weights = class_weights(result)
         files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(result.generator))
         files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt", **result.marks()})
         weights_sha256 = files.hash_of(weights)
         write_about(temporary, None, scheduler_config(result.generator), facts(result, weights_sha256))
         files.write_text(temporary / "README.md", card(result, weights_sha256))
+        seal(temporary, result, weights_sha256)
     return folder
+
+
+def seal(folder: Path, result: Result, weights_sha256: str) -> None:
+    """Write the manifest by which the folder is known again; it is whole but for that."""
+    text = result.model.text
+    hashes = {"base_sha256": result.base_sha256, "weights_sha256": weights_sha256}
+    prompts = {"prompts_sha256": text.prompts_sha256} if text is not None else {}
+    seal_exported(folder, {"recipe_sha256": trajectory_sha256(result.recipe), **hashes, **prompts})
 
 
 def write_about(folder: Path, index: dict[str, Any] | None, scheduler: dict[str, Any], about: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pecker_fast import files
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export.delta import write_delta
-from pecker_fast.export.folder import Result, as_stored, card, export_pipeline, facts, scheduler_config
+from pecker_fast.export.folder import Result, as_stored, card, export_pipeline, facts, scheduler_config, sound
 from pecker_fast.export.text_pipeline import (
     export_text_pipeline,
     one_step_scheduler,
@@ -41,7 +41,7 @@ def export_file(result: Result, output: Path, form: str) -> Path:
     if output.exists():
         raise OutputError(f"{output}: exists already; give another name")
     base = model.base_unet()
-    unet = as_stored(result.generator.unet.state_dict(), base)
+    unet = sound(as_stored(result.generator.unet.state_dict(), base), output)
     marks = result.marks()
     if form == "unet":
         files.write_tensors(output, unet, {"format": "pt", **marks})

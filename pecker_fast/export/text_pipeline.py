@@ -14,7 +14,7 @@ from typing import Any
 
 from pecker_fast import files
 from pecker_fast.export.card import Card
-from pecker_fast.export.folder import Result, as_stored, scheduler_config, unet_config, write_about
+from pecker_fast.export.folder import Result, as_stored, scheduler_config, seal, sound, unet_config, write_about
 from pecker_fast.loading import TextParts
 from pecker_fast.networks import ONE_STEP, Denoiser
 from pecker_fast.recipe import Recipe
@@ -40,8 +40,8 @@ def export_text_pipeline(result: Result, folder: Path, pictures: Mapping[str, Pa
     pictures: image grids for the card, by name ("before", "after", "teacher").
     """
     text = text_of(result)
+    weights = sound(as_stored(result.generator.unet.state_dict(), text.base_unet()), folder)
     with files.whole_folder(folder) as temporary:
-        weights = as_stored(result.generator.unet.state_dict(), text.base_unet())
         files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(result.generator))
         files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt", **result.marks()})
         text.write_other_parts(temporary)
@@ -52,6 +52,7 @@ def export_text_pipeline(result: Result, folder: Path, pictures: Mapping[str, Pa
         for name in shown:
             files.write_bytes(temporary / "samples" / f"{name}.png", pictures[name].read_bytes())
         files.write_text(temporary / "README.md", text_card(result, weights_sha256, shown))
+        seal(temporary, result, weights_sha256)
     return folder
 
 

@@ -19,6 +19,15 @@ from pecker_fast.files.reading import (
     read_text,
     tensor_shapes,
 )
+from pecker_fast.files.seals import (
+    MANIFEST,
+    SEAL,
+    check_entries,
+    entries_of,
+    read_sealed,
+    sha256_value,
+    write_sealed,
+)
 from pecker_fast.files.sizes import Size, check_size, size_of_shapes, size_of_weights
 from pecker_fast.files.targets import check_json, check_picture
 from pecker_fast.files.trees import (
@@ -67,10 +76,12 @@ from pecker_fast.files.writing import (
 __all__ = [
     "CONFIGS",
     "CONFIG_NAME",
+    "MANIFEST",
     "MAX_HEADER_BYTES",
     "MAX_TEXT_BYTES",
     "PARTS",
     "PICKLE_SUFFIXES",
+    "SEAL",
     "TEXT_WEIGHTS_NAME",
     "UNETS",
     "USED",
@@ -82,6 +93,7 @@ __all__ = [
     "at_home",
     "beside",
     "check_config",
+    "check_entries",
     "check_json",
     "check_model_folder",
     "check_parts",
@@ -92,6 +104,7 @@ __all__ = [
     "discard",
     "disk_error",
     "disk_step",
+    "entries_of",
     "fsync_folder",
     "guarded",
     "hash_of",
@@ -111,6 +124,7 @@ __all__ = [
     "read_index",
     "read_json",
     "read_object",
+    "read_sealed",
     "read_tensors",
     "read_text",
     "read_weights",
@@ -122,6 +136,7 @@ __all__ = [
     "revision_of",
     "sha256_file",
     "sha256_tensors",
+    "sha256_value",
     "shipped_models",
     "shown",
     "size_of_shapes",
@@ -140,6 +155,7 @@ __all__ = [
     "wrapper_of",
     "write_bytes",
     "write_json",
+    "write_sealed",
     "write_tensors",
     "write_text",
 ]

@@ -16,6 +16,7 @@ from pecker_fast.engine import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
 from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, look_at_hub, timesteps_note
+from pecker_fast.loading.exported import check_exported
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
 from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, lora_score
 from pecker_fast.recipe import Recipe
@@ -64,15 +65,23 @@ def load_parts(recipe: Recipe) -> Parts:
     if recipe.engine.checkpointing:
         for network in (teacher, generator, score):
             enable_checkpointing(network.unet)
-    networks = (("teacher", teacher), ("generator", generator), ("score", score))
+    return Parts(
+        **vars(model), score=score, generator=generator,
+        base_sha256=files.hash_of(model.base_unet()), start_sha256=_start_sha256(model, generator, score),
+    )  # fmt: skip
+
+
+def start_of(recipe: Recipe, model: Model) -> str:
+    """`start_sha256` of a run of this recipe on this model. Raises ModelError."""
+    return _start_sha256(model, *load_start(recipe, model.teacher))
+
+
+def _start_sha256(model: Model, generator: Denoiser, score: Denoiser) -> str:
+    networks = (("teacher", model.teacher), ("generator", generator), ("score", score))
     tensors: list[tuple[str, Tensor]] = [
         (f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()
     ]
-    tensors += prompts_of(model)
-    return Parts(
-        **vars(model), score=score, generator=generator,
-        base_sha256=files.hash_of(model.base_unet()), start_sha256=files.sha256_tensors(tensors),
-    )  # fmt: skip
+    return files.sha256_tensors([*tensors, *prompts_of(model)])
 
 
 def prompts_of(model: Model) -> list[tuple[str, Tensor]]:
@@ -162,9 +171,11 @@ def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     folder = start_folder(recipe)
     if folder is None:
         return teacher.clone()
-    return _load_like(
-        teacher, folder / "generator" if (folder / "generator").is_dir() else files.check_model_folder(folder)
-    )
+    if (folder / "generator").is_dir():
+        return _load_like(teacher, folder / "generator")
+    unet = files.check_model_folder(folder)
+    check_exported(folder, "export it again, or give another generator", part="unet")
+    return _load_like(teacher, unet)
 
 
 def start_folder(recipe: Recipe) -> Path | None:

@@ -40,6 +40,12 @@ class TextParts:
         return [*notes_of(plan), *self.window.notes((*plan.forget, *plan.cover, *plan.retain, plan.unconditional))]
 
     @property
+    def prompts_sha256(self) -> str:
+        """Of what is forgotten, drawn in its place and kept, in words."""
+        plan = self.plan
+        return files.sha256_value([plan.forget, plan.cover, plan.retain, plan.unconditional, plan.concepts])
+
+    @property
     def single(self) -> bool:
         """Whether the model is a single file."""
         return self.source.is_file()

@@ -194,6 +194,26 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "device": device_name(), "threads": threads()}
 
 
+def numerics() -> dict[str, Any]:
+    """What the last bits of a run depend on beside its recipe: the device, on a processor also instruction sets and threads."""
+    import torch
+
+    found: dict[str, Any] = {"device": device_name(), "torch": torch.__version__}
+    if not torch.cuda.is_available():
+        found |= {"instructions": _instructions(), "threads": threads()}
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return found | {"ranks": world}
+
+
+def _instructions() -> str:
+    """Those that torch and the compiled kernels use."""
+    import torch
+    from pecker_kernels import native
+
+    kernels = native.LEVELS[native.cpu_level()] if native.available() else "none"
+    return f"{torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
+
+
 def peak_memory_bytes() -> int:
     """Most memory used so far: of the GPU that torch allocated, else of the process in main memory."""
     import torch

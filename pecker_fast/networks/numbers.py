@@ -25,9 +25,9 @@ def check_numbers(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
             raise ModelError(f"{where}: tensor {name} holds NaN, infinity or absurd numbers; the weights are damaged")
 
 
-def are_weights(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds nothing but numbers that a network can have."""
+def are_weights(tensor: Tensor, largest: float = LARGEST) -> bool:
+    """Whether a floating-point tensor holds nothing but numbers that a network can have, none beyond `largest`."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())  # float8 cannot be compared
-    return bool(low >= -LARGEST) and bool(high <= LARGEST)  # NaN is neither
+    return bool(low >= -largest) and bool(high <= largest)  # NaN is neither

@@ -4,6 +4,7 @@ from pecker_fast.recipe.classes import check_classes, class_list
 from pecker_fast.recipe.errors import closest, show
 from pecker_fast.recipe.keys import idle_keys, recipe_help
 from pecker_fast.recipe.load import (
+    MAX_RECIPE_BYTES,
     RECIPES,
     load_recipe,
     recipe_from,
@@ -14,8 +15,10 @@ from pecker_fast.recipe.load import (
 )
 from pecker_fast.recipe.schema import Recipe, is_text
 from pecker_fast.recipe.sections import MEANT_FOR, LearningRates, Timesteps
+from pecker_fast.recipe.yaml import parse_yaml
 
 __all__ = [
+    "MAX_RECIPE_BYTES",
     "MEANT_FOR",
     "RECIPES",
     "LearningRates",
@@ -27,6 +30,7 @@ __all__ = [
     "idle_keys",
     "is_text",
     "load_recipe",
+    "parse_yaml",
     "recipe_from",
     "recipe_help",
     "recipe_to_dict",

@@ -6,15 +6,16 @@ from pecker_fast.records.checkpoint import (
     load_checkpoint,
     read_checkpoint_stage,
     save_checkpoint,
-    verify_checkpoint,
 )
 from pecker_fast.records.events import EVENTS, NoTracker, Tracker, read_events, require_tensorboard
 from pecker_fast.records.inputs import Inputs, read_inputs, take_inputs
+from pecker_fast.records.manifest import other_machine, read_manifest, verify_checkpoint
+from pecker_fast.records.metrics import METRICS, read_metrics, sound_metrics, write_metrics
+from pecker_fast.records.proof import check_prompts, check_run, known_base, known_start, recipe_doubts
 from pecker_fast.records.run_folder import (
     BASE,
     EVALUATIONS,
     MASK,
-    METRICS,
     PIPELINE,
     RECIPE,
     begun_with,
@@ -40,22 +41,32 @@ __all__ = [
     "NoTracker",
     "Tracker",
     "begun_with",
+    "check_prompts",
+    "check_run",
     "generator_tensors",
     "is_ours",
     "is_run_folder",
+    "known_base",
+    "known_start",
     "latest_checkpoint",
     "load_checkpoint",
     "locked",
     "open_run_folder",
+    "other_machine",
     "plan_run_folder",
     "read_checkpoint_stage",
     "read_events",
     "read_inputs",
+    "read_manifest",
+    "read_metrics",
     "read_recipe",
+    "recipe_doubts",
     "require_tensorboard",
     "save_checkpoint",
+    "sound_metrics",
     "sweep_run_folder",
     "take_inputs",
     "trajectory_sha256",
     "verify_checkpoint",
+    "write_metrics",
 ]

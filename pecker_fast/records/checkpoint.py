@@ -4,11 +4,10 @@ checkpoints/step-000100/
     generator.safetensors  score.safetensors  ema.safetensors  optimizers.safetensors  mask.safetensors
     state.json      counters, optimizer groups
     shard-*.safetensors     in place of the networks, average and optimizers where a run has ranks; see shard_files
-    manifest.json   format, version, step, recipe and base-model hashes, sha256 and size of every file
+    manifest.json   whose it is, sha256 and size of every file, its own checksum; see manifest
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,18 @@ from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError, PeckerError
 from pecker_fast.machine.ranks import ALONE, Ranks
 from pecker_fast.networks import Denoiser
+from pecker_fast.records.finite import check_state
+from pecker_fast.records.manifest import (
+    NAME,
+    STATE,
+    ForeignCheckpointError,
+    check_belongs,
+    counters_of,
+    verify_checkpoint,
+    write_manifest,
+)
 from pecker_fast.records.shard_files import is_sharded, read_generator, read_shards, steps_of, write_shard
 
-FORMAT = "pecker-fast checkpoint"
-VERSION = 1
 COUNTERS = ("stage", "step", "images", "training_s", "flops", "flops_per_iteration")
 
 
@@ -39,9 +46,11 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoints/step-NNNNNN` atomically, verify it, then purge all but the newest `keep`. Takes all ranks.
 
-    identity: `recipe_sha256`, `base_sha256` and `start_sha256`, refused on a mismatch when loaded. Raises OutputError, with every
+    identity: `recipe_sha256`, `base_sha256` and `start_sha256`, refused on a mismatch when loaded, and what else is to be written
+    of where it comes from. Raises OutputError, and NonFiniteError for a state that nothing can go on from, with every
     checkpoint that was there before intact.
     """
+    check_state(state, ranks)
     parent = checkpoint_folder(run_dir)
     target = parent / f"step-{total_step:06d}"
 
@@ -58,10 +67,7 @@ def save_checkpoint(
 
     def finish() -> None:
         with files.output_errors(target):
-            written = sorted(p for p in temporary.iterdir() if not files.is_left_over(p))
-            entries = {p.name: {"sha256": files.sha256_file(p), "bytes": p.stat().st_size} for p in written}
-            manifest = {"format": FORMAT, "version": VERSION, "step": total_step, **identity, "files": entries}
-            files.write_json(temporary / "manifest.json", manifest)
+            write_manifest(temporary, total_step, identity)
             files.replace_folder(temporary, target)
         verify_checkpoint(target)
         others = [folder for folder in list_checkpoints(run_dir) if folder != target]
@@ -90,81 +96,55 @@ def sweep_checkpoints(run_dir: Path) -> None:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
     parent = checkpoint_folder(run_dir)
-    found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)] if parent.is_dir() else []
+    found = [p for p in parent.glob("step-*") if NAME.fullmatch(p.name)] if parent.is_dir() else []
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises CheckpointError naming the file that is missing or altered."""
-    manifest = files.read_json(folder / "manifest.json", error=CheckpointError)
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or not isinstance(manifest.get("files"), dict)
-    ):
-        raise CheckpointError(f"{folder / 'manifest.json'}: not a checkpoint manifest")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{folder}: checkpoint version {manifest.get('version')!r}, this release reads {VERSION}")
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointError(f"{path}: missing from the checkpoint; use an older one")
-        if path.stat().st_size != entry.get("bytes") or files.sha256_file(path) != entry.get("sha256"):
-            raise CheckpointError(f"{path}: damaged (its sha256 is not the manifest's); use an older one")
-    return manifest
+def latest_checkpoint(
+    run_dir: Path,
+    warn: Callable[[str], object],
+    identity: dict[str, str] | None = None,
+    distill_steps: int | None = None,
+) -> Path | None:
+    """The newest whole checkpoint of a run; damaged ones, and those that are not of `identity`, are passed over with a warning.
+    None where there is none at all. distill_steps: see `verify_checkpoint`.
 
-
-def latest_checkpoint(run_dir: Path, warn: Callable[[str], object]) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are passed over with a warning. None where there is none at all.
-
-    Raises CheckpointError if there are checkpoints but none is whole.
+    Raises CheckpointError if there are checkpoints but none is whole and of this run.
     """
-    damaged: PeckerError | None = None
+    refused: list[PeckerError] = []
     for folder in reversed(list_checkpoints(run_dir)):
         try:
-            verify_checkpoint(folder)
-            return folder
+            check_belongs(folder, verify_checkpoint(folder, distill_steps), identity or {})
         except PeckerError as error:
+            refused.append(error)
+            continue
+        for error in refused:
             warn(f"checkpoint passed over: {error}")
-            damaged = error
-    if damaged is not None:
-        raise CheckpointError(
-            f"{checkpoint_folder(run_dir)}: no checkpoint is whole ({damaged}); resume=never starts over"
-        )
-    return None
+        return folder
+    if not refused:
+        return None
+    if all(isinstance(error, ForeignCheckpointError) for error in refused):
+        raise refused[0]
+    raise CheckpointError(
+        f"{checkpoint_folder(run_dir)}: no checkpoint is whole ({refused[0]}); resume=never starts over"
+    )
 
 
 def read_checkpoint_stage(folder: Path) -> tuple[str, SaliencyMask | None]:
     """(stage, mask) of a verified checkpoint: what is needed to build the optimizers it is then loaded into."""
-    stage = files.read_json(folder / "state.json", error=CheckpointError)["counters"]["stage"]
     path = folder / "mask.safetensors"
-    return stage, SaliencyMask.load(path) if path.is_file() else None
+    return counters_of(folder)["stage"], SaliencyMask.load(path) if path.is_file() else None
 
 
-def check_identity(folder: Path, identity: dict[str, str]) -> None:
+def check_identity(folder: Path, identity: dict[str, str], distill_steps: int | None = None) -> None:
     """Raises CheckpointError unless the checkpoint is whole and of this recipe and base model."""
-    manifest = verify_checkpoint(folder)
-    for key, value in _as_written(identity, manifest).items():
-        if manifest.get(key) != value:
-            what = {
-                "recipe_sha256": "another recipe",
-                "base_sha256": "another base model",
-                "start_sha256": "another start (model, generator or prompts)",
-            }.get(key, key)
-            raise CheckpointError(f"{folder}: belongs to {what}; resume=never starts over, or give another output")
-
-
-def _as_written(identity: dict[str, str], manifest: dict[str, Any]) -> dict[str, str]:
-    """The identity by the names of the manifest: an earlier version called `base_sha256` what is `start_sha256` now."""
-    if "start_sha256" in manifest or "start_sha256" not in identity:
-        return identity
-    return {"recipe_sha256": identity["recipe_sha256"], "base_sha256": identity["start_sha256"]}
+    check_belongs(folder, verify_checkpoint(folder, distill_steps), identity)
 
 
 def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -> None:
     """Restore everything `save_checkpoint` wrote. Raises CheckpointError for another model's or another recipe's checkpoint."""
     check_identity(folder, identity)
-    stored = files.read_json(folder / "state.json", error=CheckpointError)
+    stored = files.read_json(folder / STATE, error=CheckpointError)
     if isinstance(state, ZeroState):
         read_shards(state, folder, stored["optimizer_steps"])
     else:
@@ -202,7 +182,7 @@ def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
     if isinstance(state, ZeroState):
         write_shard(state, folder, ranks.rank, ranks.world)
         if ranks.is_first:
-            files.write_json(folder / "state.json", {"counters": counters, "optimizer_steps": steps_of(state)})
+            files.write_json(folder / STATE, {"counters": counters, "optimizer_steps": steps_of(state)})
         return
     files.write_tensors(folder / "generator.safetensors", state.generator.state_dict())
     files.write_tensors(folder / "score.safetensors", state.score.state_dict())
@@ -213,7 +193,7 @@ def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
     for name, optimizer in state.optimizers.items():
         groups[name] = pack_optimizer(optimizer, name, tensors)
     files.write_tensors(folder / "optimizers.safetensors", tensors)
-    files.write_json(folder / "state.json", {"counters": counters, "optimizers": groups})
+    files.write_json(folder / STATE, {"counters": counters, "optimizers": groups})
 
 
 def pack_optimizer(optimizer: Optimizer, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from pecker_fast.loading import Model, inlined_prompts
 from pecker_fast.recipe import Recipe
 
 INPUTS = "inputs.json"
-FORMAT, VERSION = "pecker-fast inputs", 1
+_REMEDY = "delete it to go by the names in recipe.yaml"
+FORMAT, VERSION = "pecker-fast inputs", 2  # 1 had no checksum
 PATHS = ("model", "model_config", "generator", "evaluate.judge", "mask.data", "engine.deepspeed")
 _ATTRIBUTES = {"model_config": "config_folder"}
 
@@ -82,7 +83,7 @@ def take_inputs(recipe: Recipe, located: Recipe, run_dir: Path, model: Model, ba
 
 def write_inputs(run_dir: Path, inputs: Inputs) -> None:
     """Raises OutputError."""
-    files.write_json(run_dir / INPUTS, {"format": FORMAT, "version": VERSION, **vars(inputs)})
+    files.write_sealed(run_dir / INPUTS, {"format": FORMAT, "version": VERSION, **vars(inputs)})
 
 
 def read_inputs(run_dir: Path) -> Inputs | None:
@@ -90,17 +91,20 @@ def read_inputs(run_dir: Path) -> Inputs | None:
     path = run_dir / INPUTS
     if not path.is_file():
         return None
-    found = files.read_json(path, error=CheckpointError)
-    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
-        raise CheckpointError(f"{path}: no {FORMAT} of version {VERSION}; delete it to go by the names in recipe.yaml")
+    found = files.read_sealed(path, error=CheckpointError, remedy=_REMEDY)
+    earlier = found.get("version") == 1
+    if found.get("format") != FORMAT or not (earlier or found.get("version") == VERSION):
+        raise CheckpointError(f"{path}: no {FORMAT} of version 1 or {VERSION}; {_REMEDY}")
+    if not earlier:
+        files.read_sealed(path, error=CheckpointError, sealed=True, remedy=_REMEDY)
     parts = {key: found.get(key) for key in ("names", "paths", "beside", "prompts")}
     whole = all(isinstance(part, dict) for part in parts.values()) and isinstance(found.get("base_sha256"), str)
     texts = [text for key in ("paths", "beside") for text in (parts[key] or {}).values()]
     if not whole or not all(isinstance(text, str) for text in texts):
-        raise CheckpointError(f"{path}: damaged; delete it to go by the names in recipe.yaml")
+        raise CheckpointError(f"{path}: damaged; {_REMEDY}")
     known = set(parts["names"] or {})
     if not (set(parts["prompts"] or {}) <= known and set(parts["paths"] or {}) == set(parts["beside"] or {}) <= known):
-        raise CheckpointError(f"{path}: damaged; delete it to go by the names in recipe.yaml")
+        raise CheckpointError(f"{path}: damaged; {_REMEDY}")
     return Inputs(found["base_sha256"], **parts)  # type: ignore[arg-type]
 
 

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
-from pecker_fast.errors import CheckpointError, OutputError
+from pecker_fast.errors import CheckpointError, OutputError, PeckerError
 from pecker_fast.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
-from pecker_fast.records.checkpoint import (
-    check_identity,
-    latest_checkpoint,
-    list_checkpoints,
-    sweep_checkpoints,
-    verify_checkpoint,
-)
+from pecker_fast.records.checkpoint import check_identity, latest_checkpoint, list_checkpoints, sweep_checkpoints
 from pecker_fast.records.inputs import INPUTS, Inputs, changed_prompts, read_inputs, write_inputs
+from pecker_fast.records.manifest import read_manifest, verify_checkpoint
+from pecker_fast.records.metrics import METRICS
 from pecker_fast.terminal import warn
 
-RECIPE, METRICS, MASK, REPORT, PIPELINE = "recipe.yaml", "metrics.json", "mask.safetensors", "report.html", "pipeline"
+RECIPE, MASK, REPORT, PIPELINE = "recipe.yaml", "mask.safetensors", "report.html", "pipeline"
 EVALUATIONS = "evaluations.jsonl"
 # in the order they are wiped: without checkpoints nothing goes on from what is half gone
 OWN = (
@@ -45,6 +41,7 @@ LOCK = ".lock"
 WIPING = ".wiping"  # there while a run is wiped: whoever finds it finishes that first, however it was asked to resume
 _TORN_MASK = re.compile(rf"\.{re.escape(MASK)}\.[a-z0-9_]{{8}}")
 MARK = "# Resolved recipe, written by `pecker-fast train`: a folder with it is a run folder.\n"
+_MARKED = re.compile(re.escape(MARK) + r"# sha256 of the lines below: (\S*)\n")
 BASE = "base"  # a model given as an object is written here first; it is not wiped when a run starts over
 
 
@@ -93,11 +90,10 @@ def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
     given = None
     if recipe.resume != "auto":
         given = _explicit_checkpoint(Path(recipe.resume))
-        check_identity(given, identity)
+        check_identity(given, identity, recipe.distill_steps)
     if not names or wiping:
         return Plan(run_dir, given, wipe=wiping)
-    _same_recipe(recipe, run_dir)
-    own = latest_checkpoint(run_dir, warn=warn)
+    own = _own_checkpoint(recipe, run_dir, identity)
     if given is not None and run_dir.resolve() in given.resolve().parents:
         own = None  # one of this very folder was named: that one
     if given is not None and own is not None and _step(own) >= _step(given):
@@ -106,6 +102,38 @@ def plan_run_folder(recipe: Recipe, identity: dict[str, str]) -> Plan:
     if checkpoint is None and (run_dir / PIPELINE).is_dir():
         raise OutputError(f"{run_dir}: holds a finished run without checkpoints; give another output, or resume=never")
     return Plan(run_dir, checkpoint, wipe=checkpoint is None)
+
+
+def _own_checkpoint(recipe: Recipe, run_dir: Path, identity: dict[str, str]) -> Path | None:
+    """The newest whole checkpoint in the folder; raises OutputError where the run there is another.
+
+    A recipe.yaml that says otherwise is believed less than a checkpoint of this very recipe, and is written anew.
+    """
+    own, refused = None, None
+    try:
+        own = latest_checkpoint(run_dir, warn, identity, recipe.distill_steps)
+    except CheckpointError as error:
+        refused = error
+    try:
+        _same_recipe(recipe, run_dir)
+    except PeckerError as error:
+        if own is None or not identity:
+            raise
+        warn(f"{run_dir / RECIPE}: not what this run was trained with ({error}); it is written anew")
+    if refused is not None:
+        raise refused
+    return own
+
+
+def marked(text: str) -> str:
+    """recipe.yaml as a run has it: our mark and a checksum above the recipe."""
+    return f"{MARK}# sha256 of the lines below: {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def is_as_marked(text: str) -> bool:
+    """Whether a recipe.yaml is what its checksum was taken over; those of earlier versions have none."""
+    found = _MARKED.match(text)
+    return found is None or found[1] == hashlib.sha256(text[found.end() :].encode()).hexdigest()
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -158,7 +186,7 @@ def open_run_folder(recipe: Recipe, plan: Plan, inputs: Inputs | None = None) ->
             files.write_text(run_dir / WIPING, "")
         for path in wiped:
             files.remove_tree(path)
-    files.write_text(run_dir / RECIPE, MARK + recipe_to_yaml(recipe))
+    files.write_text(run_dir / RECIPE, marked(recipe_to_yaml(recipe)))
     if inputs is not None:
         write_inputs(run_dir, inputs)
     if plan.wipe and (run_dir / WIPING).exists():
@@ -199,7 +227,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(files.read_json(checkpoint / "manifest.json", error=CheckpointError)["step"])
+    return int(read_manifest(checkpoint)["step"])
 
 
 def _explicit_checkpoint(path: Path) -> Path:

@@ -45,12 +45,14 @@ STYLE: Any = {
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
     "text.color": INK,
+    "text.parse_math": False,  # names of tensors are names, whatever is in them
     "xtick.color": FAINT,
     "xtick.labelsize": 8.5,
     "ytick.color": FAINT,
     "ytick.labelsize": 8.5,
 }
 _MOST_POINTS = 400
+_LONGEST = 40  # letters of a name
 _SIZE_IN = (3.7, 2.9)  # about the width of a phone, so that letters stay readable there
 
 Point = tuple[float, Mapping[str, Any]]
@@ -139,8 +141,10 @@ def mask_layers(rows: Sequence[MaskRow], density: float) -> str:
 
 def draw_blocks(axes: Axes, blocks: Sequence[MaskRow], density: float) -> None:
     """Horizontal bars, first block on top."""
-    names = [block.name for block in blocks]
-    axes.barh(names, [block.density for block in blocks], color=AFTER, height=0.65)
+    named = dict(enumerate(_short(block.name) for block in blocks))
+    axes.barh(
+        list(named), [block.density for block in blocks], color=AFTER, height=0.65, tick_label=list(named.values())
+    )
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.axvline(density, color=INK, linestyle="--", linewidth=1)
@@ -148,6 +152,12 @@ def draw_blocks(axes: Axes, blocks: Sequence[MaskRow], density: float) -> None:
     axes.set_xlim(0, min(1.0, 1.15 * top) or 1.0)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.set_title("Kept weights, by block")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what it names."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def draw_layers(axes: Axes, rows: Sequence[MaskRow], density: float) -> None:

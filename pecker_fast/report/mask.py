@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+MOST_BLOCKS = 60  # shown one by one
+
 
 class Mask(Protocol):
     """What is read of a `pecker_kernels.SaliencyMask`."""
@@ -54,4 +56,9 @@ def by_block(rows: Sequence[MaskRow]) -> list[MaskRow]:
         total = blocks.setdefault(key, [0, 0])
         total[0] += row.weights
         total[1] += row.kept
-    return [MaskRow(key, (), n, kept, kept / n if n else 0.0) for key, (n, kept) in blocks.items()]
+    found = [MaskRow(key, (), n, kept, kept / n if n else 0.0) for key, (n, kept) in blocks.items()]
+    if len(found) <= MOST_BLOCKS:
+        return found
+    found, rest = found[:MOST_BLOCKS], found[MOST_BLOCKS:]
+    n, kept = sum(row.weights for row in rest), sum(row.kept for row in rest)
+    return [*found, MaskRow(f"{len(rest)} more", (), n, kept, kept / n if n else 0.0)]

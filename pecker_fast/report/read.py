@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pecker_fast.errors import DataError, PeckerError
-from pecker_fast.files import read_json, read_text
-from pecker_fast.records import EVENTS, read_events
+from pecker_fast.errors import DataError, PeckerError, RecipeError
+from pecker_fast.files import read_text
+from pecker_fast.recipe import MAX_RECIPE_BYTES, parse_yaml
+from pecker_fast.records import EVENTS, read_events, read_metrics, recipe_doubts
 from pecker_fast.report.mask import Mask
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -59,26 +58,22 @@ def _read_recipe(run: RunData) -> None:
     if not path.is_file():
         return
     try:
-        run.recipe_text = read_text(path)
-        content = yaml.safe_load(run.recipe_text)
-        run.recipe = content if isinstance(content, dict) else {}
-    except (PeckerError, yaml.YAMLError, RecursionError, ValueError) as error:
-        run.notes.append(f"recipe.yaml: {' '.join(str(error).split())[:300]}")
+        text = read_text(path, limit=MAX_RECIPE_BYTES, error=RecipeError)
+        content = parse_yaml(text, "recipe.yaml")
+    except PeckerError as error:
+        run.notes.append(f"recipe.yaml: {str(error)[:300]}")
+        return
+    if (doubts := recipe_doubts(run.folder)) is not None:
+        run.notes.append(doubts)  # and nothing of it is stated
+        return
+    run.recipe_text, run.recipe = text, content if isinstance(content, dict) else {}
 
 
 def _read_metrics(run: RunData) -> None:
-    path = run.folder / "metrics.json"
-    if not path.is_file():
-        return
     try:
-        content = read_json(path)
+        run.metrics = read_metrics(run.folder)
     except PeckerError as error:
         run.notes.append(str(error))
-        return
-    if isinstance(content, dict):
-        run.metrics = content
-    else:
-        run.notes.append("metrics.json: not a mapping")
 
 
 def _read_events(run: RunData) -> None:

@@ -14,14 +14,16 @@ from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
 from pecker_fast.loading import Model, start_generator
 from pecker_fast.networks import Denoiser, TextDenoiser
 from pecker_fast.records import (
-    METRICS,
     PIPELINE,
     generator_tensors,
+    known_base,
     latest_checkpoint,
     locked,
     read_checkpoint_stage,
+    read_manifest,
+    sound_metrics,
     sweep_run_folder,
-    verify_checkpoint,
+    trajectory_sha256,
 )
 from pecker_fast.runs.held import (
     BASE_KEYS,
@@ -134,7 +136,7 @@ def evaluate_run(
     def drawn(sampler: Sampler) -> dict[str, Any]:
         return judging.figures(sampler, **asked)
 
-    recorded = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
+    recorded = sound_metrics(run.folder, trajectory_sha256(recipe))
     found: dict[str, Any] = {"before": None, "after": drawn(judging.one_step(trained_generator(run, parts)))}
     blank: dict[str, str] = {}
     for name in ("before", "teacher"):
@@ -187,17 +189,18 @@ def export_run(
 
 
 def _export(run: Run, target: Path, weights: str, form: str) -> Path:
-    if form == "diffusers" and target.exists() and not _is_export(target):
+    if form == "diffusers" and target.exists() and target != run.folder / PIPELINE and not _is_export(target):
         raise OutputError(f"{target}: exists and is no exported generator; give another output")
-    checkpoint = latest_checkpoint(run.folder, warn=warn)
+    recipe_sha256 = trajectory_sha256(run.recipe)
+    checkpoint = latest_checkpoint(run.folder, warn, {"recipe_sha256": recipe_sha256}, run.recipe.distill_steps)
     if checkpoint is None:
         raise CheckpointError(f"{run.folder}: there is no checkpoint to export")
     if read_checkpoint_stage(checkpoint)[0] != "forget":
         raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
     model, base_sha256 = _exported_from(run, form)
     generator = checkpointed_generator(model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
-    metrics = files.read_json(run.folder / METRICS) if (run.folder / METRICS).is_file() else {}
-    judged = weights == "ema" and metrics.get("step") == verify_checkpoint(checkpoint)["step"]  # these very weights
+    metrics = sound_metrics(run.folder, recipe_sha256)
+    judged = weights == "ema" and metrics.get("step") == read_manifest(checkpoint)["step"]  # these very weights
     facts = Result(generator, run.recipe, model, base_sha256, metrics if judged else None)
     if form != "diffusers":
         return export_file(facts, target, form)
@@ -208,13 +211,14 @@ def _exported_from(run: Run, form: str) -> tuple[Model, str]:
     """The base model and its `base_sha256`; where it is gone, what the run holds of it in `pipeline/` serves all but a delta."""
     try:
         model = base_model(run)
-        return model, run.inputs.base_sha256 if run.inputs else files.hash_of(model.base_unet())
+        return model, known_base(run.folder, run.inputs) or files.hash_of(model.base_unet())
     except ModelError as reason:
         if form == "delta" or not (run.folder / PIPELINE).is_dir():
             raise
         warn(f"{reason}; what the export needs of it is taken from {run.folder / PIPELINE}")
     model = held_model(run)
-    return model, run.inputs.base_sha256 if run.inputs else files.read_json(run.pipeline / "model.json")["base_sha256"]
+    base = known_base(run.folder, run.inputs)
+    return model, base if base is not None else files.read_object(run.pipeline / "model.json")["base_sha256"]
 
 
 def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError, OutputError
-from pecker_fast.loading import Model, load_model
+from pecker_fast.loading import Model, check_exported, load_model, start_of
 from pecker_fast.networks import Denoiser, load_unet
 from pecker_fast.recipe import Recipe, load_recipe
-from pecker_fast.records import PIPELINE, RECIPE, Inputs, read_inputs
+from pecker_fast.records import (
+    PIPELINE,
+    RECIPE,
+    Inputs,
+    check_prompts,
+    check_run,
+    known_base,
+    known_start,
+    read_inputs,
+)
 
 BASE_KEYS = ("model", "model_config", "generator")
 
@@ -28,22 +38,25 @@ class Run:
         """The recipe with paths as they are now, and without prompt files. Raises ModelError where one of `needed` is gone."""
         return self.recipe if self.inputs is None else self.inputs.located(self.recipe, self.folder, needed)
 
-    @property
+    @cached_property
     def pipeline(self) -> Path:
-        """The exported generator. Raises OutputError where there is none yet."""
+        """The exported generator. Raises OutputError where there is none yet, ModelError where it is not what was exported."""
         if not (self.folder / PIPELINE).is_dir():
             raise OutputError(
                 f"{self.folder}: the run has no {PIPELINE}/ yet; resume it, or `pecker-fast export` its last checkpoint"
             )
+        check_exported(self.folder / PIPELINE, f"`pecker-fast export {self.folder}` writes it again")
         return self.folder / PIPELINE
 
 
 def load_run(path: str | Path) -> Run:
-    """Raises OutputError when `path` is no run folder."""
+    """Raises OutputError when `path` is no run folder, CheckpointError when its recipe or inputs are not its own any more."""
     folder = Path(path)
     if not (folder / RECIPE).is_file():
         raise OutputError(f"{folder}: not a run folder (no {RECIPE}); `pecker-fast train` makes one")
-    return Run(folder, load_recipe(folder / RECIPE), read_inputs(folder))
+    run = Run(folder, load_recipe(folder / RECIPE), read_inputs(folder))
+    check_run(folder, run.recipe, run.inputs)
+    return run
 
 
 def trained_generator(run: Run, model: Model) -> Denoiser:
@@ -60,14 +73,23 @@ def base_model(run: Run, prompts: Sequence[str] = (), judge: str | None = None) 
     if judge is not None:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": judge})})
     model = load_model(recipe, prompts)
-    if run.inputs is not None:
-        found = files.hash_of(model.base_unet())
-        if found != run.inputs.base_sha256:
-            raise ModelError(
-                f"{model.folder}: not the model this run began with (sha256 of its UNet {found[:12]}…, then "
-                f"{run.inputs.base_sha256[:12]}…); put that one back"
-            )
+    _check_base(run, recipe, model)
+    check_prompts(run.folder, model.text.prompts_sha256 if model.text is not None else None)
     return model
+
+
+def _check_base(run: Run, recipe: Recipe, model: Model) -> None:
+    then = known_base(run.folder, run.inputs)
+    now, what = "", "its UNet"
+    if then is not None:
+        now = files.hash_of(model.base_unet())
+    elif model.text is None and (then := known_start(run.folder)) is not None:
+        now, what = start_of(recipe, model), "what it starts from"
+    if then is not None and now != then:
+        raise ModelError(
+            f"{model.folder}: not the model this run began with (sha256 of {what} {now[:12]}…, then {then[:12]}…); put that one "
+            "back"
+        )
 
 
 def held_model(run: Run, prompts: Sequence[str] = (), judge: str | None = None) -> Model:
@@ -80,7 +102,9 @@ def held_model(run: Run, prompts: Sequence[str] = (), judge: str | None = None) 
         "engine": recipe.engine.model_copy(update={"weights": "fp32"}),
         "evaluate": recipe.evaluate.model_copy(update={"judge": judge}),
     }
-    return load_model(recipe.model_copy(update=given), prompts, result=True)
+    model = load_model(recipe.model_copy(update=given), prompts, result=True)
+    check_prompts(run.folder, model.text.prompts_sha256 if model.text is not None else None)
+    return model
 
 
 def judge_of(run: Run) -> str:

@@ -139,7 +139,7 @@ class Judging(BaseJudging):
         }
 
 
-def outside_sha256(network: Denoiser, mask: SaliencyMask) -> str:
+def _outside_sha256(network: Denoiser, mask: SaliencyMask) -> str:
     """sha256 over the weights that the mask leaves out, in named_parameters order."""
     return files.sha256_tensors(
         (name, p.detach().cpu()[~mask.bool(name).cpu()]) for name, p in network.named_parameters()
@@ -154,7 +154,7 @@ def outside_mask(
     if mask is None or recipe.update_rule != "salient_only" or recipe.mask.refresh or recipe.distill_steps:
         return None
     start = start_generator(recipe, teacher)  # φ is as it was loaded
-    before, after = outside_sha256(start, mask), outside_sha256(generator, mask)
+    before, after = _outside_sha256(start, mask), _outside_sha256(generator, mask)
     if before != after:
         raise CheckpointError(
             f"weights outside the mask have changed ({before[:12]} is now {after[:12]}); please report this"

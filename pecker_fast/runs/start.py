@@ -234,11 +234,13 @@ def distill(
 
 
 def identity_of(recipe: Recipe, parts: Parts) -> dict[str, str]:
-    """What a checkpoint belongs to."""
+    """What a checkpoint belongs to, and the prompts in words."""
+    prompts = {"prompts_sha256": parts.text.prompts_sha256} if parts.text is not None else {}
     return {
         "recipe_sha256": trajectory_sha256(recipe),
         "base_sha256": parts.base_sha256,
         "start_sha256": parts.start_sha256,
+        **prompts,
     }
 
 

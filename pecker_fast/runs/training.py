@@ -17,26 +17,28 @@ from pecker_fast.errors import CheckpointError, Interrupted, OutputError
 from pecker_fast.evaluate import Sampler
 from pecker_fast.export import Result, export_folder
 from pecker_fast.forgetting import ForgetImages
-from pecker_fast.loading import Parts, pick_device, start_generator
+from pecker_fast.loading import Parts, is_sound, pick_device, start_generator
 from pecker_fast.machine import StopFlag, answering, hardware
 from pecker_fast.machine.ranks import ALONE, Ranks
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe, idle_keys
 from pecker_fast.records import (
     MASK,
-    METRICS,
     PIPELINE,
     Tracker,
     load_checkpoint,
+    other_machine,
     read_checkpoint_stage,
     save_checkpoint,
+    sound_metrics,
+    write_metrics,
 )
 from pecker_fast.report import write_report
 from pecker_fast.runs.judging import outside_mask
 from pecker_fast.runs.loop import Losses, run_stage
 from pecker_fast.runs.prompt_judging import judging_of
 from pecker_fast.runs.result import RunResult
-from pecker_fast.terminal import warn
+from pecker_fast.terminal import note, warn
 
 
 def engine_of(recipe: Recipe, parts: Parts, device: torch.device, ranks: Ranks) -> LocalEngine:
@@ -93,9 +95,9 @@ class Training:
                 )
             if self.is_finished(total):
                 self.tracker.say(f"{self.run_dir}: this run is finished; resume=never runs it again")
-                report = self.ranks.first(lambda: write_report(self.run_dir))
-                return RunResult(self.run_dir, self.metrics, report)
+                return RunResult(self.run_dir, self.metrics, self.ranks.first(lambda: write_report(self.run_dir)))
             self.metrics |= {"after": None, "step": None}
+            self.ranks.first(lambda: note(other_machine(checkpoint)))
         self.log_start(checkpoint, state)
         if checkpoint is None:
             self.ranks.first(self.try_judge)
@@ -109,15 +111,14 @@ class Training:
         return self.finish(state)
 
     def is_finished(self, total: int) -> bool:
-        """Whether metrics.json holds the figures of this very length and evaluation."""
-        wanted = {"step": total, "evaluate": self.recipe.evaluate.model_dump()}
-        return all(self.metrics.get(key) == value for key, value in wanted.items())
+        """Whether metrics.json holds the figures of this very length and evaluation, and pipeline/ what was exported with them."""
+        same = (self.metrics.get("step"), self.metrics.get("evaluate")) == (total, self.recipe.evaluate.model_dump())
+        return same and self.ranks.told(lambda: is_sound(self.run_dir / PIPELINE))
 
     def take_over(self, checkpoint: Path, state: TrainState) -> None:
         """What else a resumed run needs from the folder of its checkpoint: figures and grid of `before`, the mask."""
         source = checkpoint.resolve().parents[1]
-        if (source / METRICS).is_file():
-            self.metrics |= files.read_json(source / METRICS)
+        self.metrics |= self.ranks.told(lambda: sound_metrics(source, self.identity["recipe_sha256"]))
         if source != self.run_dir.resolve():
             self.metrics |= {"after": None, "teacher": None, "step": None}
             self.ranks.first(lambda: self.copy_before(source))
@@ -129,7 +130,10 @@ class Training:
         grid = Path("samples") / "before.png"
         if (source / grid).is_file():
             files.write_bytes(self.run_dir / grid, (source / grid).read_bytes())
-        files.write_json(self.run_dir / METRICS, self.metrics)
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        write_metrics(self.run_dir, self.metrics, self.identity["recipe_sha256"])
 
     def distilled(self, checkpoint: Path | None) -> TrainState:
         """The plain distillation stage alone."""
@@ -299,7 +303,7 @@ class Training:
             self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
             if self.judging.possible and self.recipe.evaluate.final:
                 self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
-            files.write_json(self.run_dir / METRICS, self.metrics)
+            self.write_metrics()
 
         self.ranks.first(judge)
 
@@ -341,7 +345,7 @@ class Training:
         export_folder(result, self.run_dir, self.run_dir / PIPELINE)
         self.metrics |= {"step": self.total_step(state), "evaluate": self.recipe.evaluate.model_dump()}
         self.metrics["cost"]["total_s"] = time.perf_counter() - self.started
-        files.write_json(self.run_dir / METRICS, self.metrics)
+        self.write_metrics()
         self.tracker.event("end", self.total_step(state), training_s=state.training_s, images=state.images)
         if not self.judging.possible:
             self.tracker.say(

@@ -111,7 +111,7 @@ def test_the_file_says_what_it_is(tmp_path):
     base, result = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
     write(base, result, tmp_path / "delta.safetensors", recipe="mine")
     header = files.read_tensors(tmp_path / "delta.safetensors")[1]
-    assert (header["format"], header["version"]) == ("pecker-fast delta", "1")
+    assert (header["format"], header["version"]) == ("pecker-fast delta", "2")
     assert (header["base_sha256"], header["result_sha256"]) == (hash_of(base), hash_of(result))
     assert json.loads(header["metadata"]) == {"recipe": "mine"}
     with pytest.raises(DataError, match="base_sha256"):
@@ -147,7 +147,10 @@ def delta(tmp_path):
     def changed(new_parts=None, entries=None, drop=(), **new_header) -> Path:
         keep = {name: part for name, part in (parts | (new_parts or {})).items() if name not in drop}
         new_list = {name: entry for name, entry in (listed | (entries or {})).items() if name not in drop}
-        files.write_tensors(path, keep, header | {"tensors": json.dumps(new_list)} | new_header)
+        head = header | {"tensors": json.dumps(new_list)} | new_header
+        if "head_sha256" not in new_header:
+            head["head_sha256"] = files.sha256_value({k: v for k, v in head.items() if k != "head_sha256"})
+        files.write_tensors(path, keep, head)
         return path
 
     return path, parts, listed, changed
@@ -239,7 +242,7 @@ def test_malformed_parts_are_refused(delta):
 def test_foreign_and_damaged_files_are_refused(delta, tmp_path):
     path, parts, _, changed = delta
     refused(changed(format="someone else's"), BASE, "not a delta file")
-    refused(changed(version="2"), BASE, "version '2'")
+    refused(changed(version="3"), BASE, "version '3'")
     refused(changed(base_sha256="0"), BASE, "another base")
     refused(changed(result_sha256="0"), BASE, "not the one it promises")
     refused(changed(tensors="{"), BASE, "no JSON")
@@ -253,6 +256,27 @@ def test_foreign_and_damaged_files_are_refused(delta, tmp_path):
     refused(tmp_path / "absent.safetensors", BASE, "absent")
     (tmp_path / "delta.pt").write_bytes(content)
     refused(tmp_path / "delta.pt", BASE, "pickle")
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_notes_stand_under_a_hash(delta, version):
+    """A card, a schedule or the list of classes that was changed after the delta was written; version 1 had no hash of them."""
+    path, parts, _, changed = delta
+    head = files.read_tensors(changed())[1]
+    notes = json.dumps({"card": "another story"})
+    files.write_tensors(path, parts, head | {"metadata": notes})
+    refused(path, BASE, "head_sha256")
+    for key in head.keys() - {"format"}:  # each under the hash, and the hash itself
+        value = head[key]
+        for other in (value[:-1], value.replace(value[len(value) // 2], "~")):
+            files.write_tensors(path, parts, head | {key: other})
+            refused(path, BASE, "damaged delta file")
+    old = {key: value for key, value in head.items() if key != "head_sha256"} | {"version": version}
+    files.write_tensors(path, parts, old)
+    if version == "1":
+        assert same_bits(apply_delta(path, BASE), RESULT)
+    else:
+        refused(path, BASE, "head_sha256")
 
 
 @given(st.data())

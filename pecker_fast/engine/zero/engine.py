@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from pecker_kernels import SaliencyMask, all_finite
+from pecker_kernels import SaliencyMask
 from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
 from pecker_fast.conditions import Conditions
-from pecker_fast.engine.finite import non_finite
+from pecker_fast.engine.finite import are_gradients, non_finite
 from pecker_fast.engine.inputs import Inputs
 from pecker_fast.engine.live import LiveBackward
 from pecker_fast.engine.local import LocalEngine, split, total
@@ -183,10 +183,10 @@ class ZeroEngine(LocalEngine):
     def _check(self, state: TrainState, what: str, gradients: list[Gradient]) -> None:
         """Raise NonFiniteError on all ranks where one of them holds a gradient that is not finite."""
         with part("finite_check"):
-            bad = not all_finite([g for _, g in gradients])
+            bad = not are_gradients([g for _, g in gradients])
             if not self.ranks.largest(int(bad)):
                 return
-        mine = next((name for name, g in gradients if not bool(torch.isfinite(g).all())), None) if bad else None
+        mine = next((name for name, g in gradients if not are_gradients([g])), None) if bad else None
         found = [(rank, name) for rank, name in enumerate(self.ranks.everyones(mine)) if name is not None]
         rank, name = found[0]
         where = f"{state.stage} step {state.step}, rank {rank}"

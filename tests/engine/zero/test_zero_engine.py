@@ -198,7 +198,7 @@ def test_salient_only_leaves_everything_else_alone_on_every_rank(zero, tiny_mode
 @pytest.mark.parametrize(
     ("zero", "which", "rule"),
     [
-        (2, "score", "differentiated"),
+        pytest.param(2, "score", "differentiated", marks=pytest.mark.slow),
         pytest.param(1, "generator", "salient_only", marks=pytest.mark.slow),
         pytest.param(3, "generator", "salient_only", marks=pytest.mark.slow),
         pytest.param(2, "generator", "alternating", marks=pytest.mark.slow),
