@@ -16,12 +16,21 @@ from pecker_fast import draws, files
 from pecker_fast.account.memory import TooLarge, size
 from pecker_fast.data import datasets as data_sets
 from pecker_fast.data.datasets import Dataset
-from pecker_fast.errors import CheckpointError, DataError, Interrupted, OutputError, PeckerError, RecipeError
+from pecker_fast.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    OutputError,
+    PeckerError,
+    RecipeError,
+)
 from pecker_fast.evaluate.judge import load_judge
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.pretrain import SETTINGS, Settings, memory, pretrain, unet_config
 from pecker_fast.pretrain import output as folders
+from pecker_fast.pretrain.fit import fit, resumable
 from pecker_fast.pretrain.judge import augment
 from pecker_fast.pretrain.settings import fitted, lr_at, settings_for
 from pecker_fast.pretrain.teacher import noise_prediction_loss
@@ -142,16 +151,52 @@ def test_damaged_partial_state_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path)
     monkeypatch.undo()
     path = tmp_path / folders.PARTIAL_TENSORS
-    tensors, metadata = files.read_tensors(path)
-    files.write_tensors(path, tensors)
+    files.write_tensors(path, files.read_tensors(path)[0])
     with pytest.raises(CheckpointError, match="step is missing"):
         run(tmp_path)
-    files.write_tensors(path, {"unet/conv_in.weight": torch.zeros(1)}, metadata)
+    folders.save_partial(tmp_path, {"unet/conv_in.weight": torch.zeros(1)}, 2)
     with pytest.raises(CheckpointError, match="does not fit"):
         run(tmp_path)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"partial\.safetensors"):
         run(tmp_path)
+
+
+def test_saved_state_stands_under_a_hash(tmp_path: Path) -> None:
+    """Every tensor, every name, and the step that it is of."""
+    tensors = {"unet/a": torch.arange(6.0).view(2, 3), "step/a": torch.tensor(7.0)}
+    folders.save_partial(tmp_path, tensors, 7)
+    path = tmp_path / folders.PARTIAL_TENSORS
+    assert folders.load_partial(tmp_path) is not None
+    whole, metadata = path.read_bytes(), files.read_tensors(path)[1]
+    for bit in range(0, 8 * len(whole), 5):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"partial\.safetensors: "):
+            folders.load_partial(tmp_path)
+    files.write_tensors(path, tensors, {**metadata, "step": "9"})
+    with pytest.raises(CheckpointError, match=r"damaged \(its sha256.*delete the file to start over"):
+        folders.load_partial(tmp_path)
+    files.write_tensors(path, tensors, {"step": "7"})  # as earlier versions wrote it
+    assert folders.load_partial(tmp_path) is not None
+
+
+def test_numbers_that_are_none_are_not_saved(tmp_path: Path) -> None:
+    """The state that was saved before stays; the message names step and tensor."""
+    network = torch.nn.Linear(3, 2)
+    settings = replace(SHORT, steps=6, checkpoint_every=2, ema=0.5)
+    state, save, _ = resumable(tmp_path, folders.TEACHER, network, settings)
+
+    def loss_at(step: int) -> torch.Tensor:
+        return network(torch.ones(4, 3)).square().mean() * (float("nan") if step == 3 else 1.0)
+
+    with pytest.raises(NonFiniteError, match=r"teacher step 4: tensor unet/weight holds NaN"):
+        fit("teacher", state, loss_at, settings, save)
+    saved = folders.load_partial(tmp_path)
+    assert saved is not None
+    assert saved[1] == 2
+    assert all(bool(torch.isfinite(value).all()) for value in saved[0].values())
 
 
 def test_foreign_folders_are_left_alone(model: Path, tmp_path: Path) -> None:

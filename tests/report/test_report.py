@@ -16,7 +16,8 @@ from rich.console import Console
 from pecker_fast.errors import DataError
 from pecker_fast.records.events import Tracker
 from pecker_fast.report import mask_table, metrics_table, plot_mask, write_report
-from pecker_fast.report.mask import by_block
+from pecker_fast.report.figures import mask_blocks, mask_layers
+from pecker_fast.report.mask import MaskRow, by_block
 from pecker_fast.report.read import read_run, timeline
 from pecker_fast.report.text import count, figure, scaled, seconds
 
@@ -218,6 +219,37 @@ def test_everything_is_escaped(run):
         tracker.event("stop", 30, reason=evil)
     seen = page(run)  # its parser refuses scripts, handlers and foreign addresses
     assert evil in seen.text
+
+
+def test_a_recipe_is_read_by_the_strict_loader(bare):
+    """Aliases that multiply, tags and endless nesting are a note on the page, in no time and no memory."""
+    layers = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
+    for text in (f"a0: &a0 [{'x,' * 9}]\n{layers}\nforget: *a11\n", "forget: !!python/object:x.y {}\n", "[" * 100_000):
+        (bare / "recipe.yaml").write_text(text)
+        seen = page(bare)
+        assert "Could not be read" in seen.text
+        assert len(seen.text) < 20_000
+    (bare / "recipe.yaml").write_bytes(b"# " + b"x" * (1 << 20))
+    assert "too long for a text file" in page(bare).text
+
+
+NAMES = ["$", "$\\frac", "${", "a$b$c^_", "\\alpha_{", "<b>&amp;", "\ud800", "\x00\x1b[2J", "\n\n", "", ".", "中文😀", "x" * 5000,
+         "a.0.b", "%s{0}", "_hidden", "\u202eevil"]  # fmt: skip
+
+
+def test_tensors_of_any_name_are_shown(bare):
+    """Names that matplotlib would take for mathematics, or that no page can hold, and more blocks than fit on it."""
+    names = [*NAMES, *(f"block{i}.{i}.weight" for i in range(200))]
+    rows = [MaskRow(name, (2,), 2, 1, 0.5) for name in names]
+    assert len(by_block(rows)) == 61
+    assert sum(row.weights for row in by_block(rows)) == 2 * len(names)
+    for svg in (mask_blocks(by_block(rows), 0.5), mask_layers(rows, 0.5)):
+        assert svg.startswith("<svg")
+        Page(svg)
+    scores = {name: torch.rand(4) for name in names if name.isprintable() and name not in ("", ".")}
+    SaliencyMask.from_scores(scores, density=0.5).save(bare / "mask.safetensors")
+    assert "$\\frac" in page(bare).text
+    plot_mask(SaliencyMask.load(bare / "mask.safetensors"), bare / "mask.png")
 
 
 def test_prompts_and_lists_as_conditions(bare):
