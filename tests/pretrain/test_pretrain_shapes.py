@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from pecker_fast import files
 from pecker_fast.data.shapes import ATTRIBUTES, captions, combinations, random_words
-from pecker_fast.errors import CheckpointError, Interrupted, OutputError, RecipeError
+from pecker_fast.errors import CheckpointError, Interrupted, NonFiniteError, OutputError, RecipeError
 from pecker_fast.evaluate.words import WordJudge, load_word_judge
 from pecker_fast.networks.schedule import Schedule
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain import pretrain
 from pecker_fast.pretrain.shapes import ShapesSettings, obedience, pretrain_shapes
 from pecker_fast.pretrain.shapes import unet as teacher
+from pecker_fast.pretrain.shapes.folder import read_network, write_network
 from pecker_fast.pretrain.shapes.judge import COUNTS, augment, quantise, word_loss
 from pecker_fast.pretrain.shapes.settings import LENGTH
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words, token_ids
@@ -293,3 +295,25 @@ def test_a_damaged_part_of_an_unfinished_run_is_refused(model: Path, tmp_path: P
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"damaged|cut short"):
         run(folder)
+
+
+def test_a_finished_part_is_taken_over_as_it_was_written(tmp_path: Path) -> None:
+    """A bit of its weights that is another is found; parts of earlier versions carry no hash."""
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
+    )  # fmt: skip
+    write_network(network, tmp_path)
+    path = tmp_path / files.WEIGHTS_NAME
+    assert read_network(network, tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="delete the folder to make it again"):
+        read_network(network, tmp_path)
+    files.write_tensors(path, files.read_tensors(path)[0], {"format": "pt"})
+    assert read_network(network, tmp_path)
+    with torch.no_grad():
+        next(network.parameters()).fill_(1e6)  # beyond float16
+    with pytest.raises(NonFiniteError, match=r"would hold NaN, infinity or absurd numbers \(float16\)"):
+        write_network(network, tmp_path)

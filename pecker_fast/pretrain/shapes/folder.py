@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import CheckpointError
+from pecker_fast.export import sound
 from pecker_fast.networks import load_weights
 from pecker_fast.networks.single_file import canonical, canonical_text
 from pecker_fast.pretrain.shapes.settings import SCHEDULER
 
 TEXT_WEIGHTS = files.TEXT_WEIGHTS_NAME
 TEXT_PART = "text_encoder"
+_SEAL = "pecker_fast.sha256"  # of the weights, in their file: a part that is finished is taken over by the next start
 
 
 def write_network(network: nn.Module, folder: Path, weights_name: str = files.WEIGHTS_NAME) -> None:
@@ -26,18 +28,24 @@ def write_network(network: nn.Module, folder: Path, weights_name: str = files.WE
     if weights_name == TEXT_WEIGHTS:
         # transformers reads in the dtype named here: in float32, as diffusers reads the others
         config |= {"architectures": [type(network).__name__], "dtype": "float32"}
-    files.write_json(folder / files.CONFIG_NAME, config)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    weights = sound(weights, folder)
+    files.write_json(folder / files.CONFIG_NAME, config)
     if weights_name == TEXT_WEIGHTS:
         weights = canonical_text(TEXT_PART, weights, folder)  # the names that every transformers reads
-    files.write_tensors(folder / weights_name, weights, {"format": "pt"})
+    files.write_tensors(folder / weights_name, weights, {"format": "pt", _SEAL: files.hash_of(weights)})
 
 
 def read_network(network: nn.Module, folder: Path, weights_name: str = files.WEIGHTS_NAME) -> bool:
-    """Take over the stored weights; False where none are stored. Raises `ModelError` where they are another network's."""
+    """Take over the stored weights; False where none are stored. Raises `ModelError` where they are another network's and
+    `CheckpointError` where they are damaged."""
     if not (folder / weights_name).is_file():
         return False
-    tensors, _ = files.read_tensors(folder / weights_name, error=CheckpointError)
+    tensors, metadata = files.read_tensors(folder / weights_name, error=CheckpointError)
+    if _SEAL in metadata and metadata[_SEAL] != files.hash_of(tensors):
+        raise CheckpointError(
+            f"{folder / weights_name}: damaged (its sha256 is not that of what it holds); delete the folder to make it again"
+        )
     if weights_name == TEXT_WEIGHTS:
         tensors = canonical_text(TEXT_PART, tensors, folder)
         own = {canonical(TEXT_PART, name): name for name in network.state_dict()}
