@@ -35,7 +35,7 @@ TEXTS = [*HELP, "--version", "recipes list", "recipes keys", "recipes show digit
 
 # keys whose values are times, sizes of the process, or facts of the machine
 LEFT_OUT = re.compile(
-    r"(.*_s|ms|.*_ms|share|images_per_s|peak_memory_bytes|memory|versions|device|threads|.*measured.*|iterations_timed)"
+    r"(sha256|.*_s|ms|.*_ms|share|images_per_s|peak_memory_bytes|memory|versions|device|threads|.*measured.*|iterations_timed)"
 )
 SHORT = "evaluate.every=0 evaluate.samples=64 evaluate.final=64 evaluate.teacher_steps=4"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 -m pecker_fast"

@@ -118,8 +118,8 @@ def latest_checkpoint(
         except PeckerError as error:
             refused.append(error)
             continue
-        for error in refused:
-            warn(f"checkpoint passed over: {error}")
+        for reason in refused:
+            warn(f"checkpoint passed over: {reason}")
         return folder
     if not refused:
         return None
