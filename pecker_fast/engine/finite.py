@@ -99,7 +99,7 @@ def are_gradients(grads: Gradients) -> bool:
     """Whether all values are finite and none is beyond `STEEPEST`. None and empty tensors count as finite."""
     live = [g.detach() for g in grads if g is not None and g.numel()]
     if all(g.device.type == "cpu" for g in live):
-        return all(bool(low >= -STEEPEST) and bool(high <= STEEPEST) for low, high in map(torch.aminmax, live))
+        return all(float(low) >= -STEEPEST and float(high) <= STEEPEST for low, high in map(torch.aminmax, live))
     norms = torch._foreach_norm(live, float("inf"))  # one answer to wait for
     return bool(torch.stack([n.to(live[0].device, torch.float64) for n in norms]).max() <= STEEPEST)
 

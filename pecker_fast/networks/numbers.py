@@ -30,4 +30,5 @@ def are_weights(tensor: Tensor, largest: float = LARGEST) -> bool:
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())  # float8 cannot be compared
-    return bool(low >= -largest) and bool(high <= largest)  # NaN is neither
+    # as numbers: beside a float16 tensor the limit itself would be infinite. NaN is neither
+    return float(low) >= -largest and float(high) <= largest
