@@ -25,6 +25,7 @@ def final_files(run_dir):
 
 
 @pytest.mark.plots
+@pytest.mark.books
 def test_run_folder_is_complete(tiny_recipe):
     result = train(tiny_recipe(), quiet=True)
     run = result.run_dir
