@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pecker_fast.conditions.prompt_file import SUFFIXES, clean, numbered_prompts, odd_character
 from pecker_fast.conditions.words import folded
 from pecker_fast.errors import DataError, RecipeError
+from pecker_fast.files import check_entry, tree_of
 from pecker_fast.recipe import show
 
 MAX_PROMPT_LENGTH = 1000  # characters; far above the 77 tokens a text encoder reads
@@ -52,6 +53,9 @@ def _file_lines(key: str, name: str, folders: Sequence[Path], what: str) -> list
     if path is None:
         looked = "".join(f", {folder}" for folder in folders)
         raise RecipeError(f"{key}: no file {name[:200]!r} with {what} (looked in the current folder{looked})")
+    if not os.path.isfile(name):  # found in a folder of somebody else's, perhaps: its prompts go into the run's files
+        folder = next(folder for folder in folders if path == Path(folder) / name)
+        check_entry(path, tree_of(folder))
     try:
         found, numbers = numbered_prompts(path)
     except DataError as reason:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.errors import ModelError, PeckerError, RecipeError
-from pecker_fast.evaluate.judge import CONFIG, Judge, _build
-from pecker_fast.files import read_json
+from pecker_fast.evaluate.judge import CONFIG, Judge, load_network
 
 KEYS = ("score", "faces", "flag")
 BATCH = 50
@@ -156,8 +155,7 @@ def _imported(spec: str, module: str, name: str) -> Callable[[Tensor], Mapping[s
 def _of_folder(spec: str, folder: Path, word: str | None) -> Detector:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"--detector {spec}: no judge here, {folder / CONFIG} is missing")
-    config = read_json(folder / CONFIG, error=ModelError)
-    network = _build(config, folder)
+    network, config = load_network(folder)
     judge = Judge(network, network.config["num_classes"])
     words = config.get("attributes")
     place, columns = _class(spec, judge.num_classes, word) if words is None else _word(spec, folder, config, word)

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.errors import DataError, ModelError
-from pecker_fast.files import check_config, read_json, read_tensors, write_json, write_tensors
-from pecker_fast.networks import are_weights
+from pecker_fast.files import (
+    check_config,
+    check_parts,
+    empty_tensors,
+    read_object,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from pecker_fast.networks import check_numbers
 
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
 MOST_NUMBERS = 500 * 3 * 32 * 32  # of the images judged at a time
@@ -142,7 +150,7 @@ class Reference:
             raise DataError(
                 f"reference: [M, F] features and [M] labels expected, got {[*features.shape]} and {[*labels.shape]}"
             )
-        if labels.is_floating_point() or labels.is_complex():
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise DataError(f"reference labels must be integers, got {labels.dtype}")
         if not features.is_floating_point():
             raise DataError(f"reference features must be floating point, got {features.dtype}")
@@ -194,39 +202,44 @@ def load_judge(folder: str | Path) -> tuple[Judge, Reference | None]:
         ModelError: the folder or a file is missing, config.json does not describe a SmallClassifier, or the weights do
             not fit it.
     """
+    network, config = load_network(folder)
+    judge = Judge(network, network.config["num_classes"], config.get("info", {}))
+    reference = Path(folder) / REFERENCE
+    return judge, _read_reference(reference, network) if reference.is_file() else None
+
+
+def load_network(folder: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
+    """The classifier of a judge's folder and its config.json, looked at as any foreign folder is. Raises ModelError."""
     folder = Path(folder)
+    check_parts(folder, ("",))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no judge here, {name} is missing")
-    config = read_json(folder / CONFIG, error=ModelError)
-    network = _build(config, folder)
-    info = config.get("info", {})
-    if not isinstance(info, dict):
-        raise ModelError(f"{folder / CONFIG}: info must be a mapping")
-    judge = Judge(network, network.config["num_classes"], info)
-    if not (folder / REFERENCE).is_file():
-        return judge, None
-    return judge, _read_reference(folder / REFERENCE, network)
+    config = read_object(folder / CONFIG)
+    check_config(folder / CONFIG, dict.fromkeys(("type", *_SIZES)) | config, "judge")
+    check_config(folder / CONFIG, config.get("info", {}), "judge's info")
+    return _build(config, folder), config
 
 
-def _build(config: Any, folder: Path) -> SmallClassifier:
-    if not isinstance(config, dict) or config.get("type") != "SmallClassifier":
-        raise ModelError(f"{folder / CONFIG}: type must be SmallClassifier")
-    check_config(folder / CONFIG, dict.fromkeys(_SIZES) | config, "judge")
+def _build(config: dict[str, Any], folder: Path) -> SmallClassifier:
     with torch.device("meta"):  # nothing is allocated and no random number drawn before the shapes are known to fit
         network = SmallClassifier(*(config[key] for key in _SIZES))
+    _check_stored(empty_tensors(folder / WEIGHTS, error=ModelError), network, folder)
     stored, _ = read_tensors(folder / WEIGHTS, error=ModelError)
+    _check_stored(stored, network, folder)
+    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()}, assign=True)
+    return network
+
+
+def _check_stored(stored: dict[str, Tensor], network: SmallClassifier, folder: Path) -> None:
+    """Raises ModelError unless the tensors are the network's, by name and shape, and finite numbers."""
     for name, empty in network.state_dict().items():
         if name not in stored or stored[name].shape != empty.shape:
             found = tuple(stored[name].shape) if name in stored else "nothing"
             raise ModelError(f"{folder / WEIGHTS}: {name} must be {tuple(empty.shape)}, found {found}")
-        if not stored[name].is_floating_point() or not are_weights(stored[name]):
-            raise ModelError(f"{folder / WEIGHTS}: {name} holds values that are not finite numbers")
-    extra = sorted(set(stored) - set(network.state_dict()))
-    if extra:
-        raise ModelError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}")
-    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()}, assign=True)
-    return network
+    if extra := min(set(stored) - set(network.state_dict()), default=None):
+        raise ModelError(f"{folder / WEIGHTS}: unexpected tensor {extra}")
+    check_numbers(folder / WEIGHTS, stored)
 
 
 def _read_reference(path: Path, network: SmallClassifier) -> Reference:

@@ -7,6 +7,7 @@ that each reference image shows within each attribute.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class WordJudge:
         every = [word.casefold() for group in self.attributes.values() for word in group]
         if not all(self.attributes.values()) or not all(word.strip() for word in every):
             raise ModelError("attributes: every attribute needs at least one word, and no word may be empty")
-        twice = next((word for i, word in enumerate(every) if word in every[:i]), None)
+        twice = next((word for word, count in Counter(every).items() if count > 1), None)
         if twice is not None:
             raise ModelError(f"attributes: the word {twice!r} stands twice; a word must name its attribute")
         if len(every) != judge.num_classes:
@@ -54,7 +55,8 @@ class WordJudge:
             raise ModelError("a reference needs features and words")
         if reference is not None and words is not None:
             counts = torch.tensor([len(group) for group in self.attributes.values()])
-            if words.ndim != 2 or words.is_floating_point() or words.shape != (len(reference), len(counts)):
+            whole = not (words.is_floating_point() or words.is_complex() or words.dtype == torch.bool)
+            if words.ndim != 2 or not whole or words.shape != (len(reference), len(counts)):
                 expected = [len(reference), len(counts)]
                 raise ModelError(f"reference: words must be integers {expected}, found {words.dtype} {[*words.shape]}")
             words = words.long()

@@ -25,7 +25,7 @@ from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError
 from pecker_fast.export.folder import one_step_index
 from pecker_fast.files import hash_of
-from pecker_fast.networks import MARKS, ONE_STEP, copy_part, is_small
+from pecker_fast.networks import MARKS, ONE_STEP, check_numbers, copy_part, copy_small
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of
 
 FORMAT, VERSION = "pecker-fast delta", "2"
@@ -246,9 +246,13 @@ def delta_of_folders(base: Path, result: Path, path: Path, *, metadata: Mapping[
     else:
         old = _folder_unet(base)
         new = _single_unet(result, old) if result.is_file() else _folder_unet(result)
-    if {name: tensor.shape for name, tensor in old.items()} != {name: tensor.shape for name, tensor in new.items()}:
+    if _shapes(old) != _shapes(new):
         raise ModelError(f"{result}: its UNet is not built like that of {base}; a delta needs the same architecture")
     return write_delta(old, new, path, base_sha256=hash_of(old), metadata=metadata)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _folder_unet(folder: Path) -> dict[str, Tensor]:
@@ -256,13 +260,10 @@ def _folder_unet(folder: Path) -> dict[str, Tensor]:
 
 
 def _unet_folder(folder: Path) -> Path:
-    """Where a model folder has its UNet: in unet/, or at the top of a class model."""
-    if not (folder / "unet").is_dir():
-        if not (folder / files.CONFIG_NAME).is_file():
-            raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
-        return files.check_model_folder(folder)
-    files.check_parts(folder, ("unet",))
-    return folder / "unet"
+    """Where a model folder, looked at as any foreign one, has its UNet: in unet/, or at the top of a class model."""
+    if not (folder / "unet").is_dir() and not (folder / files.CONFIG_NAME).is_file():
+        raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
+    return files.check_model_folder(folder)
 
 
 def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -286,11 +287,17 @@ def apply_to_folder(delta: Path, base: Path, output: Path) -> Path:
     if base.is_file():
         tensors, metadata = files.read_tensors(base, error=ModelError)
         names = unet_names(read.tensors)
-        put_unet(tensors, _result(read, unet_of(tensors, names, base)), names, base)
+        unet = _result(read, unet_of(tensors, names, base))
+        check_numbers(delta, unet)
+        put_unet(tensors, unet, names, base)
         about = {"pecker_fast": json.dumps(notes.about)} if notes.about is not None else {}
         files.write_tensors(output, tensors, metadata | about | notes.marks)
         return output
-    unet = _result(read, _folder_unet(base))
+    old = _folder_unet(base)
+    unet = _result(read, old)
+    if _shapes(unet) != _shapes(old):
+        raise ModelError(f"{delta}: its UNet is not built like that of {base}; a delta needs the same architecture")
+    check_numbers(delta, unet)
     with files.whole_folder(output) as temporary:
         index = _copy_model(base, temporary, notes)
         files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, unet, {"format": "pt", **notes.marks})
@@ -323,8 +330,10 @@ def _notes(delta: _Delta) -> _Notes:
         marks = {key: str(notes[key]) for key in MARKS if key in notes}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise delta.error("its notes are no JSON") from None
-    if scheduler is not None and not _is_schedule(scheduler):
-        raise delta.error("the scheduler in its notes is no EulerDiscreteScheduler")
+    if scheduler is not None:
+        if not _is_schedule(scheduler):
+            raise delta.error("the scheduler in its notes is no EulerDiscreteScheduler")
+        files.check_config(delta.path, scheduler, "scheduler")
     if not isinstance(about, dict | None) or not isinstance(card, str | None):
         raise delta.error("model and card in its notes are no mapping and no text")
     if "t_init" in notes:  # of an earlier version where it says no more
@@ -344,25 +353,19 @@ def _is_schedule(config: Any) -> bool:
 
 
 def _copy_model(base: Path, target: Path, notes: _Notes) -> dict[str, Any] | None:
-    """Copy a diffusers folder without its UNet's weights, parts that are left out, pickles and what the result has of its own.
+    """Copy a diffusers folder without its UNet's weights, parts that are left out, and all that stock readers do not know.
 
     Returns its model_index.json; None for a class model without one. Raises ModelError and OSError.
     """
-    unet, index = _unet_folder(base), files.read_index(base)
-    files.check_parts(base, files.PARTS)
-    for part in sorted(files.USED.keys() & index.keys() - {"unet"}):
+    unet, index, tree = _unet_folder(base), files.read_index(base), files.tree_of(base)
+    for part in sorted(files.USED.keys() & {*index, "scheduler"} - {"unet"}):
         if (base / part).is_dir():
             copy_part(base / part, target / part)
-    _copy_small(unet, target / "unet", set())
-    if unet != base:
-        unwanted = {files.MANIFEST}  # of another export
-        _copy_small(base, target, unwanted | ({"README.md", "model.json"} if notes.about is not None else set()))
+    copy_small(unet, target / "unet", files.SMALL_FILES["unet"], tree)
+    texts = {"model_index.json", "model.json", *files.TEXTS}
+    copy_small(base, target, sorted(texts - ({"README.md", "model.json"} if notes.about is not None else set())), tree)
+    if unet == base and not (base / "scheduler").is_dir():
+        copy_small(base, target / "scheduler", files.SMALL_FILES["scheduler"], tree)
     if index:
         files.write_json(target / "model_index.json", files.without_parts_beside(index))
     return index or None
-
-
-def _copy_small(folder: Path, target: Path, unwanted: set[str]) -> None:
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and is_small(file) and file.name not in unwanted:
-            files.copy_file(file, target / file.name)

@@ -1,18 +1,28 @@
 """The only door to the disk: safe reading, checks of model folders, atomic writing."""
 
-from pecker_fast.files.configs import CONFIGS, check_config, read_config, read_object
+from pecker_fast.files.configs import (
+    CONFIGS,
+    MOST_ADDED,
+    TEXT_ENCODER,
+    TOKENIZER,
+    check_config,
+    read_config,
+    read_object,
+)
 from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_parts, model_notes, unet_folder
 from pecker_fast.files.guard import guarded
 from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
-from pecker_fast.files.index import PARTS, UNETS, USED, read_index, without_parts_beside
+from pecker_fast.files.index import PARTS, SMALL_FILES, TEXTS, UNETS, USED, read_index, without_parts_beside
 from pecker_fast.files.lines import LineFile, append_line
+from pecker_fast.files.links import Tree, check_entry, read_inside, tree_of
 from pecker_fast.files.names import at_home, is_hub_name, resolve_model, revision_of, shipped_models
 from pecker_fast.files.reading import (
     MAX_HEADER_BYTES,
     MAX_TEXT_BYTES,
     PICKLE_SUFFIXES,
     check_tensors,
+    empty_tensors,
     read_head,
     read_json,
     read_tensors,
@@ -47,10 +57,13 @@ from pecker_fast.files.values import shown
 from pecker_fast.files.weights import (
     TEXT_WEIGHTS_NAME,
     WEIGHTS_NAME,
+    empty_weights,
+    found_weights,
     is_float8,
     is_old_convolution,
     named_after,
     read_weights,
+    shard_names,
     todays_names,
     variant_of,
     weight_files,
@@ -79,21 +92,28 @@ __all__ = [
     "MANIFEST",
     "MAX_HEADER_BYTES",
     "MAX_TEXT_BYTES",
+    "MOST_ADDED",
     "PARTS",
     "PICKLE_SUFFIXES",
     "SEAL",
+    "SMALL_FILES",
+    "TEXTS",
+    "TEXT_ENCODER",
     "TEXT_WEIGHTS_NAME",
+    "TOKENIZER",
     "UNETS",
     "USED",
     "WEIGHTS_NAME",
     "LineFile",
     "Size",
+    "Tree",
     "abandon",
     "append_line",
     "at_home",
     "beside",
     "check_config",
     "check_entries",
+    "check_entry",
     "check_json",
     "check_model_folder",
     "check_parts",
@@ -104,7 +124,10 @@ __all__ = [
     "discard",
     "disk_error",
     "disk_step",
+    "empty_tensors",
+    "empty_weights",
     "entries_of",
+    "found_weights",
     "fsync_folder",
     "guarded",
     "hash_of",
@@ -122,6 +145,7 @@ __all__ = [
     "read_config",
     "read_head",
     "read_index",
+    "read_inside",
     "read_json",
     "read_object",
     "read_sealed",
@@ -137,6 +161,7 @@ __all__ = [
     "sha256_file",
     "sha256_tensors",
     "sha256_value",
+    "shard_names",
     "shipped_models",
     "shown",
     "size_of_shapes",
@@ -144,6 +169,7 @@ __all__ = [
     "sweep",
     "tensor_shapes",
     "todays_names",
+    "tree_of",
     "unet_folder",
     "variant_of",
     "weight_files",

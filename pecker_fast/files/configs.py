@@ -14,7 +14,7 @@ from pecker_fast.errors import ModelError
 from pecker_fast.files.reading import read_json
 from pecker_fast.files.values import (
     FLAG,
-    LONGEST_LIST,
+    NULL,
     OBJECT,
     TEXT,
     Spec,
@@ -27,6 +27,9 @@ from pecker_fast.files.values import (
     whole,
 )
 
+MOST_POSITIONS = 1024  # of a text; each attends to each
+MOST_TIMESTEPS = 10_000  # some schedules compare each with each
+MOST_ADDED = 1000  # tokens beside the vocabulary
 _BLOCKS = 32
 _LAYERS = 256
 _WIDTH = whole(1, 1 << 16)
@@ -86,7 +89,7 @@ _CLASS_UNET: dict[str, Spec] = {
     "class_embed_type": optional(one_of("timestep", "identity")),
     "downsample_type": one_of("conv", "resnet"),
     "layers_per_block": _LAYER,
-    "num_train_timesteps": optional(whole(1, LONGEST_LIST)),
+    "num_train_timesteps": optional(whole(1, MOST_TIMESTEPS)),
     "upsample_type": one_of("conv", "resnet"),
 }
 _TEXT_UNET: dict[str, Spec] = {
@@ -140,7 +143,14 @@ _VAE: dict[str, Spec] = {
     "use_quant_conv": FLAG,
 }
 _TOKEN = optional(either(whole(0, 1 << 20), list_of(whole(0, 1 << 20))))
-_TEXT_ENCODER: dict[str, Spec] = {
+_DTYPES = tuple(
+    f"{prefix}{name}" for name in ("float32", "float16", "bfloat16", "float64") for prefix in ("", "torch.")
+)
+_DTYPE = optional(one_of(*_DTYPES, "auto"))
+_EMPTY = Spec("null or empty", lambda value: not value)
+_KERNEL = optional(one_of("eager", "sdpa"))  # which compute the same; any other name is fetched, perhaps from the hub
+# what a text encoder is built of; keys that no network of this kind has are not handed to the library
+TEXT_ENCODER: dict[str, Spec] = {
     "attention_dropout": number(0, 1),
     "bos_token_id": _TOKEN,
     "dropout": number(0, 1),
@@ -151,14 +161,24 @@ _TEXT_ENCODER: dict[str, Spec] = {
     "initializer_range": number(0, 1e4),
     "intermediate_size": whole(1, 1 << 20),
     "layer_norm_eps": number(1e-20, 1),
-    "max_position_embeddings": _WIDTH,
-    "model_type": TEXT,
+    "max_position_embeddings": whole(1, MOST_POSITIONS),
     "num_attention_heads": _WIDTH,
     "num_hidden_layers": whole(1, _LAYERS),
     "pad_token_id": _TOKEN,
     "projection_dim": _WIDTH,
     "vocab_size": whole(1, 1 << 22),
 }
+# what would make a library load, fetch or change more than the folder's own weights
+_LOADING: dict[str, Spec] = {
+    "_attn_implementation": _KERNEL,
+    "attn_implementation": _KERNEL,
+    "dtype": _DTYPE,
+    "model_type": optional(one_of("clip_text_model", "clip")),
+    "pruned_heads": _EMPTY,
+    "quantization_config": NULL,
+    "torch_dtype": _DTYPE,
+}
+_DEFAULTS: dict[str, Spec] = {"_use_default_values": optional(list_of(TEXT, 0, 256)), "quantization_config": NULL}
 _BETA = number(0, 1)
 _SCHEDULER: dict[str, Spec] = {
     "beta_end": _BETA,
@@ -167,46 +187,62 @@ _SCHEDULER: dict[str, Spec] = {
     "clip_sample": FLAG,
     "clip_sample_range": number(1e-6, 1e6),
     "dynamic_thresholding_ratio": _BETA,
-    "num_train_timesteps": whole(1, LONGEST_LIST),
+    "num_train_timesteps": whole(1, MOST_TIMESTEPS),
     "prediction_type": optional(TEXT),
     "rescale_betas_zero_snr": FLAG,
     "sample_max_value": number(1e-6, 1e6),
     "thresholding": FLAG,
     "timestep_spacing": TEXT,
-    "trained_betas": optional(list_of(_BETA, 1, LONGEST_LIST)),
+    "trained_betas": optional(list_of(_BETA, 1, MOST_TIMESTEPS)),
 }
 _WORD = optional(either(TEXT, OBJECT))
-_TOKENIZER: dict[str, Spec] = {
+_WORDS = optional(either(list_of(either(TEXT, OBJECT), 0, MOST_ADDED), OBJECT))
+# what a tokenizer is built of; other keys are not handed to the library, which would open files by some
+TOKENIZER: dict[str, Spec] = {
     "add_prefix_space": FLAG,
     "added_tokens_decoder": OBJECT,
-    "additional_special_tokens": optional(list_of(either(TEXT, OBJECT), 0, 1000)),
+    "additional_special_tokens": _WORDS,
     "bos_token": _WORD,
+    "cls_token": _WORD,
     "do_lower_case": FLAG,
     "eos_token": _WORD,
     "errors": TEXT,
+    "extra_special_tokens": _WORDS,
+    "mask_token": _WORD,
     "model_max_length": whole(1, 1 << 16),
     "pad_token": _WORD,
+    "padding_side": one_of("right"),
+    "sep_token": _WORD,
+    "split_special_tokens": FLAG,
     "tokenizer_class": optional(TEXT),
+    "truncation_side": one_of("right"),
     "unk_token": _WORD,
 }
+_FILES: dict[str, Spec] = dict.fromkeys(
+    ("fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab"), _EMPTY
+)
 _INDEX: dict[str, Spec] = {"_class_name": TEXT, "force_zeros_for_empty_prompt": FLAG, "requires_safety_checker": FLAG}
 _CARD: dict[str, Spec] = {"kind": optional(TEXT), "null_class": optional(whole(0, 1 << 20))}
 _SIZE = whole(1, 1 << 16)
+_SHARE = optional(number(0, 1))
 _JUDGE: dict[str, Spec] = {
     **dict.fromkeys(("in_channels", "sample_size", "num_classes", "width", "features"), _SIZE),
-    "sample_size": whole(4, 1 << 16),
     "info": OBJECT,
+    "sample_size": whole(4, 1 << 16),
+    "type": one_of("SmallClassifier"),
 }
+_JUDGE_INFO: dict[str, Spec] = {"held_out_accuracy": _SHARE}
 CONFIGS: dict[str, Mapping[str, Spec]] = {
-    "UNet2DModel": {**_UNET, **_CLASS_UNET},
-    "UNet2DConditionModel": {**_UNET, **_TEXT_UNET},
-    "AutoencoderKL": _VAE,
-    "text encoder": _TEXT_ENCODER,
-    "scheduler": _SCHEDULER,
-    "tokenizer": _TOKENIZER,
+    "UNet2DModel": {**_UNET, **_CLASS_UNET, **_DEFAULTS},
+    "UNet2DConditionModel": {**_UNET, **_TEXT_UNET, **_DEFAULTS},
+    "AutoencoderKL": {**_VAE, **_DEFAULTS},
+    "text encoder": {**TEXT_ENCODER, **_LOADING},
+    "scheduler": {**_SCHEDULER, **_DEFAULTS},
+    "tokenizer": {**TOKENIZER, **_FILES},
     "model_index.json": _INDEX,
     "model.json": _CARD,
     "judge": _JUDGE,
+    "judge's info": _JUDGE_INFO,
 }
 _PER_BLOCK = (
     *("down_block_types", "up_block_types", "block_out_channels", "attention_head_dim", "layers_per_block"),
@@ -226,11 +262,16 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_config(path: Path, kind: str) -> dict[str, Any]:
     """The object in a JSON file of a model. kind: of `CONFIGS`; says which values it may have.
 
-    Raises ModelError, one line that names file, key, value and what is expected.
+    As `from_pretrained` reads it: of a CLIP model with its image side the text side, and without the keys that diffusers
+    wrote as defaults. Raises ModelError, one line that names file, key, value and what is expected.
     """
     config = read_object(path)
+    if kind == "text encoder" and "text_config" in config:
+        check_values(path, config, {"text_config": OBJECT})
+        config = config["text_config"]
+    defaults = config.get("_use_default_values") or ()
     check_config(path, config, kind)
-    return config
+    return {key: value for key, value in config.items() if key not in defaults}
 
 
 def check_config(path: Path, config: Mapping[str, Any], kind: str) -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pecker_fast.errors import ModelError
-from pecker_fast.files.index import INDEX_NAME, NO_CODE, PARTS, UNETS, check_index, parts_beside, read_index
-from pecker_fast.files.links import check_entry
+from pecker_fast.files.index import (
+    INDEX_NAME,
+    NO_CODE,
+    PARTS,
+    SMALL_FILES,
+    TEXTS,
+    UNETS,
+    check_index,
+    parts_beside,
+    read_index,
+)
+from pecker_fast.files.links import check_entry, tree_of
 from pecker_fast.files.reading import (
     NO_PICKLE,
     PICKLE_SUFFIXES,
@@ -21,8 +32,9 @@ from pecker_fast.files.weights import variant_of, weight_files, weights_name
 
 CONFIG_NAME = "config.json"
 _WEIGHTED = tuple(part for part in PARTS if part not in ("", "scheduler", "tokenizer", "tokenizer_2", "judge"))
-_WORDS = ("vocab.json", "tokenizer.json")  # whose keys are anybody's words
+_WORDS = ("vocab.json", "tokenizer.json")  # whose keys are anybody's words; looked at when the tokenizer is loaded
 _DEPTH = 8  # of objects in a config
+_ENTRIES = 10_000  # of a folder
 
 
 def check_model_folder(path: str | Path) -> Path:
@@ -71,28 +83,33 @@ def _check_part(folder: Path, root: Path) -> None:
     """Links of one folder stay inside the model, its JSON files name no code, its small files are there."""
     if not folder.is_dir():
         return
-    home = root.resolve()
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        home = home.parent.parent  # the hub's cache: snapshots/REVISION holds links to ../../blobs
+    tree, part = tree_of(root), "" if folder == root else folder.name
+    for entry in [folder, *_entries(folder)]:
+        if entry != root:
+            check_entry(entry, tree)
+    for name in SMALL_FILES.get(part, (CONFIG_NAME,)):
+        if name in TEXTS or not (folder / name).is_file():
+            continue
+        if name in _WORDS or not name.endswith(".json"):
+            check_no_pointer(folder / name, error=ModelError)
+        else:
+            _check_config(folder / name, read_json(folder / name, error=ModelError))
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("._"))  # of a Mac's archiver
+        found = list(islice(folder.iterdir(), _ENTRIES + 1))
     except OSError as reason:
         raise ModelError(f"{folder}: cannot be read: {reason_of(reason)}") from None
-    for entry in [folder, *entries]:
-        if entry != root:
-            check_entry(entry, home)
-        if entry.suffix == ".json" and entry.is_file():
-            _check_config(entry, read_json(entry, error=ModelError))
-        if entry.suffix == ".txt" and entry.is_file():
-            check_no_pointer(entry, error=ModelError)
+    if len(found) > _ENTRIES:
+        raise ModelError(f"{folder}: holds more than {_ENTRIES:,} entries; no model has so many, is it another folder?")
+    return sorted(entry for entry in found if not entry.name.startswith("._"))  # of a Mac's archiver
 
 
 def _check_config(path: Path, config: Any) -> None:
     """Refuse a JSON file of a model that names code to import."""
     if not isinstance(config, dict):
         raise ModelError(f"{path}: damaged: a JSON object was expected")
-    if path.name in _WORDS:
-        return
     code = _code(config)
     if code is not None:
         raise ModelError(f"{path}: {code} {NO_CODE}")

@@ -23,6 +23,18 @@ USED: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer_2": ("transformers", _TOKENIZERS),
 }
 PARTS = ("", *USED, "judge", "generator", "score")  # folders that are ever read; "" = the model folder itself
+_TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    "added_tokens.json",
+)
+TEXTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt")
+# part → its files beside weights, as diffusers and transformers write and read them; no other is read or copied
+SMALL_FILES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(PARTS, ("config.json",)),
+    **dict.fromkeys(("tokenizer", "tokenizer_2"), _TOKENIZER_FILES),
+    "scheduler": ("scheduler_config.json",),
+    "": ("model_index.json", "model.json", "config.json", "scheduler_config.json", *TEXTS),
+}
 _LIBRARIES = frozenset({"diffusers", "transformers"})
 # diffusers finds these names among its own pipelines, before it would look at any file of the model
 _PIPELINE_MODULES = frozenset(

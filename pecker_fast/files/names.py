@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pecker_fast.errors import ModelError
 from pecker_fast.files import hub
+from pecker_fast.files.folders import check_parts
+from pecker_fast.files.index import PARTS
 from pecker_fast.files.reading import reason_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -34,10 +36,26 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """Folder or single file of a model: a shipped name, else a local path, else (owner/name) fetched from the Hugging Face hub.
 
     revision: commit, branch or tag of a hub model. Only configs, tokenizers and safetensors of a diffusers folder are ever
-    fetched. Raises ModelError when there is nothing of that name.
+    fetched. This is the one way in to a foreign model: links, code and what is no file are looked for before anything of it
+    is read. Raises ModelError for those, and when there is nothing of that name.
     """
     if name in shipped_models():
         return ASSETS / name
+    path = _local_or_fetched(name, revision)
+    if is_folder(path):
+        check_parts(path, PARTS)
+    return path
+
+
+def is_folder(path: Path) -> bool:
+    """Raises ModelError where that cannot be told."""
+    try:
+        return path.is_dir()
+    except OSError as reason:
+        raise ModelError(f"{path}: cannot be read: {reason_of(reason)}") from None
+
+
+def _local_or_fetched(name: str, revision: str | None) -> Path:
     path = Path(name or "(empty name)")
     try:
         if path.exists():

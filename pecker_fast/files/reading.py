@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
 MAX_TEXT_BYTES = 8 << 20
 MAX_HEADER_BYTES = 8 << 20
+_LARGE_BYTES = 1 << 30
+MOST_TENSORS = 20_000  # eight times those of the largest checkpoint there is a use for
 _POINTER = b"version https://git-lfs"
 _NO_FILE = "a git-lfs pointer, not the file itself; run `git lfs pull` in the folder that was cloned"
 NO_PICKLE = "pickle weights are never opened; convert them to safetensors"
@@ -115,6 +117,8 @@ def _opened(path: str | Path, error: type[PeckerError]) -> Iterator[Any]:
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
+            if (count := len(file.keys())) > MOST_TENSORS:
+                raise error(f"{path}: holds {count:,} tensors; at most {MOST_TENSORS:,} are expected in a file")
             yield file
     except (
         SafetensorError,
@@ -138,10 +142,38 @@ def _too_large(path: str | Path) -> OutOfMemory:
     return OutOfMemory(f"{path}: out of memory while it was read; free some, or take a machine with more")
 
 
+def _check_memory(path: Path, error: type[PeckerError]) -> None:
+    """Raises `error` for a file of gigabytes that is larger than the memory that is free."""
+    size = size_of(path, "safetensors file", error)
+    if size > _LARGE_BYTES and (free := _free_bytes()) is not None and size > free:
+        raise error(f"{path}: {size / 2**30:.1f} GiB are to be read, {free / 2**30:.1f} GiB of memory are free")
+
+
+def _free_bytes() -> int | None:
+    """Memory and swap space that can still be taken; None where nobody says."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(rows[key].split()[0]) for key in ("MemAvailable", "SwapFree")) << 10
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def tensor_shapes(path: str | Path, *, error: type[PeckerError] = DataError) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, from its header alone; raises `error` as `read_tensors` does."""
     with _opened(path, error) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def empty_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device, from its header alone; raises `error` as `read_tensors` does."""
+    import torch
+    from safetensors.torch import _TYPES
+
+    with _opened(path, error) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(s.get_shape(), dtype=_TYPES[s.get_dtype()], device="meta") for name, s in slices.items()
+        }
 
 
 def is_there(path: Path) -> bool:
@@ -158,6 +190,7 @@ def read_tensors(path: str | Path, *, error: type[PeckerError] = DataError) -> t
     Raises `error` for a pickle under any name and for a missing, malformed or truncated file.
     """
     with _opened(path, error) as file:
+        _check_memory(Path(path), error)
         # a copy, so that a file shortened later cannot fault the process through its memory map
         return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 

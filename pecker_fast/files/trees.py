@@ -20,10 +20,12 @@ from pathlib import Path
 
 from pecker_fast.errors import OutputError
 from pecker_fast.files import writing
+from pecker_fast.files.links import Tree, opened_inside
 from pecker_fast.files.reading import reason_of
 from pecker_fast.terminal import warn
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old|gone)-[0-9a-f]{8}")
+_CHUNK_BYTES = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -212,9 +214,14 @@ def is_left_over(path: Path) -> bool:
     return _LEFT.fullmatch(path.name) is not None
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a file, making parent folders, and make them durable; raises OSError."""
-    writing.make_folder(target.parent)
-    writing.disk_step(f"write:{target.name}")
-    shutil.copyfile(source, target)
+def copy_file(source: Path, target: Path, tree: Tree) -> None:
+    """Copy the bytes of a file of a model folder, making parent folders, and make them durable. tree: the model's, see `tree_of`.
+
+    Raises ModelError and OSError.
+    """
+    with opened_inside(source, tree) as file:
+        writing.make_folder(target.parent)
+        writing.disk_step(f"write:{target.name}")
+        with target.open("xb") as copy:
+            shutil.copyfileobj(file, copy, _CHUNK_BYTES)
     writing.fsync_file(target)

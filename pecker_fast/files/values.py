@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from pecker_fast.errors import ModelError
 
-LONGEST_LIST = 100_000
 _NAMED = 5  # names of a set that a message lists
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pecker_fast.errors import ModelError
-from pecker_fast.files.reading import NO_PICKLE, PICKLE_SUFFIXES, is_there, read_json, read_tensors, reason_of
+from pecker_fast.files.reading import (
+    NO_PICKLE,
+    PICKLE_SUFFIXES,
+    empty_tensors,
+    is_there,
+    read_json,
+    read_tensors,
+    reason_of,
+)
 from pecker_fast.files.values import shown
 
 if TYPE_CHECKING:
@@ -81,11 +89,17 @@ def no_weights(names: Iterable[str], name: str = WEIGHTS_NAME) -> str:
 def weight_files(folder: str | Path, name: str = WEIGHTS_NAME) -> list[Path]:
     """Safetensors files that hold the weights of one module (or their shards in order); raises ModelError."""
     folder = Path(folder)
+    found = found_weights(folder, name)
+    return _shards(folder / found.file) if found.sharded else [folder / found.file]
+
+
+def found_weights(folder: Path, name: str = WEIGHTS_NAME) -> Weights:
+    """Which file of a folder holds the weights of one module, or lists their shards; raises ModelError."""
     names = _names(folder)
     found = find_weights(names, name)
     if found is None:
         raise ModelError(f"{folder}: {no_weights(names, name)}")
-    return _shards(folder / found.file) if found.sharded else [folder / found.file]
+    return found
 
 
 def variant_of(folder: Path, name: str = WEIGHTS_NAME) -> str | None:
@@ -102,23 +116,44 @@ def _names(folder: Path) -> set[str]:
 
 
 def _shards(index: Path) -> list[Path]:
+    names = shard_names(index)
+    for shard in names:
+        if not is_there(index.parent / shard):
+            raise ModelError(f"{index.parent / shard}: missing, although {index.name} lists it; fetch the model again")
+    return [index.parent / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files of its folder that an index of shards lists, in order; raises ModelError."""
     content = read_json(index, error=ModelError)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: damaged: no weight_map of file names")
-    for shard in names.values():
-        if Path(shard).name != shard or not shard.endswith(".safetensors") or len(shard.encode()) > 255:
+    listed = sorted(set(names.values()))
+    for shard in listed:
+        too_long = len(shard.encode(errors="surrogatepass")) > 255
+        if Path(shard).name != shard or shard.startswith(".") or not shard.endswith(".safetensors") or too_long:
             raise ModelError(f"{index}: {shown(shard)} is no safetensors file of this folder; it is not followed")
-        if not is_there(index.parent / shard):
-            raise ModelError(f"{index.parent / shard}: missing, although {index.name} lists it; fetch the model again")
-    return [index.parent / name for name in sorted(set(names.values()))]
+    return listed
 
 
 def read_weights(folder: str | Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
     """All weights of one module, shards joined, in the dtypes of the file and under today's names; raises ModelError."""
+    return _joined(folder, name, lambda file: read_tensors(file, error=ModelError)[0])
+
+
+def empty_weights(folder: str | Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
+    """`read_weights` on the meta device, from the headers alone: what a config is compared with before anything is read."""
+    return _joined(folder, name, lambda file: empty_tensors(file, error=ModelError))
+
+
+def _joined(folder: str | Path, name: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder, name):
-        weights.update(read_tensors(file, error=ModelError)[0])
+        found = read(file)
+        if twice := found.keys() & weights.keys():
+            raise ModelError(f"{file}: tensor {min(twice)} is in two files of these weights; the index is damaged")
+        weights |= found
     return todays_names(weights, Path(folder))
 
 

@@ -21,6 +21,8 @@ from pecker_fast.loading.text_parts import TextParts, load_text_parts
 from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, lora_score
 from pecker_fast.recipe import Recipe
 
+_UNUSED = ("dropout", "sample_size")  # dropout is off, and of the size what a network says is compared
+
 
 @dataclass(kw_only=True)
 class Model:
@@ -179,12 +181,8 @@ def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
 
 
 def start_folder(recipe: Recipe) -> Path | None:
-    """The folder of the recipe's distilled generator, checked for links and code; None where it names none."""
-    if recipe.generator is None:
-        return None
-    folder = files.resolve_model(recipe.generator)
-    files.check_parts(folder, files.PARTS)
-    return folder
+    """The folder of the recipe's distilled generator; None where it names none."""
+    return None if recipe.generator is None else files.resolve_model(recipe.generator)
 
 
 def _start_notes(recipe: Recipe) -> list[str]:
@@ -215,12 +213,25 @@ def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
 
 
 def _match_teacher(network: Denoiser, teacher: Denoiser, where: Path) -> None:
-    theirs = {name: p.shape for name, p in network.named_parameters()}
-    for name, p in teacher.named_parameters():
-        if theirs.get(name) != p.shape:
+    """Raises ModelError unless a network is built as the teacher is, and so computes the same of the same weights."""
+    theirs, ours = ({name: tuple(p.shape) for name, p in n.named_parameters()} for n in (network, teacher))
+    for name in (*ours, *theirs):
+        if theirs.get(name) != ours.get(name):
             raise ModelError(
-                f"{where}: tensor {name} has shape {theirs.get(name)}, the teacher's has {tuple(p.shape)}; another model's"
+                f"{where}: tensor {name} has shape {theirs.get(name)}, the teacher's has {ours.get(name)}; another model's"
             )
+    if network.sample_shape != teacher.sample_shape:
+        raise ModelError(f"{where}: its samples are {network.sample_shape}, the teacher's {teacher.sample_shape}")
+    for key, value in teacher.config.items():
+        found = network.config.get(key)
+        if not key.startswith("_") and key not in _UNUSED and _plain(found) != _plain(value):
+            raise ModelError(
+                f"{where}: {key} is {files.shown(found)}, the teacher's is {files.shown(value)}; another model's"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _match_judge(teacher: Denoiser, judge: Judge, folder: Path) -> None:

@@ -54,7 +54,7 @@ class TextParts:
         """The UNet's tensors as the base's file has them, by diffusers' names."""
         if not self.single:
             return files.read_weights(self.source / "unet")
-        names = unet_map(files.read_json(self.configs / "unet" / files.CONFIG_NAME, error=ModelError))
+        names = unet_map(files.read_config(self.configs / "unet" / files.CONFIG_NAME, "UNet2DConditionModel"))
         return unet_of(files.read_tensors(self.source, error=ModelError)[0], names, self.source)
 
     def write_other_parts(self, folder: Path) -> None:

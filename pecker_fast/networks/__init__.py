@@ -4,7 +4,7 @@ from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_den
 from pecker_fast.networks.lora import lora_score, pair_x0, same_function
 from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
 from pecker_fast.networks.numbers import are_weights, check_numbers
-from pecker_fast.networks.part_files import copy_part, is_small, save_part
+from pecker_fast.networks.part_files import copy_part, copy_small, save_part
 from pecker_fast.networks.prompt_window import PromptWindow
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
@@ -23,7 +23,7 @@ __all__ = [
     "check_numbers",
     "check_said",
     "copy_part",
-    "is_small",
+    "copy_small",
     "is_text_model",
     "load_denoiser",
     "load_schedule",

@@ -155,20 +155,23 @@ def load_unet(folder: Path) -> nn.Module:
 def load_module(folder: Path, class_name: str) -> nn.Module:
     """A diffusers network in float32 from its folder (config.json and safetensors weights). Raises ModelError naming it.
 
-    The config is first built without memory and compared with the weights, so that one that lies about sizes costs nothing.
+    The config is first built without memory and compared with the headers of the weights, so that one that lies about sizes
+    costs nothing, nor do weights that belong to another.
     """
     import diffusers
 
     kind = getattr(diffusers, class_name)
     path = folder / files.CONFIG_NAME
     config = files.read_config(path, class_name)
-    files.check_size(path, config, class_name, files.size_of_weights(folder))
+    held = files.empty_weights(folder)
+    files.check_size(path, config, class_name, files.size_of_shapes(tensor.shape for tensor in held.values()))
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    tensors = files.read_weights(folder)
     with files.guarded(path, f"not a {class_name} diffusers can build"), torch.device("meta"):
         planned = kind.from_config(config)
-    check_weights(planned, tensors, folder)
+    check_weights(planned, held, folder)
     trial_pass(planned, path)
+    tensors = files.read_weights(folder)
+    check_weights(planned, tensors, folder)
     with files.guarded(folder, f"not the weights of a {class_name}"):
         module: nn.Module = kind.from_config(config)
         module.load_state_dict({name: files.widened(tensor) for name, tensor in tensors.items()})
@@ -182,7 +185,8 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
 
 
 def check_weights(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Raises ModelError unless the tensors are exactly the module's, by name and shape, and finite."""
+    """Raises ModelError unless the tensors are exactly the module's, by name and shape, and finite numbers (of tensors on
+    the meta device: of a kind that weights can be of)."""
     own = module.state_dict()
     for name, value in own.items():
         if name not in tensors:
@@ -207,12 +211,10 @@ def check_class_folder(folder: Path, result: bool = False) -> tuple[Path, Schedu
     unet_folder = files.check_model_folder(folder)
     if not result:
         refuse_one_step(folder)
-    config = files.read_json(unet_folder / files.CONFIG_NAME, error=ModelError)
-    if config.get("_class_name") != files.UNETS[0]:
-        raise ModelError(
-            f"{folder}: a {config['_class_name']} without a text-to-image model_index.json; fetch the whole model"
-        )
-    files.check_config(unet_folder / files.CONFIG_NAME, config, files.UNETS[0])
+    name = files.read_object(unet_folder / files.CONFIG_NAME).get("_class_name")
+    if name != files.UNETS[0]:
+        raise ModelError(f"{folder}: a {name} without a text-to-image model_index.json; fetch the whole model")
+    config = files.read_config(unet_folder / files.CONFIG_NAME, files.UNETS[0])
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     schedule = load_schedule(scheduler_folder)
     check_said(folder, schedule, scheduler_folder)

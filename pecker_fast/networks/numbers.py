@@ -14,14 +14,15 @@ LARGEST = 1e20  # squares of more overflow float32; networks hold some thousands
 
 
 def check_numbers(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ModelError, naming the first, for tensors that are no floating-point numbers, not finite or beyond `LARGEST`."""
+    """Raises ModelError, naming the first, for tensors that are no floating-point numbers, not finite or beyond `LARGEST`; of
+    tensors on the meta device no numbers are known."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
                 f"{where}: tensor {name} holds {kind}; quantized weights are not supported, give the plain ones"
             )
-        if not are_weights(tensor):
+        if not tensor.is_meta and not are_weights(tensor):
             raise ModelError(f"{where}: tensor {name} holds NaN, infinity or absurd numbers; the weights are damaged")
 
 

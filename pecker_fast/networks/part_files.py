@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,52 @@ from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError
+from pecker_fast.networks.numbers import check_numbers
 from pecker_fast.networks.single_file import canonical_text
-
-_SMALL = {".json", ".txt", ".md", ".model", ""}
 
 
 def copy_part(source: Path, target: Path) -> None:
-    """Copy the folder of one part: configs, word lists and the weights that are read, no pickles, no other copies.
+    """Copy the folder of one part of a model: the files that stock readers know, by name, and the weights that are read.
 
-    Weights keep their files where stock readers of any version find them: named plainly, text encoders with `text_model.`.
-    Others (a variant alone, names of transformers 5, attention as 1×1 convolutions) are written again, every bit kept.
+    Each file is opened once, below the model's own folder, and what is checked afterwards is the copy. Weights keep their
+    files where stock readers of any version find them: named plainly, text encoders with `text_model.`. Others (a variant
+    alone, names of transformers 5, attention as 1×1 convolutions) are written again, every bit kept.
     Raises ModelError, OSError and OutputError.
     """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and is_small(file):
-            files.copy_file(file, target / file.name)
-    part = source.name
-    if part.startswith(("tokenizer", "scheduler")):
+    tree = files.tree_of(source.parent)
+    copy_small(source, target, files.SMALL_FILES[source.name], tree)
+    if source.name.startswith(("tokenizer", "scheduler")):
         return
-    name = files.weights_name(part)
-    held = files.weight_files(source, name)
+    name = files.weights_name(source.name)
+    found = files.found_weights(source, name)
+    files.copy_file(source / found.file, target / found.file, tree)
+    for shard in files.shard_names(target / found.file) if found.sharded else ():
+        files.copy_file(source / shard, target / shard, tree)
+    _as_all_find_them(source, target, name)
+
+
+def copy_small(source: Path, target: Path, names: Iterable[str], tree: files.Tree) -> None:
+    """Copy those of the files `names` that a folder of a model has. tree: the model's. Raises ModelError and OSError."""
+    for name in names:
+        if os.path.lexists(source / name):
+            files.copy_file(source / name, target / name, tree)
+            if name.endswith(".json"):
+                files.read_object(target / name)
+
+
+def _as_all_find_them(source: Path, target: Path, name: str) -> None:
+    """Look at the copied weights of a part, and write them again where some stock readers would not find them."""
+    held = files.weight_files(target, name)
     stored = {key: tensor for file in held for key, tensor in files.read_tensors(file, error=ModelError)[0].items()}
     weights = files.todays_names(stored, source)
-    if part.startswith("text_encoder"):
-        weights = canonical_text(part, weights, source)
-    if files.variant_of(source, name) is None and _found_by_all(stored, weights):
-        index = source / f"{name}.index.json"
-        for file in [*held, *([index] if len(held) > 1 or held[0].name != name else [])]:
-            files.copy_file(file, target / file.name)
+    if source.name.startswith("text_encoder"):
+        weights = canonical_text(source.name, weights, source)
+    check_numbers(source, weights)
+    if files.variant_of(target, name) is None and _found_by_all(stored, weights):
         return
+    for file in target.iterdir():
+        if file.name not in files.SMALL_FILES[source.name]:
+            file.unlink()
     files.write_tensors(target / name, weights, {"format": "pt"})
 
 
@@ -48,12 +66,6 @@ def _found_by_all(stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -
     transformers 4 does not know names without `text_model.`."""
     flat = any(name.startswith("text_model.") and name not in stored for name in weights)
     return not flat and not any(files.is_old_convolution(name, tensor) for name, tensor in stored.items())
-
-
-def is_small(file: Path) -> bool:
-    """Whether a file of a part is a config, word list or text: nothing hidden, no weights, no index of weights."""
-    index = ".safetensors." in file.name or ".bin." in file.name
-    return file.suffix in _SMALL and not file.name.startswith(".") and not index
 
 
 def save_part(module: nn.Module, folder: Path) -> None:

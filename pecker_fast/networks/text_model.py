@@ -124,6 +124,8 @@ def _check_components(folder: Path, pipeline: str) -> None:
     vae = files.read_config(folder / "vae" / files.CONFIG_NAME, "AutoencoderKL")
     check_vae(vae, pipeline, folder / "vae" / files.CONFIG_NAME)
     check_text_unet(unet, vae.get("latent_channels", 4), folder / "unet" / files.CONFIG_NAME)
+    for encoder in ENCODERS[pipeline]:
+        files.read_config(folder / encoder / files.CONFIG_NAME, "text encoder")
     schedule_of(folder, pipeline)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ from pecker_fast import files
 from pecker_fast.errors import ModelError
 
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-_WORDS = ("vocab.json", "tokenizer.json")
+_ADDED = "added_tokens.json"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MOST_WORDS = 1 << 20
+_NUMBERS = 1 << 31
 
 
 def load_tokenizer(folder: Path, positions: int) -> Any:
@@ -21,32 +27,76 @@ def load_tokenizer(folder: Path, positions: int) -> Any:
     """
     import transformers
 
-    for name in _CONFIGS:
-        if (folder / name).exists():
-            files.read_config(folder / name, "tokenizer")
-    _check_words(folder)
+    with _plain_copy(folder) as plain:
+        for name in _CONFIGS:
+            if (plain / name).exists():
+                config = files.read_config(plain / name, "tokenizer")
+                kept = {key: value for key, value in config.items() if key in files.TOKENIZER}
+                _check_added(plain / name, kept.get("added_tokens_decoder"))
+                (plain / name).write_text(json.dumps(kept))
+        _check_words(plain)
+        with files.guarded(folder, "not a CLIP tokenizer"):
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(plain, local_files_only=True)
     with files.guarded(folder, "not a CLIP tokenizer"):
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         _check_specials(folder, tokenizer, positions)
     return tokenizer
 
 
+@contextlib.contextmanager
+def _plain_copy(folder: Path) -> Iterator[Path]:
+    """A folder with the known files of a tokenizer's folder, and nothing else for a library to find: no templates, no other
+    versions, no links. Errors that name it name the tokenizer's folder."""
+    tree = files.tree_of(folder.parent)
+    with tempfile.TemporaryDirectory(prefix="pecker-fast-") as name:
+        plain = Path(name)
+        try:
+            for file in files.SMALL_FILES["tokenizer"]:
+                if os.path.lexists(folder / file):
+                    (plain / file).write_bytes(files.read_inside(folder / file, tree))
+            yield plain
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(plain), str(folder))) from error
+
+
 def _check_words(folder: Path) -> None:
-    """Of files whose damage the library would meet with a panic, or take for something else."""
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    """Of files whose damage the library would meet with a panic, with much work, or take for something else."""
+    vocab, merges, whole, added = (folder / n for n in ("vocab.json", "merges.txt", "tokenizer.json", _ADDED))
     if vocab.exists():
-        words = files.read_json(vocab, error=ModelError)
-        if not isinstance(words, dict) or not words:
-            raise ModelError(f"{vocab}: damaged: an object of words with their numbers was expected")
-        wrong = next((word for word, i in words.items() if type(i) is not int or not 0 <= i < 1 << 31), None)
-        if wrong is not None:
-            raise ModelError(f"{vocab}: {files.shown(wrong)} has the number {files.shown(words[wrong])}; it is damaged")
+        _check_numbers(vocab, files.read_json(vocab, error=ModelError), _MOST_WORDS)
+    if added.exists():
+        _check_numbers(added, files.read_object(added), files.MOST_ADDED)
+    if whole.exists():
+        _check_added(whole, files.read_object(whole).get("added_tokens"))
     if merges.exists():
         for count, line in enumerate(files.read_text(merges, error=ModelError).splitlines()):
             if line.strip() and not line.startswith("#version") and len(line.split(" ")) != 2:
                 raise ModelError(
                     f"{merges}: line {count + 1} is {files.shown(line)}; two pieces of a word were expected"
                 )
+
+
+def _check_numbers(path: Path, words: Any, most: int) -> None:
+    """Words with their numbers, at most so many."""
+    if not isinstance(words, dict) or not words:
+        raise ModelError(f"{path}: damaged: an object of words with their numbers was expected")
+    if len(words) > most:
+        raise ModelError(f"{path}: holds {len(words):,} words; at most {most:,} are expected there")
+    wrong = next((word for word, i in words.items() if type(i) is not int or not 0 <= i < _NUMBERS), None)
+    if wrong is not None:
+        raise ModelError(f"{path}: {files.shown(wrong)} has the number {files.shown(words[wrong])}; it is damaged")
+
+
+def _check_added(path: Path, added: Any) -> None:
+    """Tokens beside the vocabulary: as many as a model can have been given by hand, with numbers that a table can have."""
+    if not isinstance(added, list | dict):
+        return
+    if len(added) > files.MOST_ADDED:
+        raise ModelError(f"{path}: adds {len(added):,} tokens; at most {files.MOST_ADDED:,} are expected")
+    numbers = added if isinstance(added, dict) else [token.get("id") for token in added if isinstance(token, dict)]
+    for number in numbers:
+        digits = str(number)[:20]
+        if not (digits.isascii() and digits.isdecimal()) or int(digits) >= _NUMBERS:
+            raise ModelError(f"{path}: an added token has the number {files.shown(number)}; it is damaged")
 
 
 def _check_specials(folder: Path, tokenizer: Any, positions: int) -> None:

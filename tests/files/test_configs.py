@@ -107,7 +107,7 @@ WRONG = [
     ("AutoencoderKL", "latents_mean", [0, None], "latents_mean is [0, None]; expected a list"),
     ("text encoder", "vocab_size", 10**30, "vocab_size is 1000000000000000000000000000000; expected a whole number"),
     ("text encoder", "hidden_act", "x" * 10**6, "hidden_act is 'xxx"),
-    ("scheduler", "num_train_timesteps", -1, "num_train_timesteps is -1; expected a whole number from 1 to 100000"),
+    ("scheduler", "num_train_timesteps", -1, "num_train_timesteps is -1; expected a whole number from 1 to 10000"),
     ("scheduler", "trained_betas", 7, "trained_betas is 7; expected a list"),
     ("scheduler", "beta_end", 1e308, "beta_end is 1e+308; expected a number from 0 to 1"),
     ("tokenizer", "model_max_length", 10**30, "model_max_length is 1000000000000000000000000000000; expected"),

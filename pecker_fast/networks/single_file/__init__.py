@@ -167,12 +167,20 @@ def load_text_encoder(folder: Path) -> nn.Module:
     """
     part = folder.name
     config, path, name = parts.read_config(folder), folder / files.CONFIG_NAME, files.weights_name(part)
-    files.check_size(path, config, parts.config_kind(part), files.size_of_weights(folder, name))
+    held = files.empty_weights(folder, name)
+    files.check_size(path, config, parts.config_kind(part), files.size_of_shapes(t.shape for t in held.values()))
     module = parts.empty_module(part, config, path)
-    weights = canonical_text(part, files.read_weights(folder, name), folder)
-    parts.check_tensors(f"{folder}", weights, parts.shapes_of(part, module))
+    _text_weights(folder, held, module)  # the headers first: what does not belong to the config is never read
+    weights = _text_weights(folder, files.read_weights(folder, name), module)
+    return parts.fill(part, module, {key: tensor.float() for key, tensor in weights.items()})
+
+
+def _text_weights(folder: Path, tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a text encoder's folder under canonical names, no tensor missing and none left over; raises ModelError."""
+    weights = canonical_text(folder.name, tensors, folder)
+    parts.check_tensors(f"{folder}", weights, parts.shapes_of(folder.name, module))
     check_numbers(folder, weights)
-    return parts.fill(part, module, {name: tensor.float() for name, tensor in weights.items()})
+    return weights
 
 
 def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
@@ -183,28 +191,36 @@ def load_single_file(path: Path, config_folder: Path) -> dict[str, nn.Module]:
     (PART/config.json) says, and none may be left over. Raises ModelError. Memory: the tensors once.
     """
     path, config_folder = Path(path), Path(config_folder)
-    tensors, _ = files.read_tensors(path, error=ModelError)
+    tensors = files.empty_tensors(
+        path, error=ModelError
+    )  # the header first: what does not fit its configs is never read
     kind = kind_of_single_file(tensors)
     _check_first_layer(tensors, path)
-    modules = {}
-    for part in parts.parts_of(kind):
-        config, where = parts.read_config(config_folder / part), config_folder / part / files.CONFIG_NAME
-        files.check_size(
-            where, config, parts.config_kind(part), files.size_of_shapes(t.shape for t in tensors.values())
-        )
-        module = parts.empty_module(part, config, where)
-        trial_pass(module, where)
-        shapes, prefix, what = parts.shapes_of(part, module), parts.prefix_of(part, kind), f"{path}: {part}"
-        plan = parts.plan_of(part, kind, shapes)
-        used = {entry.original.removeprefix(prefix) for entry in plan}
-        held = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-        spare = sorted(name for name in held - used if not parts.is_spare(name, part, kind, used))
-        if spare:
-            raise ModelError(
-                f"{what} has no place for {prefix}{spare[0]} ({len(spare)} in all); is the config its own?"
-            )
-        weights = {name: files.widened(tensor) for name, tensor in parts.from_original(plan, tensors, what).items()}
-        parts.check_tensors(what, weights, shapes)
-        check_numbers(what, weights)
-        modules[part] = parts.fill(part, module, weights)
-    return modules
+    modules = {part: _planned(path, config_folder, part, kind, tensors) for part in parts.parts_of(kind)}
+    tensors, _ = files.read_tensors(path, error=ModelError)
+    return {part: parts.fill(part, m, _weights(path, part, kind, m, tensors)) for part, m in modules.items()}
+
+
+def _planned(path: Path, config_folder: Path, part: str, kind: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module of a part on the meta device, once the config is found to be that of the file's `tensors`."""
+    config, where = parts.read_config(config_folder / part), config_folder / part / files.CONFIG_NAME
+    files.check_size(where, config, parts.config_kind(part), files.size_of_shapes(t.shape for t in tensors.values()))
+    module = parts.empty_module(part, config, where)
+    _weights(path, part, kind, module, tensors)
+    trial_pass(module, where)
+    return module
+
+
+def _weights(path: Path, part: str, kind: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's weights under canonical names, no tensor missing and none left over; raises ModelError."""
+    shapes, prefix, what = parts.shapes_of(part, module), parts.prefix_of(part, kind), f"{path}: {part}"
+    plan = parts.plan_of(part, kind, shapes)
+    used = {entry.original.removeprefix(prefix) for entry in plan}
+    held = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    spare = sorted(name for name in held - used if not parts.is_spare(name, part, kind, used, held))
+    if spare:
+        raise ModelError(f"{what} has no place for {prefix}{spare[0]} ({len(spare)} in all); is the config its own?")
+    weights = {name: files.widened(tensor) for name, tensor in parts.from_original(plan, tensors, what).items()}
+    parts.check_tensors(what, weights, shapes)
+    check_numbers(what, weights)
+    return weights

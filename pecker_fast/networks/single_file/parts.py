@@ -26,6 +26,7 @@ from pecker_fast.networks.single_file.names import (
     vae_plan,
 )
 
+_TEXT_KEYS = files.TEXT_ENCODER.keys() - {"dropout"}  # which the library has no use for
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _UNET_BLOCKS = {
     "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
@@ -51,10 +52,8 @@ def config_kind(part: str) -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of one part; raises ModelError when it is missing, damaged or names code."""
-    config = files.read_config(folder / files.CONFIG_NAME, config_kind(folder.name))
-    if config.get("auto_map"):
-        raise ModelError(f"{folder / files.CONFIG_NAME}: auto_map names custom code, which is never run")
-    return config
+    files.check_parts(folder.parent, (folder.name,))
+    return files.read_config(folder / files.CONFIG_NAME, config_kind(folder.name))
 
 
 def empty_module(part: str, config: Mapping[str, Any], where: Path | None = None) -> nn.Module:
@@ -87,8 +86,7 @@ def _make(part: str, config: dict[str, Any]) -> nn.Module:
         return AutoencoderKL.from_config(config)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    whole = config.get("text_config")  # of a CLIP model with its image side, whose text side alone is used
-    text_config = CLIPTextConfig.from_dict(whole if isinstance(whole, dict) else config)
+    text_config = CLIPTextConfig(**{key: value for key, value in config.items() if key in _TEXT_KEYS})
     return (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config)
 
 
@@ -191,11 +189,12 @@ def from_original(plan: Iterable[Entry], tensors: Mapping[str, Tensor], what: st
     return result
 
 
-def is_spare(name: str, part: str, kind: str, names: Iterable[str]) -> bool:
+def is_spare(name: str, part: str, kind: str, names: Iterable[str], held: Collection[str]) -> bool:
     """Whether a tensor of the original file (without its prefix) is known to be of no use to the diffusers module.
 
-    names: the original names (without prefix) that are used. Spare are CLIP's position ids and logit scale, the loss of
-    the autoencoder, and in 2.x the projection and the last layer, which the model never evaluates.
+    names: the original names (without prefix) that are used; held: all that are there. Spare are CLIP's position ids and
+    logit scale, the loss of the autoencoder, and in 2.x the projection and the last layer, which the model never evaluates.
+    That layer comes with the projection alone: elsewhere a layer too many means that the config is not the file's own.
     """
     if part == "vae":
         return name.startswith("loss.")
@@ -206,4 +205,4 @@ def is_spare(name: str, part: str, kind: str, names: Iterable[str]) -> bool:
     if name in ("logit_scale", "attn_mask") or (kind == "sd2" and name == "text_projection"):
         return True
     layers = {int(used.split(".")[2]) for used in names if used.startswith("transformer.resblocks.")}
-    return kind == "sd2" and name.startswith(f"transformer.resblocks.{len(layers)}.")
+    return kind == "sd2" and "text_projection" in held and name.startswith(f"transformer.resblocks.{len(layers)}.")
