@@ -6,6 +6,7 @@ from pecker_fast.files.configs import (
     TEXT_ENCODER,
     TOKENIZER,
     check_config,
+    is_token,
     read_config,
     read_object,
 )
@@ -137,6 +138,7 @@ __all__ = [
     "is_hub_name",
     "is_left_over",
     "is_old_convolution",
+    "is_token",
     "look_at_hub",
     "make_folder",
     "model_notes",

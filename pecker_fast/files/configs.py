@@ -195,8 +195,24 @@ _SCHEDULER: dict[str, Spec] = {
     "timestep_spacing": TEXT,
     "trained_betas": optional(list_of(_BETA, 1, MOST_TIMESTEPS)),
 }
-_WORD = optional(either(TEXT, OBJECT))
-_WORDS = optional(either(list_of(either(TEXT, OBJECT), 0, MOST_ADDED), OBJECT))
+_TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+
+
+def is_token(value: Any) -> bool:
+    """Whether a value is an object that stands for a token, such as those that tokenizers save."""
+    return (
+        isinstance(value, dict)
+        and TEXT.fits(value.get("content"))
+        and all(type(value.get(flag, False)) is bool for flag in _TOKEN_FLAGS)
+        and value.keys() <= {"content", "id", "__type", *_TOKEN_FLAGS}
+    )
+
+
+_WORD = optional(either(TEXT, Spec("a token", is_token)))
+_NAMED_WORDS = Spec(
+    "tokens by name", lambda v: isinstance(v, dict) and len(v) <= MOST_ADDED and all(map(_WORD.fits, v.values()))
+)
+_WORDS = optional(either(list_of(_WORD, 0, MOST_ADDED), _NAMED_WORDS))
 # what a tokenizer is built of; other keys are not handed to the library, which would open files by some
 TOKENIZER: dict[str, Spec] = {
     "add_prefix_space": FLAG,
@@ -221,7 +237,10 @@ TOKENIZER: dict[str, Spec] = {
 _FILES: dict[str, Spec] = dict.fromkeys(
     ("fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab"), _EMPTY
 )
-_INDEX: dict[str, Spec] = {"_class_name": TEXT, "force_zeros_for_empty_prompt": FLAG, "requires_safety_checker": FLAG}
+_INDEX: dict[str, Spec] = {
+    "_class_name": TEXT,
+    **dict.fromkeys(("add_watermarker", "force_zeros_for_empty_prompt", "requires_safety_checker"), FLAG),
+}
 _CARD: dict[str, Spec] = {"kind": optional(TEXT), "null_class": optional(whole(0, 1 << 20))}
 _SIZE = whole(1, 1 << 16)
 _SHARE = optional(number(0, 1))

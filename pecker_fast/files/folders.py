@@ -125,8 +125,9 @@ def _code(config: dict[str, Any], depth: int = 0) -> str | None:
     for key, value in config.items():
         if isinstance(value, str) and (value.endswith(".py") or (".py" in value and "--" in value)):
             found = key
-        elif isinstance(value, dict) and depth < _DEPTH:
-            found = found or _code(value, depth + 1)
+        for inner in value if isinstance(value, list) else (value,):
+            if isinstance(inner, dict) and depth < _DEPTH:
+                found = found or _code(inner, depth + 1)
     return found
 
 

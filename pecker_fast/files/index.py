@@ -8,6 +8,7 @@ from typing import Any
 
 from pecker_fast.errors import ModelError
 from pecker_fast.files.reading import read_json
+from pecker_fast.files.values import shown
 
 INDEX_NAME = "model_index.json"
 UNETS = ("UNet2DModel", "UNet2DConditionModel")  # the denoising networks there is an interface for
@@ -22,6 +23,7 @@ USED: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer": ("transformers", _TOKENIZERS),
     "tokenizer_2": ("transformers", _TOKENIZERS),
 }
+_BESIDE = ("safety_checker", "feature_extractor", "image_encoder")  # of the same pipelines, and never loaded
 PARTS = ("", *USED, "judge", "generator", "score")  # folders that are ever read; "" = the model folder itself
 _TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -44,7 +46,14 @@ _PIPELINE_MODULES = frozenset(
         *("stable_diffusion_xl", "t2i_adapter", "unclip", "versatile_diffusion", "wuerstchen"),
     }
 )
-_BESIDE = ("SafetyChecker", "Watermarker", "ImageEncoder", "ImageNormalizer", "ImageProcessor", "FeatureExtractor")
+_BESIDE_CLASSES = (
+    "SafetyChecker",
+    "Watermarker",
+    "ImageEncoder",
+    "ImageNormalizer",
+    "ImageProcessor",
+    "FeatureExtractor",
+)
 NO_CODE = "names custom code, which is never run; use a plain diffusers model"
 
 
@@ -59,6 +68,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def check_index(path: Path, index: Mapping[str, Any]) -> None:
     """Raises ModelError unless every part is one that is used, of the class there is a reader for, or known and left out."""
+    for part in (*USED, *_BESIDE):
+        if part in index and not _is_entry(index[part]):
+            raise ModelError(f"{path}: {part} is {shown(index[part])}; [library, class] or [null, null] was expected")
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or not any(isinstance(v, str) for v in value):
             continue
@@ -78,7 +90,7 @@ def _is_known(part: str, value: list[Any]) -> bool:
         return bool(library == USED[part][0])
     if library.split(".")[0] in _LIBRARIES:
         return True
-    return library in _PIPELINE_MODULES and kind.endswith(_BESIDE)
+    return library in _PIPELINE_MODULES and kind.endswith(_BESIDE_CLASSES)
 
 
 def parts_beside(index: Mapping[str, Any]) -> list[str]:
@@ -95,5 +107,8 @@ def without_parts_beside(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_part(part: str, value: Any) -> bool:
-    named = isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
-    return named and not part.startswith("_")
+    return _is_entry(value) and not part.startswith("_")
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)

@@ -16,7 +16,23 @@ from pecker_fast.errors import ModelError
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _ADDED = "added_tokens.json"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-_MOST_WORDS = 1 << 20
+_PIECES = (
+    *(
+        "Sequence",
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "Replace",
+        "Lowercase",
+        "Strip",
+        "StripAccents",
+        "BertNormalizer",
+        "Split",
+    ),
+    *("ByteLevel", "Whitespace", "WhitespaceSplit", "BPEDecoder", "Fuse", "RobertaProcessing", "TemplateProcessing"),
+)
+_MOST_WORDS = 1 << 17
 _NUMBERS = 1 << 31
 
 
@@ -27,7 +43,7 @@ def load_tokenizer(folder: Path, positions: int) -> Any:
     """
     import transformers
 
-    with _plain_copy(folder) as plain:
+    with _plain_copy(folder) as plain, files.guarded(folder, "not a CLIP tokenizer"):
         for name in _CONFIGS:
             if (plain / name).exists():
                 config = files.read_config(plain / name, "tokenizer")
@@ -35,9 +51,7 @@ def load_tokenizer(folder: Path, positions: int) -> Any:
                 _check_added(plain / name, kept.get("added_tokens_decoder"))
                 (plain / name).write_text(json.dumps(kept))
         _check_words(plain)
-        with files.guarded(folder, "not a CLIP tokenizer"):
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(plain, local_files_only=True)
-    with files.guarded(folder, "not a CLIP tokenizer"):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(plain, local_files_only=True)
         _check_specials(folder, tokenizer, positions)
     return tokenizer
 
@@ -66,13 +80,34 @@ def _check_words(folder: Path) -> None:
     if added.exists():
         _check_numbers(added, files.read_object(added), files.MOST_ADDED)
     if whole.exists():
-        _check_added(whole, files.read_object(whole).get("added_tokens"))
+        _check_whole(whole, files.read_object(whole))
     if merges.exists():
         for count, line in enumerate(files.read_text(merges, error=ModelError).splitlines()):
             if line.strip() and not line.startswith("#version") and len(line.split(" ")) != 2:
                 raise ModelError(
                     f"{merges}: line {count + 1} is {files.shown(line)}; two pieces of a word were expected"
                 )
+
+
+def _check_whole(path: Path, content: dict[str, Any]) -> None:
+    """tokenizer.json: of pieces that the library reads without a panic, and of words as in vocab.json."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ModelError(f"{path}: its model is {files.shown(model)}; a CLIP tokenizer's is BPE")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (other := next((kind for kind in _kinds(content.get(part)) if kind not in _PIECES), None)) is not None:
+            raise ModelError(f"{path}: {part} is {files.shown(other)}, which is none of a CLIP tokenizer")
+    if isinstance(model.get("vocab"), dict):
+        _check_numbers(path, model["vocab"], _MOST_WORDS)
+    _check_added(path, content.get("added_tokens"))
+
+
+def _kinds(piece: Any) -> Iterator[Any]:
+    """`type` of a piece of a tokenizer and of all pieces in it."""
+    if isinstance(piece, dict):
+        yield from (piece["type"],) if "type" in piece else ()
+    for inner in piece.values() if isinstance(piece, dict) else piece if isinstance(piece, list) else ():
+        yield from _kinds(inner)
 
 
 def _check_numbers(path: Path, words: Any, most: int) -> None:
@@ -92,8 +127,10 @@ def _check_added(path: Path, added: Any) -> None:
         return
     if len(added) > files.MOST_ADDED:
         raise ModelError(f"{path}: adds {len(added):,} tokens; at most {files.MOST_ADDED:,} are expected")
-    numbers = added if isinstance(added, dict) else [token.get("id") for token in added if isinstance(token, dict)]
-    for number in numbers:
+    tokens = added.values() if isinstance(added, dict) else added
+    if (wrong := next((token for token in tokens if not files.is_token(token)), None)) is not None:
+        raise ModelError(f"{path}: the added token {files.shown(wrong)} is none; it is damaged")
+    for number in added if isinstance(added, dict) else [token.get("id") for token in added]:
         digits = str(number)[:20]
         if not (digits.isascii() and digits.isdecimal()) or int(digits) >= _NUMBERS:
             raise ModelError(f"{path}: an added token has the number {files.shown(number)}; it is damaged")
