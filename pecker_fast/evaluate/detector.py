@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pecker_fast.errors import ModelError, PeckerError, RecipeError
 from pecker_fast.evaluate.judge import CONFIG, Judge, load_network
+from pecker_fast.files import guarded
 
 KEYS = ("score", "faces", "flag")
 BATCH = 50
@@ -153,9 +154,10 @@ def _imported(spec: str, module: str, name: str) -> Callable[[Tensor], Mapping[s
 
 
 def _of_folder(spec: str, folder: Path, word: str | None) -> Detector:
-    if not (folder / CONFIG).is_file():
+    if not os.path.lexists(folder / CONFIG):
         raise ModelError(f"--detector {spec}: no judge here, {folder / CONFIG} is missing")
-    network, config = load_network(folder)
+    with guarded(folder, "no judge that can be loaded"):
+        network, config = load_network(folder)
     judge = Judge(network, network.config["num_classes"])
     words = config.get("attributes")
     place, columns = _class(spec, judge.num_classes, word) if words is None else _word(spec, folder, config, word)

@@ -28,6 +28,7 @@ from pecker_fast.networks import check_numbers
 
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
 MOST_NUMBERS = 500 * 3 * 32 * 32  # of the images judged at a time
+MOST_WORDS, LONGEST_WORD = 2000, 200  # of a judge of words
 _SIZES = ("in_channels", "sample_size", "num_classes", "width", "features")
 
 
@@ -218,7 +219,16 @@ def load_network(folder: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
     config = read_object(folder / CONFIG)
     check_config(folder / CONFIG, dict.fromkeys(("type", *_SIZES)) | config, "judge")
     check_config(folder / CONFIG, config.get("info", {}), "judge's info")
+    _check_words(folder / CONFIG, config.get("attributes"))
     return _build(config, folder), config
+
+
+def _check_words(path: Path, attributes: Any) -> None:
+    """Raises ModelError for more or longer words than names of things can be: an expression is made of them."""
+    groups = attributes.values() if isinstance(attributes, dict) else ()
+    words = [str(word) for group in groups for word in (group if isinstance(group, list) else ())]
+    if len(words) > MOST_WORDS or any(len(word) > LONGEST_WORD for word in words):
+        raise ModelError(f"{path}: attributes: at most {MOST_WORDS:,} words of {LONGEST_WORD} characters are expected")
 
 
 def _build(config: dict[str, Any], folder: Path) -> SmallClassifier:
@@ -244,7 +254,7 @@ def _check_stored(stored: dict[str, Tensor], network: SmallClassifier, folder: P
 
 def _read_reference(path: Path, network: SmallClassifier) -> Reference:
     tensors, _ = read_tensors(path, error=ModelError)
-    if not {"features", "labels"} <= set(tensors):
+    if not {"features", "labels"} <= set(tensors) <= {"features", "labels", "words"}:
         raise ModelError(f"{path}: features and labels expected, found {', '.join(sorted(tensors)) or 'nothing'}")
     try:
         reference = Reference(tensors["features"], tensors["labels"])

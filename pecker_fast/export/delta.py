@@ -263,7 +263,9 @@ def _unet_folder(folder: Path) -> Path:
     """Where a model folder, looked at as any foreign one, has its UNet: in unet/, or at the top of a class model."""
     if not (folder / "unet").is_dir() and not (folder / files.CONFIG_NAME).is_file():
         raise ModelError(f"{folder}: no unet/ in it; a diffusers folder was expected")
-    return files.check_model_folder(folder)
+    unet = files.check_model_folder(folder)
+    files.read_config(unet / files.CONFIG_NAME, files.read_object(unet / files.CONFIG_NAME)["_class_name"])
+    return unet
 
 
 def _single_unet(path: Path, names: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.errors import ModelError
+from pecker_fast.files.guard import guarded
 from pecker_fast.files.index import (
     INDEX_NAME,
     NO_CODE,
@@ -43,10 +44,11 @@ def check_model_folder(path: str | Path) -> Path:
     Raises ModelError, naming file and remedy, for a folder that is missing or damaged, holds only pickles, is no
     UNet2DModel, names code of its own, or whose links or file names lead out of it. Nothing but JSON is read.
     """
-    unet = check_configs(path)
-    for file in weight_files(unet):
-        check_tensors(file, error=ModelError)
-    return unet
+    with guarded(path, "cannot be looked through"):
+        unet = check_configs(path)
+        for file in weight_files(unet):
+            check_tensors(file, error=ModelError)
+        return unet
 
 
 def check_configs(path: str | Path) -> Path:

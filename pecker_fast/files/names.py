@@ -9,6 +9,7 @@ from pathlib import Path
 from pecker_fast.errors import ModelError
 from pecker_fast.files import hub
 from pecker_fast.files.folders import check_parts
+from pecker_fast.files.guard import guarded
 from pecker_fast.files.index import PARTS
 from pecker_fast.files.reading import reason_of
 
@@ -42,17 +43,10 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     if name in shipped_models():
         return ASSETS / name
     path = _local_or_fetched(name, revision)
-    if is_folder(path):
-        check_parts(path, PARTS)
+    with guarded(path, "cannot be looked through"):
+        if path.is_dir():
+            check_parts(path, PARTS)
     return path
-
-
-def is_folder(path: Path) -> bool:
-    """Raises ModelError where that cannot be told."""
-    try:
-        return path.is_dir()
-    except OSError as reason:
-        raise ModelError(f"{path}: cannot be read: {reason_of(reason)}") from None
 
 
 def _local_or_fetched(name: str, revision: str | None) -> Path:

@@ -14,6 +14,7 @@ from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.networks.kinds import check_class_unet
 from pecker_fast.networks.marks import check_said, refuse_one_step
 from pecker_fast.networks.numbers import check_numbers
+from pecker_fast.networks.quiet import quiet_diffusers
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.trial import trial_pass
 
@@ -166,13 +167,13 @@ def load_module(folder: Path, class_name: str) -> nn.Module:
     held = files.empty_weights(folder)
     files.check_size(path, config, class_name, files.size_of_shapes(tensor.shape for tensor in held.values()))
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    with files.guarded(path, f"not a {class_name} diffusers can build"), torch.device("meta"):
+    with files.guarded(path, f"not a {class_name} diffusers can build"), quiet_diffusers(), torch.device("meta"):
         planned = kind.from_config(config)
     check_weights(planned, held, folder)
     trial_pass(planned, path)
     tensors = files.read_weights(folder)
     check_weights(planned, tensors, folder)
-    with files.guarded(folder, f"not the weights of a {class_name}"):
+    with files.guarded(folder, f"not the weights of a {class_name}"), quiet_diffusers():
         module: nn.Module = kind.from_config(config)
         module.load_state_dict({name: files.widened(tensor) for name, tensor in tensors.items()})
     return module

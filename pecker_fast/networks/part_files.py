@@ -15,6 +15,13 @@ from pecker_fast.errors import ModelError
 from pecker_fast.networks.numbers import check_numbers
 from pecker_fast.networks.single_file import canonical_text
 
+_TEXT, _WORDS = "text encoder", "tokenizer"
+_KINDS = {
+    **{"vae/config.json": "AutoencoderKL", "text_encoder/config.json": _TEXT, "text_encoder_2/config.json": _TEXT},
+    **{"tokenizer_config.json": _WORDS, "special_tokens_map.json": _WORDS, "scheduler_config.json": "scheduler"},
+    **{"model_index.json": "model_index.json", "model.json": "model.json"},
+}
+
 
 def copy_part(source: Path, target: Path) -> None:
     """Copy the folder of one part of a model: the files that stock readers know, by name, and the weights that are read.
@@ -39,10 +46,14 @@ def copy_part(source: Path, target: Path) -> None:
 def copy_small(source: Path, target: Path, names: Iterable[str], tree: files.Tree) -> None:
     """Copy those of the files `names` that a folder of a model has. tree: the model's. Raises ModelError and OSError."""
     for name in names:
-        if os.path.lexists(source / name):
-            files.copy_file(source / name, target / name, tree)
-            if name.endswith(".json"):
-                files.read_object(target / name)
+        if not os.path.lexists(source / name):
+            continue
+        kind = _KINDS.get(name) or _KINDS.get(f"{source.name}/{name}")
+        if kind is not None:
+            files.read_config(source / name, kind)
+        files.copy_file(source / name, target / name, tree)
+        if kind is not None:  # what is checked is the copy; the first look is for a message that names the original
+            files.read_config(target / name, kind)
 
 
 def _as_all_find_them(source: Path, target: Path, name: str) -> None:

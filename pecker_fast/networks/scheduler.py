@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pecker_fast import files
@@ -115,6 +116,7 @@ def betas_of(path: Path, config: Mapping[str, Any], kind: Any) -> tuple[Tensor, 
     for key in _BETAS[:4]:
         given.setdefault(key, defaults[key].default)
     spread = given["beta_schedule"] in _SPREAD or "trained_betas" in given
+    kind = type(kind.__name__, (kind,), {"set_timesteps": _no_timesteps})
     try:
         betas = kind(**given).betas
         raw = betas if spread else kind(**{key: given[key] for key in _BETAS[:4]}).betas
@@ -133,6 +135,11 @@ def betas_of(path: Path, config: Mapping[str, Any], kind: Any) -> tuple[Tensor, 
         }
         given = {**kept, "trained_betas": raw.tolist()}
     return betas, given
+
+
+def _no_timesteps(scheduler: Any, *_: Any, **__: Any) -> None:
+    """In the place of `set_timesteps`, which some schedulers call when they are made: each timestep is compared with each."""
+    scheduler.sigmas = torch.zeros(0)
 
 
 def clipping_of(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:

@@ -5,9 +5,8 @@ MODEL/  model_index.json  unet/  vae/  scheduler/  tokenizer/  text_encoder/  [t
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pecker_fast.networks.kinds import check_text_unet, other_channels, other_pi
 from pecker_fast.networks.latents import check_vae
 from pecker_fast.networks.marks import check_said, refuse_one_step
 from pecker_fast.networks.prompt_window import PromptWindow
+from pecker_fast.networks.quiet import quiet_libraries
 from pecker_fast.networks.schedule import Schedule, load_schedule
 from pecker_fast.networks.single_file import load_text_encoder
 from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
@@ -168,27 +168,6 @@ def prompt_window(folder: Path, prompts: Sequence[str]) -> PromptWindow:
             positions = config.get("max_position_embeddings", TOKENS)
             tokenizers.append(load_tokenizer(folder / name.replace("text_encoder", "tokenizer"), positions))
         return PromptWindow(tokenizers, prompts)
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Inside, transformers says nothing of what it loads, and of what it could load if more were installed; diffusers
-    nothing of what it cuts off prompts."""
-    from diffusers.utils import logging as pipelines
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    pipeline_level = pipelines.get_verbosity()
-    logging.set_verbosity_error()
-    pipelines.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        pipelines.set_verbosity(pipeline_level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _encode(

@@ -194,6 +194,31 @@ def test_a_hostile_or_damaged_folder_is_refused(model, name):
     assert len(str(caught.value)) < 600
 
 
+def doors(folder):
+    """By every way in that takes a folder: as model, generator, base of a delta, in `doctor`."""
+    from pecker_fast.export.delta import delta_of_folders
+    from pecker_fast.loading import load_model, start_generator
+    from pecker_fast.machine.hardware import _model
+    from pecker_fast.recipe import recipe_from
+
+    keys = {"forget": 0, "cover": 1, "output": "unused"}
+    yield lambda: load_model(recipe_from({**keys, "model": str(folder)}))
+    yield lambda: start_generator(recipe_from({**keys, "generator": str(folder)}), None)
+    yield lambda: delta_of_folders(folder, folder, folder.parent / "delta.safetensors")
+    (check,) = _model("model", str(folder))
+    assert check.state == "missing"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_it_is_refused_by_every_way_in(model, name):
+    HOSTILE[name][0](model)
+    for enter in doors(model):
+        with pytest.raises(ModelError) as caught:
+            enter()
+        assert len(str(caught.value)) < 600
+        assert "\n" not in str(caught.value)
+
+
 def test_links_inside_the_folder_and_the_hub_cache_are_followed(model, tmp_path):
     (model / WEIGHTS).rename(model / "real.safetensors")
     (model / WEIGHTS).symlink_to("../real.safetensors")

@@ -1,5 +1,6 @@
 """No pickle is opened, under any name: the canary that each would plant is never seen."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from pecker_fast import files
+from pecker_fast.conditions import read_prompts
 from pecker_fast.errors import PeckerError
 from pecker_fast.recipe import load_recipe
 
@@ -58,6 +60,68 @@ def test_every_reader_refuses_it(tmp_path, name, kind):
     for read in (files.read_json, load_recipe, files.check_model_folder):
         with pytest.raises(PeckerError):
             read(path)
+    assert not canary.exists()
+
+
+ENDINGS = [
+    *(
+        "bin",
+        "BIN",
+        "pt",
+        "pth",
+        "ckpt",
+        "pkl",
+        "pickle",
+        "joblib",
+        "npy",
+        "npz",
+        "h5",
+        "th",
+        "data",
+        "mar",
+        "tar",
+        "zip",
+    ),
+    *(
+        "safetensors",
+        "SAFETENSORS",
+        "safetensors.bin",
+        "json",
+        "JSON",
+        "txt",
+        "md",
+        "yaml",
+        "csv",
+        "tsv",
+        "index.json",
+        "model",
+    ),
+    *("onnx", "gguf", "msgpack", "ot", "PY", "py", "pyc", "so", "", "bak", "tmp", "old", "1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_of_any_ending_is_opened_by_nobody(tmp_path, ending, kind):
+    """By any reader of files, and by all that look at a folder which has it in each of its parts."""
+    canary = tmp_path / "canary"
+    model = tmp_path / "m"
+    payload = pickles(Canary(canary))[kind]
+    for part in files.PARTS:
+        (model / part).mkdir(parents=True, exist_ok=True)
+        (model / part / f"model.{ending}").write_bytes(payload)
+        (model / part / f"diffusion_pytorch_model.{ending}").write_bytes(payload)
+    (model / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    path = model / "unet" / f"diffusion_pytorch_model.{ending}"
+    for read in (files.read_tensors, files.read_json, load_recipe, files.read_weights):
+        with pytest.raises(PeckerError):
+            read(path)
+    for read in (files.read_text, read_prompts):
+        with contextlib.suppress(PeckerError):  # the oldest protocol is plain text, and read as such
+            read(path)
+    with pytest.raises(PeckerError):
+        files.check_model_folder(model)
     assert not canary.exists()
 
 

@@ -190,7 +190,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_in_every_part(fr
 
 
 def test_what_does_not_belong_to_the_config_is_not_read(fresh):
-    """A tensor of a terabyte, of a file with a hole in it: refused by the header."""
+    """A tensor of gigabytes, of a file with a hole in it: refused by the header."""
     text, classes, single = fresh("sd1"), fresh("class", "classes"), fresh("single", "single")
     loads = {
         text / "vae" / files.WEIGHTS_NAME: (text_model.load_networks, text),
@@ -204,23 +204,23 @@ def test_what_does_not_belong_to_the_config_is_not_read(fresh):
         end = 8 + int.from_bytes(data[:8], "little")
         header, held = json.loads(data[8:end]), len(data) - end
         name = f"{min(set(header) - {'__metadata__'}).rpartition('.')[0]}.more"
-        header[name] = {"dtype": "F32", "shape": [1 << 38], "data_offsets": [held, held + (1 << 40)]}
+        header[name] = {"dtype": "F32", "shape": [1 << 29], "data_offsets": [held, held + (1 << 31)]}
         text_of = json.dumps(header).encode()
         path.unlink()
         with path.open("wb") as file:
             file.write(len(text_of).to_bytes(8, "little") + text_of + data[end:])
-            file.truncate(8 + len(text_of) + held + (1 << 40))
+            file.truncate(8 + len(text_of) + held + (1 << 31))
         refused(load, *arguments, about=name)
 
 
 def test_a_file_larger_than_memory_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 29], "data_offsets": [0, 1 << 31]}}).encode()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + (1 << 40))
-    monkeypatch.setattr("pecker_fast.files.reading._free_bytes", lambda: 1 << 36)
-    refused(files.read_tensors, path, about="1024.0 GiB are to be read, 64.0 GiB of memory are free")
+        file.truncate(8 + len(header) + (1 << 31))
+    monkeypatch.setattr("pecker_fast.files.reading._free_bytes", lambda: 1 << 30)
+    refused(files.read_tensors, path, about="2.0 GiB are to be read, 1.0 GiB of memory are free")
 
 
 # --- generator=
@@ -264,7 +264,7 @@ def as_score(**keys):
 
 
 GENERATORS = {
-    "another activation": (config_of("generator", act_fn="relu"), "act_fn is relu"),
+    "another activation": (config_of("generator", act_fn="relu"), "act_fn is 'relu'"),
     "another norm": (config_of("generator", norm_eps=0.5), "norm_eps is 0.5"),
     "another embedding of time": (config_of("generator", freq_shift=3), "freq_shift is 3"),
     "another size": (config_of("generator", sample_size=16), "its samples are (1, 16, 16)"),
@@ -305,7 +305,7 @@ JUDGES = {
     "weights link out": (link_out("model.safetensors"), "leaves the model folder"),
     "code": (lambda f: edit(f / "config.json", auto_map={"a": "b"}), "auto_map names custom code"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
-    "another type": (lambda f: edit(f / "config.json", type="Evil"), "type is Evil"),
+    "another type": (lambda f: edit(f / "config.json", type="Evil"), "type is 'Evil'"),
     "a thousand million features": (lambda f: edit(f / "config.json", features=10**9), "features is 1000000000"),
     "absurd width": (lambda f: edit(f / "config.json", width=65536), "must be (65536"),
     "accuracy above one": (lambda f: edit(f / "config.json", info={"held_out_accuracy": 7}), "held_out_accuracy is 7"),
@@ -316,6 +316,10 @@ JUDGES = {
     "more weights": (
         lambda f: change(f / "model.safetensors", lambda t: t.update(x=torch.ones(1))),
         "unexpected tensor x",
+    ),
+    "many words": (
+        lambda f: edit(f / "config.json", attributes={"a": [f"w{i}" for i in range(60_000)]}),
+        "at most 2,000 words",
     ),
     "a pipe": (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "neither a file nor a folder"),
 }

@@ -115,7 +115,7 @@ def test_of_what_lies_in_a_part_only_known_files_are_copied(model, tmp_path):
         inside.mkdir()
         (inside / "a.jinja").write_bytes(SECRET)
     assert copied(model, tmp_path / "copy") == KNOWN
-    for part in PARTS:
+    for part in ("vae", "tokenizer"):  # a text encoder is written again, under names that every transformers reads
         for name in KNOWN[part]:
             assert (tmp_path / "copy" / part / name).read_bytes() == (model / part / name).read_bytes()
 
@@ -190,7 +190,7 @@ def test_what_a_hub_model_links_to_is_its_own(model, secret, tmp_path):
         (blobs / "feed").unlink()
         (blobs / "feed").symlink_to(way)
         with pytest.raises(ModelError, match=r"leaves the model folder|leads nowhere"):
-            copy_part(snapshot / "vae", tmp_path / "again" / "vae")
+            copy_part(snapshot / "vae", tmp_path / Path(way).name / "vae")
 
 
 def test_shards_are_files_of_the_folder(model, secret, tmp_path):
@@ -233,6 +233,27 @@ def test_the_copy_is_what_is_checked(model, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "copy_file", exchanged)
     with pytest.raises(ModelError, match="NaN, infinity or absurd numbers"):
         copy_part(model / "vae", tmp_path / "copy" / "vae")
+
+
+BASES = {
+    "vae/config.json": {"scaling_factor": float("nan")},
+    "text_encoder/config.json": {"_attn_implementation": "someone/kernels"},
+    "tokenizer/tokenizer_config.json": {"gguf_file": "x"},
+    "scheduler/scheduler_config.json": {"num_train_timesteps": 10**9},
+    "unet/config.json": {"norm_eps": float("inf")},
+    "model_index.json": {"vae": 5},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_base_of_a_delta_is_looked_at_as_a_model_is(model, tmp_path, name):
+    delta_of_folders(model, model, tmp_path / "delta.safetensors")
+    config = json.loads((model / name).read_text())
+    (model / name).unlink()
+    (model / name).write_text(json.dumps({**config, **BASES[name]}))
+    with pytest.raises(ModelError, match=f"{next(iter(BASES[name]))} is "):
+        apply_to_folder(tmp_path / "delta.safetensors", model, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_delta_is_applied_without_what_lies_about_in_the_base(model, plain, secret, tmp_path):

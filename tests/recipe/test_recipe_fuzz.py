@@ -15,6 +15,17 @@ KEYS = [key for key, *_ in recipe_help()]
 WORDS = sorted({part for key in KEYS for part in key.split(".")})
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
+
+def counts(number: int):
+    """A test of so many examples, and of ten times as many."""
+    return pytest.mark.parametrize("count", [number, pytest.param(10 * number, marks=pytest.mark.slow)])
+
+
+def generated(count: int, test, **strategies) -> None:
+    """Hypothesis on `test`, so many times."""
+    settings(max_examples=count, **QUICK)(given(**strategies)(test))()
+
+
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -45,27 +56,31 @@ def outcome(call, *arguments):
     return recipe
 
 
-@settings(max_examples=400, **QUICK)
-@given(st.dictionaries(names, trees, max_size=6))
-def test_random_trees(tree):
-    recipe = outcome(recipe_from, tree)
-    if recipe is not None:
-        assert recipe_from(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
+@counts(400)
+def test_random_trees(count):
+    def of(tree):
+        recipe = outcome(recipe_from, tree)
+        if recipe is not None:
+            assert recipe_from(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
+
+    generated(count, of, tree=st.dictionaries(names, trees, max_size=6))
 
 
-@settings(max_examples=200, **QUICK)
-@given(st.sampled_from(KEYS), trees)
-def test_a_random_value_for_a_real_key(key, value):
-    tree = value
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    outcome(recipe_from, tree)
+@counts(200)
+def test_a_random_value_for_a_real_key(count):
+    def of(key, value):
+        tree = value
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        outcome(recipe_from, tree)
+
+    generated(count, of, key=st.sampled_from(KEYS), value=trees)
 
 
-@settings(max_examples=300, **QUICK)
-@given(st.lists(st.one_of(st.text(max_size=30), st.builds("{}={}".format, names, st.text(max_size=20))), max_size=3))
-def test_random_overrides(overrides):
-    outcome(load_recipe, None, overrides)
+@counts(300)
+def test_random_overrides(count):
+    override = st.one_of(st.text(max_size=30), st.builds("{}={}".format, names, st.text(max_size=20)))
+    generated(count, lambda overrides: outcome(load_recipe, None, overrides), overrides=st.lists(override, max_size=3))
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +88,21 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "r.yaml"
 
 
-@settings(max_examples=200, **QUICK)
-@given(content=st.one_of(st.binary(max_size=80), st.text(max_size=80).map(lambda text: text.encode(errors="replace"))))
-def test_random_files(scratch, content):
-    scratch.write_bytes(content)
-    outcome(load_recipe, scratch)
+@counts(200)
+def test_random_files(scratch, count):
+    def of(content):
+        scratch.write_bytes(content)
+        outcome(load_recipe, scratch)
+
+    text = st.text(max_size=80).map(lambda text: text.encode(errors="replace"))
+    generated(count, of, content=st.one_of(st.binary(max_size=80), text))
 
 
-def test_damaged_real_recipes(scratch):
+@counts(150)
+def test_damaged_real_recipes(scratch, count):
     draw = random.Random(0)
     good = recipe_to_yaml(Recipe()).encode()
-    for _ in range(150):
+    for _ in range(count):
         content = bytearray(good)
         for _ in range(draw.randint(1, 3)):
             at = draw.randrange(len(content))
@@ -102,11 +121,12 @@ def one_letter_typos(word: str, draw: random.Random) -> str:
     )
 
 
-def test_one_letter_typos_get_the_right_suggestion():
+@counts(1000)
+def test_one_letter_typos_get_the_right_suggestion(count):
     draw = random.Random(1)
     right = total = 0
     wrong = []
-    while total < 1000:
+    while total < count:
         key = draw.choice(KEYS)
         parts = key.split(".")
         at = draw.randrange(len(parts))  # sections are misspelt too

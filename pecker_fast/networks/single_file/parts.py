@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError
+from pecker_fast.networks.quiet import quiet_diffusers
 from pecker_fast.networks.single_file.names import (
     CLIP,
     TEXT_ENCODERS,
@@ -63,7 +64,7 @@ def empty_module(part: str, config: Mapping[str, Any], where: Path | None = None
     wanted = _CLASSES.get(part)
     if wanted and config.get("_class_name", wanted) != wanted:
         raise ModelError(f"{part}: _class_name is {config['_class_name']!r}; only {wanted} is supported in this place")
-    with files.guarded(where or part, "its config makes no module"), torch.device("meta"):
+    with files.guarded(where or part, "its config makes no module"), quiet_diffusers(), torch.device("meta"):
         return _make(part, dict(config)).eval()
 
 
