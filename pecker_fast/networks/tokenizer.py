@@ -17,20 +17,9 @@ _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _ADDED = "added_tokens.json"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _PIECES = (
-    *(
-        "Sequence",
-        "NFC",
-        "NFD",
-        "NFKC",
-        "NFKD",
-        "Replace",
-        "Lowercase",
-        "Strip",
-        "StripAccents",
-        "BertNormalizer",
-        "Split",
-    ),
-    *("ByteLevel", "Whitespace", "WhitespaceSplit", "BPEDecoder", "Fuse", "RobertaProcessing", "TemplateProcessing"),
+    *("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Replace", "Lowercase", "Strip", "StripAccents", "BertNormalizer"),
+    *("Split", "ByteLevel", "Whitespace", "WhitespaceSplit", "BPEDecoder", "Fuse"),
+    *("RobertaProcessing", "TemplateProcessing"),
 )
 _MOST_WORDS = 1 << 17
 _NUMBERS = 1 << 31

@@ -1,8 +1,7 @@
-"""Every way by which a foreign folder comes in beside `model`: generators, judges, detectors, config folders, prompt files,
+"""Every way by which a foreign folder comes in beside `model`: generators, config folders, prompt files, text encoders,
 tokenizers. What a config could make a library load, fetch or build is refused, and weights are those of the config, no more."""
 
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -17,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError, PeckerError
-from pecker_fast.evaluate import load_detector
-from pecker_fast.evaluate.judge import Reference, SmallClassifier, load_judge, save_judge
-from pecker_fast.evaluate.words import load_word_judge, save_word_judge
+from pecker_fast.evaluate.judge import load_judge
 from pecker_fast.loading import load_model
 from pecker_fast.loading.parts import load_start
 from pecker_fast.networks import load_unet, text_model
@@ -294,65 +291,6 @@ def test_a_generator_is_the_teachers_own_kind(models, teacher, tmp_path, name):
     assert load_start(recipe, teacher)
     hurt(folder)
     refused(load_start, recipe, teacher, about=about)
-
-
-# --- judges and detectors
-
-JUDGES = {
-    "pickle": (lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(["x" * 20])), "pickle"),
-    "pickled config": (lambda f: (f / "config.json").write_bytes(pickle.dumps({})), "not UTF-8"),
-    "config links out": (link_out("config.json"), "leaves the model folder"),
-    "weights link out": (link_out("model.safetensors"), "leaves the model folder"),
-    "code": (lambda f: edit(f / "config.json", auto_map={"a": "b"}), "auto_map names custom code"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
-    "another type": (lambda f: edit(f / "config.json", type="Evil"), "type is 'Evil'"),
-    "a thousand million features": (lambda f: edit(f / "config.json", features=10**9), "features is 1000000000"),
-    "absurd width": (lambda f: edit(f / "config.json", width=65536), "must be (65536"),
-    "accuracy above one": (lambda f: edit(f / "config.json", info={"held_out_accuracy": 7}), "held_out_accuracy is 7"),
-    "accuracy is NaN": (
-        lambda f: edit(f / "config.json", info={"held_out_accuracy": float("nan")}),
-        "held_out_accuracy",
-    ),
-    "more weights": (
-        lambda f: change(f / "model.safetensors", lambda t: t.update(x=torch.ones(1))),
-        "unexpected tensor x",
-    ),
-    "many words": (
-        lambda f: edit(f / "config.json", attributes={"a": [f"w{i}" for i in range(60_000)]}),
-        "at most 2,000 words",
-    ),
-    "a pipe": (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "neither a file nor a folder"),
-}
-
-
-@pytest.mark.parametrize("name", JUDGES)
-def test_a_judge_by_every_way_in(tmp_path, name):
-    hurt, about = JUDGES[name]
-    network = SmallClassifier(3, 8, 4, 4, 6)
-    save_judge(
-        tmp_path / "classes", network, Reference(torch.rand(3, 6), torch.tensor([0, 1, 3])), {"held_out_accuracy": 0.5}
-    )
-    save_word_judge(tmp_path / "words", network, {"shape": ["circle", "square"], "tone": ["red", "blue"]})
-    ways = [
-        (load_judge, "classes", ""),
-        (load_detector, "classes", ":1"),
-        (load_word_judge, "words", ""),
-        (load_detector, "words", ":red"),
-    ]
-    for load, kind, _ in ways[::2]:
-        assert load(tmp_path / kind)
-        hurt(tmp_path / kind)
-    for load, kind, mark in ways:
-        refused(load, f"{tmp_path / kind}{mark}", about=about)
-
-
-@pytest.mark.parametrize(
-    ("key", "dtype"), [("labels", torch.bool), ("features", torch.int8), ("features", torch.complex64)]
-)
-def test_features_of_real_images_are_numbers(tmp_path, key, dtype):
-    save_judge(tmp_path, SmallClassifier(3, 8, 4, 4, 6), Reference(torch.rand(3, 6), torch.tensor([0, 1, 3])), {})
-    change(tmp_path / "reference.safetensors", lambda held: held.update({key: held[key].to(dtype)}))
-    refused(load_judge, tmp_path, about="reference")
 
 
 # --- the index, the folder of configs, prompt files
