@@ -286,7 +286,7 @@ def read_config(path: Path, kind: str) -> dict[str, Any]:
     """
     config = read_object(path)
     if kind == "text encoder" and "text_config" in config:
-        check_values(path, config, {"text_config": OBJECT})
+        check_values(path, config, {"text_config": OBJECT, **_LOADING})
         config = config["text_config"]
     defaults = config.get("_use_default_values") or ()
     check_config(path, config, kind)

@@ -74,6 +74,28 @@ def test_the_shipped_models_fit(model):
         files.read_config(folder / name, kind)
 
 
+def test_every_number_of_every_config_has_bounds():
+    """What is not bounded is built, or counted to."""
+    for kind, specs in CONFIGS.items():
+        for key, spec in specs.items():
+            for value in (10**9, 2**31, -(10**9), 10**30, 1e30, math.nan, math.inf, -math.inf):
+                assert not spec.fits(value), (kind, key, value)
+                assert not spec.fits([value]), (kind, key, value)
+            assert not spec.fits([1] * 100_001), (kind, key)
+            assert not spec.fits("x" * 100_000), (kind, key)
+
+
+def test_a_config_is_what_from_pretrained_makes_of_it(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"norm_eps": 0.5, "act_fn": "relu", "_use_default_values": ["norm_eps"]}))
+    assert files.read_config(path, "UNet2DModel").keys() == {"act_fn", "_use_default_values"}
+    path.write_text(json.dumps({"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": {}}))
+    assert files.read_config(path, "text encoder") == {"hidden_size": 8}
+    path.write_text(json.dumps({"text_config": {"num_hidden_layers": 10**6}}))
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000"):
+        files.read_config(path, "text encoder")
+
+
 WRONG = [
     ("UNet2DModel", "norm_eps", math.nan, "norm_eps is nan; expected a number from 1e-20 to 1"),
     ("UNet2DModel", "norm_eps", True, "norm_eps is true; expected a number"),
