@@ -8,14 +8,14 @@ from typing import Any
 
 from pecker_fast.errors import ModelError
 from pecker_fast.files.folders import CONFIG_NAME, check_configs
-from pecker_fast.files.index import INDEX_NAME, PARTS
+from pecker_fast.files.index import PARTS, SMALL_FILES, TEXTS
 from pecker_fast.files.reading import first_line
 from pecker_fast.files.weights import find_weights, no_weights, weights_name
 
 _FOLDERS = tuple(part for part in PARTS if part)
 # configs, tokenizers, indexes of shards: what is small
-SMALL = [INDEX_NAME, CONFIG_NAME, "scheduler_config.json", "model.json", "diffusion_pytorch_model*.json"]
-SMALL += [f"{part}/*.{suffix}" for part in _FOLDERS for suffix in ("json", "txt")]
+SMALL = [f"{part}/{name}" if part else name for part in PARTS for name in SMALL_FILES[part] if name not in TEXTS]
+SMALL += ["diffusion_pytorch_model*.index*.json", *(f"{part}/*.index*.json" for part in _FOLDERS)]
 # where the hub cannot say what it has: of the weights at the top a diffusers folder has no need
 PLAIN = [*SMALL, "diffusion_pytorch_model*.safetensors", *(f"{part}/*.safetensors" for part in _FOLDERS)]
 NOT_PLAIN = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.fp32*.safetensors", "*ema*.safetensors"]

@@ -31,6 +31,8 @@ class Hub:
             "safety_checker/model.safetensors",
             "safety_checker/config.json",
             "evil.py",
+            "vae/notes.json",
+            "tokenizer/notes.txt",
         ):
             self.put(name, {})
         for name in ("v1-5-pruned.safetensors", "image_encoder/model.safetensors", f"unet/{STEM}.non_ema.safetensors"):
@@ -86,7 +88,7 @@ def test_the_plain_weights_of_the_parts_that_are_read_are_fetched(hub, listing):
     assert files.resolve_model("me/model") == hub.cache
     assert hub.fetched() == PLAIN
     assert hub.fetched("merges.txt") == ["tokenizer/merges.txt"]
-    assert hub.fetched(".bin") == hub.fetched(".py") == []
+    assert hub.fetched(".bin") == hub.fetched(".py") == hub.fetched("notes.json") == hub.fetched("notes.txt") == []
     assert hub.asked == [None, COMMIT]  # the same commit, should the hub move on in between
 
 
