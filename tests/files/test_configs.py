@@ -133,7 +133,7 @@ WRONG = [
     ("scheduler", "trained_betas", 7, "trained_betas is 7; expected a list"),
     ("scheduler", "beta_end", 1e308, "beta_end is 1e+308; expected a number from 0 to 1"),
     ("tokenizer", "model_max_length", 10**30, "model_max_length is 1000000000000000000000000000000; expected"),
-    ("tokenizer", "eos_token", 3, "eos_token is 3; expected a text or an object or null"),
+    ("tokenizer", "eos_token", 3, "eos_token is 3; expected a text or a token or null"),
     ("model.json", "null_class", "3", "null_class is '3'; expected a whole number"),
     ("model.json", "null_class", False, "null_class is false; expected a whole number"),
     ("judge", "info", [], "info is []; expected an object"),

@@ -79,8 +79,11 @@ def test_a_random_value_for_a_real_key(count):
 
 @counts(300)
 def test_random_overrides(count):
+    def of(overrides):
+        outcome(load_recipe, None, overrides)
+
     override = st.one_of(st.text(max_size=30), st.builds("{}={}".format, names, st.text(max_size=20)))
-    generated(count, lambda overrides: outcome(load_recipe, None, overrides), overrides=st.lists(override, max_size=3))
+    generated(count, of, overrides=st.lists(override, max_size=3))
 
 
 @pytest.fixture(scope="module")
