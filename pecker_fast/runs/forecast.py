@@ -41,9 +41,9 @@ def forecast(recipe: Recipe, device: Device | None = None) -> Prediction | None:
     width = unet.get("cross_attention_dim") or 0
     width = max(width) if isinstance(width, list | tuple) else width
     kind = (device or device_of()).kind
-    return predict(
-        recipe, unet, vae_config=vae, table_bytes=FLOAT_BYTES * rows * tokens * width, device=kind, tokens=tokens
-    )
+    table = FLOAT_BYTES * rows * tokens * width
+    with files.guarded(folder or recipe.model, "its configs make no network that can be rehearsed"):
+        return predict(recipe, unet, vae_config=vae, table_bytes=table, device=kind, tokens=tokens)
 
 
 @files.guarded("model", "its configs cannot be read")

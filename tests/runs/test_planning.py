@@ -1,14 +1,16 @@
 """Memory and time before a run: for this machine and for another, in one line or with a table, and what would help."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from test_text_train import recipe as text_recipe
+from tiny_models import write_tiny_model
 from tiny_text_models import tiny_pipeline
 
 from pecker_fast import cli
 from pecker_fast.account.memory import Prediction, TooLarge, enough, size
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.machine.devices import device_of
 from pecker_fast.recipe import load_recipe, recipe_to_yaml, with_overrides
 from pecker_fast.runs import forecast as forecasts
@@ -41,6 +43,14 @@ def recipe(model, tmp_path):
 def test_a_device_is_described(text, kind, size):
     device = device_of(text)
     assert (device.kind, device.memory_bytes, device.here) == (kind, size, kind == "cpu")
+
+
+@pytest.mark.parametrize("keys", [{"attention_head_dim": 64}, {"norm_num_groups": None}], ids=str)
+def test_configs_that_make_no_network_are_one_line(tmp_path, keys):
+    config = write_tiny_model(tmp_path / "model") / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **keys}))
+    with pytest.raises(ModelError, match="its configs make no network that can be rehearsed"):
+        forecasts.forecast(load_recipe(None, [f"model={tmp_path / 'model'}"]))
 
 
 @pytest.mark.parametrize(
