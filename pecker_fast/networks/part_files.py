@@ -68,7 +68,7 @@ def _as_all_find_them(source: Path, target: Path, name: str) -> None:
         return
     for file in target.iterdir():
         if file.name not in files.SMALL_FILES[source.name]:
-            file.unlink()
+            files.remove(file)
     files.write_tensors(target / name, weights, {"format": "pt"})
 
 
