@@ -66,7 +66,7 @@ def _as_all_find_them(source: Path, target: Path, name: str) -> None:
     check_numbers(source, weights)
     if files.variant_of(target, name) is None and _found_by_all(stored, weights):
         return
-    for file in target.iterdir():
+    for file in sorted(target.iterdir()):
         if file.name not in files.SMALL_FILES[source.name]:
             files.remove(file)
     files.write_tensors(target / name, weights, {"format": "pt"})
