@@ -3,7 +3,7 @@
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
 from pecker_fast.networks.lora import lora_score, pair_x0, same_function
 from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
-from pecker_fast.networks.numbers import check_numbers
+from pecker_fast.networks.numbers import are_weights, check_numbers
 from pecker_fast.networks.part_files import copy_part, copy_small, save_part
 from pecker_fast.networks.prompt_window import PromptWindow
 from pecker_fast.networks.schedule import Schedule, load_schedule
@@ -18,6 +18,7 @@ __all__ = [
     "Schedule",
     "TextDenoiser",
     "TextTable",
+    "are_weights",
     "check_class_folder",
     "check_numbers",
     "check_said",
