@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny class-conditional model folder with a judge, random weights, that trains in milliseconds."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ os.environ |= {
     "TORCH_HOME": str(CACHE / "torch"),
 }
 os.environ.pop("TORCH_EXTENSIONS_DIR", None)
+# A job in the background of a shell, or under nohup, ignores them, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from some import by_test, spread  # noqa: E402
 from tiny_models import TINY_KEYS, write_tiny_model  # noqa: E402  it imports torch

@@ -397,6 +397,7 @@ def test_bench_of_a_recipe_without_mask_has_one_column(tiny_recipe):
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])["p50"] == 3.5
 
 
+@pytest.mark.books
 def test_a_run_keeps_its_account_and_shows_it(tiny_recipe, capsys):
     keys = {"steps": 8, "evaluate": {"every": 0, "final": 0}}
     run = train(tiny_recipe(**keys), quiet=True).run_dir

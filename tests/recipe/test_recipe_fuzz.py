@@ -5,26 +5,14 @@ import string
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from some import counts, generated
 
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe import Recipe, load_recipe, recipe_from, recipe_help, recipe_to_dict, recipe_to_yaml
 
 KEYS = [key for key, *_ in recipe_help()]
 WORDS = sorted({part for key in KEYS for part in key.split(".")})
-QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-
-
-def counts(number: int):
-    """A test of so many examples, and of ten times as many."""
-    return pytest.mark.parametrize("count", [number, pytest.param(10 * number, marks=pytest.mark.slow)])
-
-
-def generated(count: int, test, **strategies) -> None:
-    """Hypothesis on `test`, so many times."""
-    settings(max_examples=count, **QUICK)(given(**strategies)(test))()
-
 
 scalars = st.one_of(
     st.none(),

@@ -116,6 +116,7 @@ def test_zero_steps_leave_every_format_bit_identical(models, tmp_path, kind):
     assert same(base, files.read_weights(applied / "unet"))
 
 
+@pytest.mark.slow
 def test_half_precision_weights_keep_their_dtype_and_bits(models, tmp_path):
     """fp16 on disk, trained in bf16 with stochastic rounding: what did not move is the file's own fp16."""
     folder = tmp_path / "half"
@@ -214,7 +215,7 @@ LINEAR = {
 }  # an update linear in the gradient
 
 
-@pytest.mark.some(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [pytest.param({"micro_batch": 1}, marks=pytest.mark.slow), {"micro_batch": 3}, {"checkpointing": True}]
 )
