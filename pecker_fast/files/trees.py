@@ -121,18 +121,9 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     Raises OutputError, with what was at `target` before intact.
     """
     target = Path(target)
-    with writing.output_errors(target):
-        sweep(target.parent, {target.name})
-        temporary = beside(target, "tmp")
-        try:
-            writing.disk_step(f"mkdir:{target.name}")
-            temporary.mkdir(parents=True)
-            with _in_use(temporary):
-                yield temporary
-                replace_folder(temporary, target)
-        except BaseException:
-            abandon(temporary)
-            raise
+    with _under_way(target, "mkdir") as temporary:
+        yield temporary
+        replace_folder(temporary, target)
 
 
 @contextlib.contextmanager
@@ -142,20 +133,27 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises OutputError, with what was at `path` before intact.
     """
     path = Path(path)
-    with writing.output_errors(path):
-        sweep(path.parent, {path.name})
-        temporary = beside(path, "tmp")
+    with _under_way(path, "write") as temporary:
+        yield temporary / path.name
+        writing.fsync_file(temporary / path.name)
+        writing.replace(temporary / path.name, path)
+        abandon(temporary)
+
+
+@contextlib.contextmanager
+def _under_way(target: Path, step: str) -> Iterator[Path]:
+    """A temporary folder beside `target` that no other process sweeps away, and that is gone if the block fails."""
+    with writing.output_errors(target):
+        sweep(target.parent, {target.name})
+        temporary = beside(target, "tmp")
         try:
-            writing.disk_step(f"write:{path.name}")
+            writing.disk_step(f"{step}:{target.name}")
             temporary.mkdir(parents=True)
             with _in_use(temporary):
-                yield temporary / path.name
-                writing.fsync_file(temporary / path.name)
-                writing.replace(temporary / path.name, path)
+                yield temporary
         except BaseException:
             abandon(temporary)
             raise
-        abandon(temporary)
 
 
 @contextlib.contextmanager
