@@ -66,6 +66,7 @@ def pecker_fast(
     env: added to this process's environment. first: called in the process before anything else, a function of a module's own.
     """
     environment = {**os.environ, **(env or {})}
+    log.write_bytes(b"")  # nothing of another process
     return Started(context().Process(target=_main, args=(arguments, environment, str(log), first), daemon=True))
 
 

@@ -152,7 +152,12 @@ class Storm:
 
     def must_or_default(self, process: Started, signum: int) -> int:
         process.wait(HUNG_S)
-        return self.must(process, 0, SIGNALS[signal.Signals(signum)]) if process.returncode != -signum else -signum
+        code = process.returncode
+        if code == -signum or (
+            code == 1 and not self.log.read_bytes()
+        ):  # Python's own way, before a line of ours has run
+            return code
+        return self.must(process, 0, SIGNALS[signal.Signals(signum)])
 
     def disks(self, rng: random.Random, run: Path) -> str:
         words = rng.choice((["train"], ["wipe"], ["export"], ["report"], ["sample"], ["keep"], ["delta"]))
