@@ -53,24 +53,13 @@ def plain_plots(request, monkeypatch):
         monkeypatch.setattr("pecker_fast.report.figures._svg", lambda figure, name, label: f"<svg id='{name}'></svg>")
 
 
-class NoBooks:
-    """In the place of `Accountant`: FLOPs are not counted."""
-
-    def __init__(self, engine, state):
-        state.flops_per_iteration = dict.fromkeys(("distill", "forget"), 0.0)
-
-    def run(self, iterate):
-        return iterate()
-
-    def spent_s(self):
-        return 0.0
-
-
 @pytest.fixture
 def no_books(request, monkeypatch):
     """The FLOPs of an iteration and of the saliency pass, a third of a run this small, are counted where a test is marked
     `books`."""
     if request.node.get_closest_marker("books") is None:
+        from least_runs import NoBooks
+
         monkeypatch.setattr("pecker_fast.runs.loop.Accountant", NoBooks)
         monkeypatch.setattr("pecker_fast.forgetting.SaliencyPass.flops", lambda self: 0.0)
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from tiny_models import TINY_KEYS, write_tiny_model
 
-from pecker_fast import files
+from pecker_fast import cli, files
 from pecker_fast.recipe import recipe_from, recipe_to_yaml
 from pecker_fast.records import checkpoint
 
@@ -57,6 +58,15 @@ def write_least_recipe(folder: Path, **keys) -> Path:
     data = {**TINY_KEYS, **LEAST, "model": str(model), "output": str(folder / "run"), **keys}
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe_from(data)))
     return folder / "recipe.yaml"
+
+
+def finished_run(folder: Path) -> tuple[Path, Path]:
+    """(its recipe, its folder) of such a run, made in `folder`."""
+    recipe = write_least_recipe(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        replace_by(patch.setattr)
+        assert cli.main(["train", str(recipe), "--quiet"]) == 0
+    return recipe, folder / "run"
 
 
 def final_files(run_dir: Path) -> dict[str, str]:

@@ -144,10 +144,8 @@ def _read(path: Path) -> _Delta:
     if header.get("format") != FORMAT:
         raise DataError(f"{path}: not a delta file; one written by pecker-fast was expected")
     version = header.get("version")
-    if version not in ("1", VERSION) and _SEAL not in header:
-        raise DataError(f"{path}: delta of version {version!r}; this program reads versions 1 and {VERSION}")
     delta = _Delta(Path(path), parts, header, {})
-    if _SEAL in header or version != "1":
+    if _SEAL in header or version == VERSION:
         said = header.pop(_SEAL, None)
         if said != files.sha256_value(header):
             raise delta.error("its notes, list of tensors and hashes are not what its head_sha256 was taken over")

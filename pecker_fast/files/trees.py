@@ -174,17 +174,19 @@ def held(folder: Path) -> Iterator[None]:
         writing.make_folder(folder)
         fd = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{folder}: another process is at work in it; wait for it, or give another output"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock(fd, f"{folder}: another process is at work in it")
         yield
     finally:
         os.close(fd)
+
+
+def lock(fd: int, busy: str) -> None:
+    """Lock an open file or folder for this process; raises OutputError, which begins with `busy`, where another holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{busy}; wait for it, or give another output") from None
 
 
 def sweep(folder: Path, names: Collection[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """The run folder: whose it is, where it stopped, and what of it is left standing when it starts over."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -217,12 +216,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         files.disk_step(f"write:{LOCK}")
         file = (run_dir / LOCK).open("w")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{run_dir}: another process is training in it; wait for it, or give another output"
-            ) from None
+        files.lock(file.fileno(), f"{run_dir}: another process is training in it")
         yield
 
 

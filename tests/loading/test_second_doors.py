@@ -150,7 +150,7 @@ def test_a_tokenizer_is_made_of_known_files_alone(fresh, tmp_path, monkeypatch):
     edit(
         folder / "tokenizer_config.json",
         vocab_file="/etc/hostname",
-        tokenizer_file="/root/x.json",
+        tokenizer_file="/elsewhere/x.json",
         chat_template="{{ 1/0 }}",
     )
     found = load_tokenizer(folder, 16)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from disk_faults import Fault, steps_of
-from least_runs import bare, final_files, left_overs, replace_by, write_least_recipe
+from least_runs import bare, final_files, finished_run, left_overs, replace_by
 from limits import HUNG_S
 from processes import pecker_fast
 
@@ -29,12 +29,7 @@ VERBS = {  # what is done to a finished run
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A recipe, and a finished run of it."""
-    folder = tmp_path_factory.mktemp("whole")
-    recipe = write_least_recipe(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        replace_by(patch.setattr)
-        assert cli.main(["train", str(recipe), "--quiet"]) == 0
-    return recipe, folder / "run"
+    return finished_run(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from least_runs import final_files, left_overs, replace_by, write_least_recipe
+from least_runs import final_files, finished_run, left_overs, replace_by
 from torch import nn
 
 from pecker_fast import cli
@@ -47,12 +47,8 @@ class Once:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A recipe, and what its run comes to when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("whole")
-    recipe = write_least_recipe(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        replace_by(patch.setattr)
-        assert cli.main(["train", str(recipe), "--quiet"]) == 0
-    return recipe, final_files(folder / "run")
+    recipe, run = finished_run(tmp_path_factory.mktemp("whole"))
+    return recipe, final_files(run)
 
 
 @pytest.mark.parametrize("phase", PHASES)

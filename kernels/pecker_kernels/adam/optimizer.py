@@ -91,7 +91,7 @@ class MaskedAdam(LaneState):
             "check_finite": check_finite,
         }
         check_group(defaults)
-        self._mask = None if mask is None else mask.clone()
+        self._take(mask)
         self._lanes: dict[Tensor, Lanes] = {}
         self._plans: dict[int, AdamPlan] = {}
         self._lock = threading.Lock()  # plans and counters are of one step at a time
@@ -108,7 +108,7 @@ class MaskedAdam(LaneState):
         except ValueError:
             self.param_groups.pop()
             raise
-        group["mask_sha256"] = self._mask.digest if self._mask is not None else None
+        group["mask_sha256"] = self._digest
         group.setdefault("dense_moments", group["state"] == "dense")
 
     @torch._disable_dynamo  # one opaque call: a compiled training step breaks its graph here, once (torch does so too)

@@ -32,6 +32,7 @@ class LaneState(torch.optim.Optimizer):
     """
 
     _mask: SaliencyMask | None
+    _digest: str | None  # of the mask
     _lanes: dict[Tensor, Lanes]
     _plans: dict[int, AdamPlan]
     _lock: threading.Lock
@@ -41,6 +42,11 @@ class LaneState(torch.optim.Optimizer):
     def mask(self) -> SaliencyMask | None:
         """The optimizer's own copy."""
         return self._mask
+
+    def _take(self, mask: SaliencyMask | None) -> None:
+        """Step by a copy of the mask from now on; it is hashed once."""
+        self._mask = None if mask is None else mask.clone()
+        self._digest = None if self._mask is None else self._mask.digest
 
     def _fit(self, group: dict[str, Any], mask: SaliencyMask | None) -> None:
         resolve(group["impl"], *group["params"])
@@ -129,9 +135,10 @@ class LaneState(torch.optim.Optimizer):
         for group in self.param_groups:
             self._fit(group, new_mask)
         old = {p: self._lanes_of(p, name) for name, p, _ in self._named()}
-        self._mask, self._lanes, self._plans = None if new_mask is None else new_mask.clone(), {}, {}
+        self._take(new_mask)
+        self._lanes, self._plans = {}, {}
         for name, p, group in self._named():
-            group["mask_sha256"] = new_mask.digest if new_mask is not None else None
+            group["mask_sha256"] = self._digest
             if p not in self.state or not self.state[p]:
                 continue
             if not self._is_dense(p):
@@ -193,7 +200,6 @@ class LaneState(torch.optim.Optimizer):
             raise PeckerKernelsError("amsgrad, maximize and differentiable have no counterpart in MaskedAdam")
         for group in groups:
             check_group({**self.defaults, **group})
-        digest = self._mask.digest if self._mask is not None else None
         params = list(self._named())
         # State goes by position; torch would take the saved names over, and names choose the bits of the mask.
         own = [str(name) for name, _, _ in self._named()]
@@ -213,7 +219,7 @@ class LaneState(torch.optim.Optimizer):
                 raise PeckerKernelsError(f"the saved state of parameter {i if name is None else name!r} is damaged")
             if shape == p.shape:
                 continue
-            if mask_of[i] != digest or shape.numel() != self._lanes_of(p, name).count:
+            if mask_of[i] != self._digest or shape.numel() != self._lanes_of(p, name).count:
                 raise MaskError(
                     f"the saved moments of parameter {i if name is None else name!r} belong to another mask or model: "
                     "build the optimizer with the mask they were saved with"
@@ -231,7 +237,7 @@ class LaneState(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             group.setdefault("dense_moments", group["state"] == "dense")
-            group["mask_sha256"] = digest
+            group["mask_sha256"] = self._digest
         for i, (name, p, group) in zip(ids, self._named()):
             saved = state_dict["state"].get(i)
             if not saved:
@@ -249,7 +255,7 @@ class LaneState(torch.optim.Optimizer):
                 self._make_compact(p, lanes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_mask": self._mask}
+        return {**super().__getstate__(), "_mask": self._mask, "_digest": self._digest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._lanes, self._plans, self.skipped, self._lock = {}, {}, None, threading.Lock()

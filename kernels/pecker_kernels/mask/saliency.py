@@ -62,9 +62,9 @@ class SaliencyMask:
         self.shapes = {name: torch.Size(shapes[name]) for name in bits}
         self.bits: dict[str, Tensor] = {}
         for name, packed in bits.items():
-            bitmask.check_bits(packed, self.shapes[name].numel(), f"mask of {name!r}")
-            own = packed.detach().clone(memory_format=torch.contiguous_format)
-            self.bits[name] = bitmask.sound_bits(own, self.shapes[name].numel(), f"mask of {name!r}")
+            self.bits[name] = (
+                bitmask.sound_bits(packed, self.shapes[name].numel(), f"mask of {name!r}").detach().clone()
+            )
         self.structure, self.scope, self.tile = structure, scope, (int(tile[0]), int(tile[1]))
         self.threshold = threshold
         self.provenance = dict(provenance or {})

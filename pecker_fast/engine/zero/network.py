@@ -38,6 +38,7 @@ class Sharded:
         self.parameters: dict[str, nn.Parameter] = dict(trainable)
         pieces = self._stage3_pieces() if self.stage == 3 else self._stage12_pieces()
         self.shards = Shards(shapes, pieces, self.partition.numel())
+        self._partial: tuple[SaliencyMask, list[str]] | None = None
 
     @property
     def partition(self) -> Tensor:
@@ -84,14 +85,18 @@ class Sharded:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
+    def _masked_by(self, mask: SaliencyMask) -> list[str]:
+        """Tensors that a mask keeps in part. Counting waits for the device, so it is done once for a mask, not in every pass."""
+        if self._partial is None or self._partial[0] is not mask:
+            self._partial = mask, [n for n in self.parameters if mask.count_of(n) < mask.shapes[n].numel()]
+        return self._partial[1]
+
     @contextlib.contextmanager
     def masked_gradients(self, mask: SaliencyMask | None) -> Iterator[None]:
         """Inside, gradients of weights become g ⊙ m before they meet anything else."""
         hooks = []
         if mask is not None:
-            for name, p in self.parameters.items():
-                if mask.count_of(name) < mask.shapes[name].numel():
-                    hooks.append(p.register_hook(_masking(mask, name)))
+            hooks = [self.parameters[name].register_hook(_masking(mask, name)) for name in self._masked_by(mask)]
         try:
             yield
         finally:
