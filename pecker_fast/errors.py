@@ -68,6 +68,9 @@ class RankError(PeckerError):
         self.exit_code = exit_code
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a verb
+
+
 class Stopped(BaseException):
     """A signal ended the work where it stood; no Exception, so that nobody takes it for a damaged file."""
 

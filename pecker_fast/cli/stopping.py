@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from pecker_fast.errors import Stopped
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from pecker_fast.errors import SIGNALS, Stopped
 
 
 @contextlib.contextmanager

@@ -8,10 +8,8 @@ from types import FrameType, TracebackType
 
 from torch import Tensor
 
-from pecker_fast.errors import Interrupted, Stopped
+from pecker_fast.errors import SIGNALS, Interrupted, Stopped
 from pecker_fast.machine.ranks import ALONE, Ranks
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopFlag:

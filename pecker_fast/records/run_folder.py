@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -59,7 +58,7 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
 
 
 def trajectory_sha256(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps(trajectory(recipe), sort_keys=True).encode()).hexdigest()
+    return files.sha256_value(trajectory(recipe))
 
 
 @dataclass(frozen=True)
