@@ -2,6 +2,7 @@
 
 from pecker_fast.forgetting.batch import Batch, concatenate
 from pecker_fast.forgetting.contrast import check_start
+from pecker_fast.forgetting.inversion import Vectors, denoising_error, drawing_error, fit_step, near, turns
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.methods import UpdateRule, get_method
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
@@ -16,16 +17,22 @@ __all__ = [
     "Gradients",
     "SaliencyPass",
     "UpdateRule",
+    "Vectors",
     "adam",
     "batches_of",
     "check_start",
     "concatenate",
     "ddim_sample",
+    "denoising_error",
+    "drawing_error",
+    "fit_step",
     "generate",
     "generator_loss",
     "get_method",
     "grid_labels",
+    "near",
     "noise_loss",
     "one_step_sample",
     "save_grid",
+    "turns",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.networks.free import free_rows
 from pecker_fast.networks.kinds import check_class_unet
 from pecker_fast.networks.marks import check_said, refuse_one_step
 from pecker_fast.networks.numbers import check_numbers
@@ -32,6 +33,7 @@ class Denoiser:
         self.schedule = schedule
         self.null_class = null_class
         self.channels_last = channels_last  # memory order of the images the network is fed
+        self.free: Tensor | None = None  # [K, …], vectors that stand in the place of conditions, see `with_free`
 
     @property
     def config(self) -> Any:
@@ -90,6 +92,23 @@ class Denoiser:
         other.unet = unet.eval()
         return other
 
+    def with_free(self, vectors: Tensor | None) -> Self:
+        """The same network, which also takes the codes of `free_codes`: vectors [K, D] in the place of class embeddings. They
+        are read where the network is called, so whoever holds them may move them."""
+        other = copy.copy(self)
+        other.free = vectors
+        return other
+
+    def free_codes(self, which: Tensor, c: Tensor) -> Tensor:
+        """Conditions [N] that mean "vector which [N] in the place of condition c [N]"."""
+        return which + self.num_class_embeds
+
+    @torch.no_grad()
+    def own_vectors(self, c: Tensor) -> Tensor:
+        """What stands at the place of free vectors in the network's own conditions c [N]: [N, D], float32, where a fit starts."""
+        network: Any = getattr(self.unet, "base", self.unet)
+        return network.class_embedding.weight[c].float().clone()
+
     def clone(self) -> Self:
         """An independent trainable copy of the network; the schedule is shared."""
         return self.with_network(copy.deepcopy(self.unet).requires_grad_(True))
@@ -120,7 +139,8 @@ class Denoiser:
         # they are: such a network runs in the plain order (on the CPU that is the faster one, see docs/performance.md).
         if self.channels_last:
             x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        return self.unet(self.in_weights_dtype(x_t), t, class_labels=c, return_dict=False)[0]
+        with free_rows(self.unet, self.free):
+            return self.unet(self.in_weights_dtype(x_t), t, class_labels=c, return_dict=False)[0]
 
     def output(self, x_t: Tensor, t: Tensor, c: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's own output (noise, velocity or sample), [N, C, H, W], for x_t [N, C, H, W], t [N], c [N]."""

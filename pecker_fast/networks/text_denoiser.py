@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -9,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.errors import RecipeError
+from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.networks.denoiser import Denoiser
+from pecker_fast.networks.free import free_tokens, named_span, token_places
 from pecker_fast.networks.latents import from_encoder, to_decoder
 from pecker_fast.networks.schedule import Schedule
 
@@ -22,12 +24,14 @@ class TextTable:
     """Text embeddings of every prompt a run uses, made once: a condition is a row number.
 
     embeds [P, L, D]; pooled [P, D'] and time_ids [6] (original size, crop, target size) where the network wants them (SDXL).
+    ids [P, L]: the tokens they are of, by the first tokenizer.
     """
 
     prompts: tuple[str, ...]
     embeds: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    ids: Tensor | None = None
 
     def index(self, prompts: Sequence[str]) -> tuple[int, ...]:
         """Rows of prompts that are in the table."""
@@ -35,7 +39,8 @@ class TextTable:
         return tuple(rows[prompt] for prompt in prompts)
 
     def to(self, device: torch.device | str) -> TextTable:
-        moved = {key: t.to(device) for key in ("embeds", "pooled", "time_ids") if (t := getattr(self, key)) is not None}
+        kinds = ("embeds", "pooled", "time_ids", "ids")
+        moved = {key: t.to(device) for key in kinds if (t := getattr(self, key)) is not None}
         return replace(self, **moved)
 
     def rows(self, c: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,6 +71,7 @@ class TextDenoiser(Denoiser):
         self.table = table
         self.vae = vae
         self.latent_size = latent_size  # (height, width); None = the size the network was trained on
+        self.places: Tensor | None = None  # [P, L], where free tokens stand, see `with_places`
 
     @property
     def classes(self) -> list[int]:
@@ -78,9 +84,34 @@ class TextDenoiser(Denoiser):
         height, width = self.latent_size or size
         return int(self.config.in_channels), height, width
 
+    def with_places(self, forget: Sequence[int], cover: Sequence[int], tokens: int) -> Self:
+        """The same network, of whose prompts `tokens` tokens can be free ones: where forget[i] differs from cover[i], and before
+        the end of prompts that are not forgotten. Raises ModelError where the prompts' tokens are not known."""
+        ids = self.table.ids
+        if ids is None:
+            raise ModelError("the tokens of the prompts are not known, so no soft tokens can stand in their place")
+        spans: list[tuple[int, int] | None] = [None] * len(self.table.prompts)
+        for row, other_row in zip(forget, cover):
+            spans[row] = named_span(ids[row], ids[other_row])
+        other = copy.copy(self)
+        other.places = token_places(ids, spans, tokens).to(self.table.embeds.device)
+        return other
+
+    def free_codes(self, which: Tensor, c: Tensor) -> Tensor:
+        return (which + 1) * len(self.table.prompts) + c
+
+    @torch.no_grad()
+    def own_vectors(self, c: Tensor) -> Tensor:
+        """[N, k, D]: the prompts' embeddings at the places of the k free tokens (of several places of one, the first)."""
+        assert self.places is not None
+        tokens = int(self.places.max()) + 1
+        found = torch.stack([(self.places[c] == j).int().argmax(1) for j in range(tokens)], 1)  # [N, k]
+        return self.table.embeds[c.unsqueeze(1), found].float().clone()
+
     def to(self, device: torch.device | str) -> Self:
         other = super().to(device)
         other.table = self.table.to(device)
+        other.places = None if self.places is None else self.places.to(device)
         if self.vae is not None:
             other.vae = self.vae.to(device)
         return other
@@ -93,7 +124,18 @@ class TextDenoiser(Denoiser):
     def _forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         if self.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        return self.unet(self.in_weights_dtype(x_t), t, **self.table.rows(c, self.dtype), return_dict=False)[0]
+        return self.unet(self.in_weights_dtype(x_t), t, **self._text(c), return_dict=False)[0]
+
+    def _text(self, c: Tensor) -> dict[str, Any]:
+        """The network's own arguments for conditions c [N], free ones among them."""
+        if self.free is None:
+            return self.table.rows(c, self.dtype)
+        assert self.places is not None, "with_places comes before with_free"
+        count = len(self.table.prompts)
+        row, which = c % count, c // count - 1
+        given = self.table.rows(row, self.dtype)
+        states = given["encoder_hidden_states"]
+        return given | {"encoder_hidden_states": free_tokens(states, self.free, self.places[row], which)}
 
     @torch.no_grad()
     def to_images(self, x: Tensor) -> Tensor:

@@ -201,7 +201,8 @@ def _encode(
         embeds.append(found[0].float())
         if len(found) == 4:
             pooled.append(found[2].float())
-    table = TextTable(tuple(prompts), torch.cat(embeds))
+    ids = _token_ids(parts["tokenizer"], prompts, embeds[0].shape[1])
+    table = TextTable(tuple(prompts), torch.cat(embeds), ids=ids)
     if pooled:
         both = torch.cat(pooled)
         if not null and index.get("force_zeros_for_empty_prompt", True) and "" in prompts:
@@ -210,10 +211,17 @@ def _encode(
             both[row] = 0
         height, width = size
         time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-        table = TextTable(table.prompts, table.embeds, both, time_ids)
+        table = TextTable(table.prompts, table.embeds, both, time_ids, ids)
     del pipe, parts
     gc.collect()
     return table
+
+
+def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    """[P, L], as the pipeline pads and cuts them."""
+    found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: Tensor = found.input_ids
+    return ids
 
 
 def _encoded(pipe: Any, prompts: list[str], folder: Path) -> tuple[Any, ...]:
