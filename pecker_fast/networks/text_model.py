@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
