@@ -1,11 +1,12 @@
 """What to forget, what to draw in its place, what to keep: classes and prompts."""
 
 from pecker_fast.conditions.classes import SHOWN, Conditions, class_conditions, short_range, shown_classes
+from pecker_fast.conditions.forms import plural as plural_of
 from pecker_fast.conditions.inlined import inlined, inlined_captions
 from pecker_fast.conditions.notes import notes_of
 from pecker_fast.conditions.prompt_file import placed, read_prompts
 from pecker_fast.conditions.prompts import PromptPlan, concept_names, plan_prompts
-from pecker_fast.conditions.words import Names
+from pecker_fast.conditions.words import Names, put
 
 __all__ = [
     "SHOWN",
@@ -19,6 +20,8 @@ __all__ = [
     "notes_of",
     "placed",
     "plan_prompts",
+    "plural_of",
+    "put",
     "read_prompts",
     "short_range",
     "shown_classes",

@@ -4,6 +4,7 @@ from pecker_fast.evaluate.classes import Sampler, evaluate
 from pecker_fast.evaluate.concepts import PROTOCOLS, TABLE_HEADER, celebrity, i2p, protocol_table
 from pecker_fast.evaluate.detector import load_detector
 from pecker_fast.evaluate.drawing import Prompt
+from pecker_fast.evaluate.intervals import wilson
 from pecker_fast.evaluate.judge import Judge, Reference, SmallClassifier, load_judge, save_judge
 from pecker_fast.evaluate.metrics import fid, fid_floor, inception_score, precision_recall
 from pecker_fast.evaluate.obedience import word_figures
@@ -36,5 +37,6 @@ __all__ = [
     "save_word_judge",
     "share",
     "verdict_of",
+    "wilson",
     "word_figures",
 ]

@@ -100,6 +100,22 @@ class WordJudge:
         """Features `[N, F]` of `images` `[N, C, H, W]` in [-1, 1], float32 on the CPU."""
         return self.judge.judge(images, batch_size)[0]
 
+    def features_showing(self, wanted: Mapping[str, str]) -> Tensor:
+        """Features `[m, F]` of the real images that show all the words of `wanted` (attribute → word).
+
+        Raises:
+            DataError: there is no reference, or no image is left.
+        """
+        if self._reference is None or self._words is None:
+            raise DataError("this judge has no reference images; pretrain the model again, or leave the comparison out")
+        keep = torch.ones(len(self._words), dtype=torch.bool)
+        for at, (name, group) in enumerate(self.attributes.items()):
+            if name in wanted:
+                keep &= self._words[:, at] == group.index(wanted[name])
+        if not keep.any():
+            raise DataError(f"no reference image shows {', '.join(wanted.values())}")
+        return self._reference[keep]
+
     def reference_features(self, without: Mapping[str, str] | None = None) -> Tensor:
         """Features `[m, F]` of the real images that show none of the words of `without` (attribute → word).
 

@@ -6,7 +6,7 @@ from pecker_fast.forgetting.inversion import Vectors, denoising_error, drawing_e
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.methods import UpdateRule, get_method
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
-from pecker_fast.forgetting.samplers import ddim_sample, grid_labels, one_step_sample, save_grid
+from pecker_fast.forgetting.samplers import batch_of, ddim_sample, denoised, grid_labels, one_step_sample, save_grid
 from pecker_fast.forgetting.updates import Dense, Gradients, adam
 
 __all__ = [
@@ -19,10 +19,12 @@ __all__ = [
     "UpdateRule",
     "Vectors",
     "adam",
+    "batch_of",
     "batches_of",
     "check_start",
     "concatenate",
     "ddim_sample",
+    "denoised",
     "denoising_error",
     "drawing_error",
     "fit_step",

@@ -42,15 +42,16 @@ class Vectors:
             tensor[k] = 0
 
     @torch.no_grad()
-    def step_(self, gradient: Tensor, rate: float) -> None:
-        """One step of Adam down the gradient [K, ...]; in place, and nothing waits for the device."""
+    def step_(self, gradient: Tensor, rate: float | Tensor) -> None:
+        """One step of Adam down the gradient [K, ...]; in place, and nothing waits for the device. rate: of all, or [K]."""
         self.steps += 1
         self.first.lerp_(gradient, 1 - BETAS[0])
         self.second.lerp_(gradient.square(), 1 - BETAS[1])
-        of_each = self.steps.view(-1, *(1 for _ in self.values.shape[1:]))
+        each = (-1, *(1 for _ in self.values.shape[1:]))
+        of_each = self.steps.view(each)
         mean = self.first / (1 - BETAS[0] ** of_each)
         scale = (self.second / (1 - BETAS[1] ** of_each)).sqrt_().add_(EPS)
-        self.values -= rate * mean / scale
+        self.values -= (rate.view(each) if isinstance(rate, Tensor) else rate) * mean / scale
 
 
 def turns(count: int, n: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
@@ -70,7 +71,7 @@ def denoising_error(denoiser: Denoiser, images: Tensor, e: Tensor, t: Tensor, c:
     return noise_loss(denoiser.eps, x_t, e, t, c) / images[0].numel()
 
 
-def fit_step(vectors: Vectors, network: Denoiser, error: Callable[[Denoiser], Tensor], rate: float) -> Tensor:
+def fit_step(vectors: Vectors, network: Denoiser, error: Callable[[Denoiser], Tensor], rate: float | Tensor) -> Tensor:
     """One step of all vectors down Σ error [N], a function of the network that knows them; returns the errors, detached.
 
     Weights get no gradient, whether or not they are frozen.

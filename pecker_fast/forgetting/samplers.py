@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,14 @@ def ddim(
     denoiser: Denoiser, labels: Tensor, steps: int, seed: int, batch_size: int | None = None, guidance: float = 1.0
 ) -> Iterator[Tensor]:
     """What `ddim_sample` makes images of, batch by batch: samples of the network, [n, C, H, W] each."""
+    z = sample_noise(denoiser, labels.shape[0], seed)
+    size = batch_size or batch_of(denoiser)
+    for x, c in zip(z.split(size), labels.to(denoiser.device).split(size)):
+        yield denoised(denoiser, x, c, steps, guidance)
+
+
+def ddim_scheduler(denoiser: Denoiser, steps: int) -> Any:
+    """diffusers' DDIMScheduler on the network's own schedule, its timesteps set, x_0 bounded as the model's sampler does it."""
     from diffusers import DDIMScheduler
 
     schedule = denoiser.schedule
@@ -59,13 +68,21 @@ def ddim(
         **schedule.config, **bounds, prediction_type=schedule.prediction_type, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(steps)
-    z = sample_noise(denoiser, labels.shape[0], seed)
-    size = batch_size or batch_of(denoiser)
-    for x, c in zip(z.split(size), labels.to(denoiser.device).split(size)):
-        for t in scheduler.timesteps:
+    return scheduler
+
+
+@torch.no_grad()
+def denoised(
+    denoiser: Denoiser, x: Tensor, c: Tensor, steps: int, guidance: float = 1.0, start: int | None = None
+) -> Tensor:
+    """Samples of the network, [n, C, H, W], from x_t [n, C, H, W] at timestep `start` by what is left of `steps` DDIM steps;
+    None = from pure noise by all of them."""
+    scheduler = ddim_scheduler(denoiser, steps)
+    for t in scheduler.timesteps:
+        if start is None or int(t) <= start:
             output = denoiser.output(x, t.to(x.device).expand(x.shape[0]), c, guidance)
             x = scheduler.step(output, t, x).prev_sample
-        yield x
+    return x
 
 
 def grid_labels(classes: Sequence[int], columns: int) -> Tensor:

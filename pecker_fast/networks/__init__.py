@@ -2,7 +2,7 @@
 
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
 from pecker_fast.networks.lora import lora_score, pair_x0, same_function
-from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks
+from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks, one_step_start
 from pecker_fast.networks.numbers import are_weights, check_numbers
 from pecker_fast.networks.part_files import copy_part, copy_small, save_part
 from pecker_fast.networks.prompt_window import PromptWindow
@@ -31,6 +31,7 @@ __all__ = [
     "load_weights",
     "lora_score",
     "one_step_marks",
+    "one_step_start",
     "pair_x0",
     "same_function",
     "save_part",

@@ -48,6 +48,18 @@ def refuse_one_step(folder: Path) -> None:
         )
 
 
+def one_step_start(folder: Path, otherwise: int) -> int | None:
+    """The timestep at which a model folder's network takes its one step, `otherwise` where it says nothing of that; None where
+    it is an ordinary denoiser. Raises ModelError."""
+    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
+    heads = [files.read_head(file, error=ModelError)[1] for file in files.weight_files(files.unet_folder(folder))]
+    marked = next((head for head in heads if head.get(KIND) == ONE_STEP), None)
+    if marked is None and not (isinstance(card, dict) and card.get("kind") == ONE_STEP):
+        return None
+    said = (marked or {}).get(T_INIT, "")
+    return int(said) if said.isdecimal() else otherwise
+
+
 def check_said(path: Path, schedule: Schedule, where: Path | str) -> None:
     """Raise ModelError where a single file, or a folder's UNet, says another schedule of itself than the one read at `where`."""
     prediction = schedule.prediction_type

@@ -6,16 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.files import write_text
+from pecker_fast.report.audit import audit_table
 from pecker_fast.report.cost import of_run, parts_tables
 from pecker_fast.report.mask import Mask, MaskRow, mask_table
 from pecker_fast.report.mask_plot import plot_mask
 from pecker_fast.report.text import metrics_table, section
 
-__all__ = ["Mask", "MaskRow", "mask_table", "metrics_table", "parts_tables", "plot_mask", "run_tables", "write_report"]
+__all__ = [
+    "Mask",
+    "MaskRow",
+    "audit_table",
+    "mask_table",
+    "metrics_table",
+    "parts_tables",
+    "plot_mask",
+    "run_tables",
+    "write_report",
+]
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report.html from recipe.yaml, run.jsonl, metrics.json, mask.safetensors and samples/*.png.
+    """Write `run_dir`/report.html from recipe.yaml, run.jsonl, metrics.json, audit.json, mask.safetensors, samples/*.png and
+    audit/*.png.
 
     What is missing is left out; a damaged part is named on the page in place of its section.
 

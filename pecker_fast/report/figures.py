@@ -123,6 +123,25 @@ def fid_curve(evaluations: Sequence[Point], levels: Sequence[tuple[str, Any, str
         return _svg(figure, "fid", "FID of the retain classes over training steps")
 
 
+def recovery_curves(curves: Mapping[str, Sequence[tuple[float, float]]], probe: str) -> str | None:
+    """What comes back over the steps of an attack, a line for each subject of an audit; None without a curve."""
+    tones = {"result": AFTER, "before": BEFORE, "relabel": FORGET}
+    with rc_context(STYLE):
+        figure = new_figure(*_SIZE_IN)
+        axes = figure.subplots(1, 1)
+        for name, curve in curves.items():
+            x, y = [x for x, _ in curve], [y for _, y in curve]
+            axes.plot(x, y, color=tones.get(name, REAL), label=name, marker="o", markersize=3)
+        if not curves:
+            return None
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _finish(axes, f"Comes back: {probe}", "step of the attack")
+        return _svg(
+            figure, f"audit-{probe}", f"Share of samples that show the concept over the steps of the {probe} probe"
+        )
+
+
 def mask_blocks(blocks: Sequence[MaskRow], density: float) -> str:
     """Density of each part of the network."""
     with rc_context(STYLE):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.report import figures
+from pecker_fast.report.audit import audit_section
 from pecker_fast.report.cost import NOTE, cells, facts, heads, known, lines, of_run
 from pecker_fast.report.mask import by_block, mask_table
 from pecker_fast.report.read import RunData
@@ -55,7 +56,17 @@ def build_page(run: RunData) -> str:
     """The whole report as HTML that needs no other file."""
     title = _title(run)
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    parts = [_cards(run), _notes(run), _verdict(run), _grids(run), _curves(run), _classes(run), _cost(run), _mask(run)]
+    parts = [
+        _cards(run),
+        _notes(run),
+        _verdict(run),
+        _audit(run),
+        _grids(run),
+        _curves(run),
+        _classes(run),
+        _cost(run),
+        _mask(run),
+    ]
     parts += [_recipe(run), _versions(run)]
     body = "\n".join(part for part in parts if part)
     return (
@@ -178,6 +189,11 @@ def _with_interval(figures: Mapping[str, Any], row: Row) -> str:
 def _row(name: str, says: str, values: Iterable[tuple[str, str]]) -> str:
     cells = "".join(f"<td class='{column}'>{escape(value)}</td>" for column, value in values)
     return f"<tr><th scope='row'>{escape(name)}<small>{escape(says)}</small></th>{cells}</tr>"
+
+
+def _audit(run: RunData) -> str:
+    body = audit_section(run.audit, run.audit_images)
+    return _section("Hidden or forgotten", body) if body else ""
 
 
 def _grids(run: RunData) -> str:

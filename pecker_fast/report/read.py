@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pecker_fast.audit import AUDIT, read_audit
 from pecker_fast.errors import DataError, PeckerError, RecipeError
 from pecker_fast.files import read_text
 from pecker_fast.recipe import MAX_RECIPE_BYTES, parse_yaml
@@ -32,6 +33,8 @@ class RunData:
     status: str = ""
     mask: Mask | None = None
     grids: dict[str, bytes] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+    audit_images: dict[str, bytes] = field(default_factory=dict)  # by "PROBE-SUBJECT"
     notes: list[str] = field(default_factory=list)
 
 
@@ -49,7 +52,8 @@ def read_run(folder: str | Path) -> RunData:
     _read_metrics(run)
     _read_events(run)
     _read_mask(run)
-    _read_grids(run)
+    run.grids = _read_images(run, "samples")
+    _read_audit(run)
     return run
 
 
@@ -138,15 +142,27 @@ def _read_mask(run: RunData) -> None:
         run.notes.append(f"mask.safetensors: {' '.join(str(error).split())[:300]}")
 
 
-def _read_grids(run: RunData) -> None:
-    for path in sorted((run.folder / "samples").glob("[!.]*.png")):
+def _read_images(run: RunData, folder: str) -> dict[str, bytes]:
+    found = {}
+    for path in sorted((run.folder / folder).glob("[!.]*.png")):
         try:
             size = path.stat().st_size
             data = path.read_bytes() if size <= _MAX_PNG_BYTES else b""
         except OSError as error:
-            run.notes.append(f"samples/{path.name}: {error.strerror or error}")
+            run.notes.append(f"{folder}/{path.name}: {error.strerror or error}")
             continue
         if data.startswith(_PNG):
-            run.grids[path.stem] = data
-        else:
-            run.notes.append(f"samples/{path.name}: left out, not a PNG of at most {_MAX_PNG_BYTES >> 20} MiB")
+            found[path.stem] = data
+    return found
+
+
+def _read_audit(run: RunData) -> None:
+    path = run.folder / AUDIT
+    if not path.is_file():
+        return
+    try:
+        run.audit = read_audit(path)
+    except PeckerError as error:
+        run.notes.append(str(error))
+        return
+    run.audit_images = _read_images(run, "audit")

@@ -1,5 +1,6 @@
 """The loop, one training, judging it, and the verbs over a run."""
 
+from pecker_fast.runs.auditing import Asked, audit_run
 from pecker_fast.runs.benchmark import bench
 from pecker_fast.runs.finished import apply_delta_file, evaluate_protocol, evaluate_run, export_run, sample_run
 from pecker_fast.runs.forecast import check_memory
@@ -8,7 +9,9 @@ from pecker_fast.runs.planning import plan_rows
 from pecker_fast.runs.start import distill, train, unlearn
 
 __all__ = [
+    "Asked",
     "apply_delta_file",
+    "audit_run",
     "bench",
     "check_memory",
     "distill",

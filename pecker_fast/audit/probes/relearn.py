@@ -1,0 +1,68 @@
+"""Relearning: a few images of the concept shown again, all weights trained; how soon is it back?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pecker_fast.audit.scene import Finding, Scene, found_of, share
+from pecker_fast.audit.subjects import Subject
+from pecker_fast.forgetting import denoising_error, drawing_error
+from pecker_fast.networks import Denoiser
+
+
+def relearning(scene: Scene, subject: Subject) -> Finding:
+    """Plain training on 1, 5, … or all images of the pool, under the forgotten condition."""
+    world, budget = scene.world, scene.budget
+    rows = scene.dealt(world.judged, budget.samples, "judged")
+    seen: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for count in budget.relearn_images:
+        name = f"{count or 'all'} image{'s' if count != 1 else ''}"
+        student = subject.with_network(subject.network.clone())
+        curve: list[list[float]] = []
+
+        def looked(step: int, student: Subject = student, name: str = name, curve: list[list[float]] = curve) -> None:
+            seen[name], images[name] = scene.judged(student, rows=rows)
+            curve.append([step, share(seen[name])])
+
+        trained(scene, student, count or len(scene.pool.x), looked)
+        curves[name] = curve
+    halves = [next((int(step) for step, value in curve if value >= 0.5), None) for curve in curves.values()]
+    first = min((step for step in halves if step is not None), default=None)
+    return found_of(seen, images, world, rows, curves=curves, to_half=first)
+
+
+def trained(scene: Scene, student: Subject, count: int, looked: Callable[[int], Any]) -> None:
+    """Train the student's weights in place on the first `count` images of the pool; `looked` is called at the budget's marks."""
+    budget, pool = scene.budget, scene.pool
+    network = student.network
+    parameters = list(network.unet.parameters())
+    optimizer = torch.optim.Adam(parameters, budget.relearn_rate)
+    marks = budget.marks(budget.relearn_steps)
+    for step in range(budget.relearn_steps + 1):
+        scene.poll()
+        if step in marks:
+            looked(step)
+        if step == budget.relearn_steps:
+            return
+        g = scene.generator("relearn", step)
+        index = torch.randint(min(count, len(pool.x)), (budget.relearn_batch,), generator=g).to(network.device)
+        error = error_on(student, pool.x[index], pool.z[index], pool.rows[index], g)
+        for p, grad in zip(parameters, torch.autograd.grad(error.mean(), parameters, allow_unused=True)):
+            p.grad = grad
+        optimizer.step()
+
+
+def error_on(subject: Subject, x: Tensor, z: Tensor, c: Tensor, g: torch.Generator) -> Tensor:
+    """What plain training takes down, [N]: the one-step generator's error at the same noise, a denoiser's at noise of its own."""
+    network: Denoiser = subject.network
+    if subject.t_init is not None:
+        return drawing_error(network, z, c, x, subject.t_init)
+    t = torch.randint(network.schedule.num_timesteps, (len(x),), generator=g).to(x.device)
+    e = torch.randn(x.shape, generator=g).to(x.device)
+    return denoising_error(network, x, e, t, c)

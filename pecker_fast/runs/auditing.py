@@ -1,0 +1,247 @@
+"""`audit`: a run's result, or any model folder, with its controls, under the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pecker_fast import files
+from pecker_fast.audit import (
+    AUDIT,
+    BEFORE,
+    NEVER,
+    PROBES,
+    RELABEL,
+    RESULT,
+    Audit,
+    AuditTicker,
+    ClassWorld,
+    Scene,
+    Subject,
+    World,
+    budget_of,
+    relabelled,
+    said_otherwise,
+    text_world,
+)
+from pecker_fast.conditions import read_prompts
+from pecker_fast.errors import ModelError, OutputError, RecipeError, memory_errors
+from pecker_fast.evaluate import load_second_judge
+from pecker_fast.loading import Model, fit_timesteps, load_model, pick_device, plan_of, start_generator
+from pecker_fast.machine import StopFlag
+from pecker_fast.networks import TextDenoiser, load_unet, one_step_start
+from pecker_fast.recipe import Recipe, closest
+from pecker_fast.records import RECIPE
+from pecker_fast.runs.held import BASE_KEYS, base_model, load_run, trained_generator
+
+WORDS = "given words"  # how prompts of a file are called
+STOPPED = "what is found so far is in {}; the same command goes on"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an audit is asked for. against: runs or models that never knew the concept. prompts: a file that says the concept
+    in other words. seed: of all its draws."""
+
+    probes: Sequence[str] = ()
+    budget: str = "standard"
+    against: Sequence[str] = ()
+    samples: int | None = None
+    seed: int = 0
+    prompts: str | None = None
+    second_judge: str | None = None
+
+    def names(self) -> list[str]:
+        """The probes in their order, all of them where none is named. Raises RecipeError."""
+        for name in self.probes:
+            if name not in PROBES:
+                hint = closest(name, PROBES)
+                raise RecipeError(
+                    f"probes: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(PROBES)})"
+                )
+        return [name for name in PROBES if name in self.probes or not self.probes]
+
+
+@memory_errors("use a smaller --budget, or free memory")
+def audit_run(
+    what: str | Path, asked: Asked, recipe: Recipe | None = None, output: str | Path | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Audit a run folder, or, with a recipe that says what was to be forgotten and of which model, any model's folder.
+
+    output: folder of audit.json and the images; None = the run's own; of a model's folder none is written without.
+    Returns the record (docs/audit.md). Raises RecipeError, ModelError, OutputError, CheckpointError and, after a signal,
+    Interrupted: what was found so far is on disk, and the same call goes on.
+    """
+    names, budget = asked.names(), budget_of(asked.budget, asked.samples)
+    folder, into = Path(what), Path(output) if output is not None else None
+    if (folder / RECIPE).is_file():
+        if recipe is not None:
+            raise RecipeError("--recipe: a run folder has its own; leave it out")
+        found, into = _of_run(folder, asked), into or folder
+    elif recipe is None:
+        raise OutputError(
+            f"{what}: not a run folder (no {RECIPE}); to audit another model's folder, say with --recipe what it was to forget"
+        )
+    else:
+        found = _of_folder(str(what), recipe, asked)
+    recipe, model, result = found
+    device = pick_device()
+    before = _start(recipe, model, result, asked)
+    subjects = {RESULT: result, BEFORE: before}
+    subjects[RELABEL] = relabelled(before, *_named(model))
+    for number, other in enumerate(asked.against):
+        name = NEVER if number == 0 else f"{NEVER} {number + 1}"
+        subjects[name] = _never(recipe, model, result, other)
+    subjects = {name: subject.with_network(subject.network.to(device)) for name, subject in subjects.items()}
+    world = _world(recipe, model, asked)
+    forget, cover = _named(model)
+    with StopFlag() as stop, AuditTicker(quiet) as ticker:
+        where = STOPPED.format(into / AUDIT) if into is not None else "nothing of it is kept without --output"
+        scene = Scene(
+            world, subjects[BEFORE], budget, asked.seed, _said(model, asked), forget, cover, lambda: stop.check(where)
+        )
+        about = {"of": str(what), "forget": recipe.model_dump()["forget"], "cover": recipe.model_dump()["cover"]}
+        audit = Audit(scene, subjects, names, into, about, ticker.told)
+        return audit.run()
+
+
+Found = tuple[Recipe, Model, Subject]
+
+
+def _of_run(folder: Path, asked: Asked) -> Found:
+    """(recipe, the model it began with, the result) of a run."""
+    run = load_run(folder)
+    if run.recipe.distill_steps:
+        raise RecipeError(
+            f"{folder}: this run distilled its own start, which is not kept, so there is nothing to compare with"
+        )
+    model = base_model(run, _further(run.located(BASE_KEYS), asked))
+    recipe = fit_timesteps(run.located(BASE_KEYS), model.teacher.schedule.num_timesteps)
+    return recipe, model, Subject(RESULT, trained_generator(run, model), recipe.timesteps.init)
+
+
+def _of_folder(what: str, recipe: Recipe, asked: Asked) -> Found:
+    """The same of any model's folder: one step where it says so of itself, many where not."""
+    more = _further(recipe, asked)
+    model = load_model(recipe, more)
+    recipe = fit_timesteps(recipe, model.teacher.schedule.num_timesteps)
+    folder = files.resolve_model(what)
+    t_init = one_step_start(folder, recipe.timesteps.init)
+    unet = load_unet(files.check_model_folder(folder))
+    network = model.teacher.with_network(unet).freeze()
+    return recipe, model, _subject(RESULT, network, t_init, recipe)
+
+
+def _subject(role: str, network: Any, t_init: int | None, recipe: Recipe) -> Subject:
+    return Subject(role, network, t_init, recipe.evaluate.teacher_steps, recipe.guidance.teacher)
+
+
+def _start(recipe: Recipe, model: Model, result: Subject, asked: Asked) -> Subject:
+    """The model before: what a one-step result started from, or the denoiser itself."""
+    if result.t_init is None:
+        return _subject(BEFORE, model.teacher, None, recipe)
+    return _subject(BEFORE, start_generator(recipe, model.teacher).freeze(), result.t_init, recipe)
+
+
+def _never(recipe: Recipe, model: Model, result: Subject, name: str) -> Subject:
+    """A model that never knew: a run's result, or a model folder's generator (of a denoiser its UNet). Raises ModelError."""
+    if (Path(name) / RECIPE).is_file():
+        run = load_run(name)
+        return _subject(NEVER, trained_generator(run, base_model(run)), result.t_init, recipe)
+    folder = files.resolve_model(name)
+    distilled = (folder / "generator").is_dir()
+    if result.t_init is not None and not distilled and one_step_start(folder, 0) is None:
+        raise ModelError(
+            f"against {name}: it has no one-step generator (generator/), and the result is one; distil it first"
+        )
+    given: dict[str, Any] = {"model": name, "generator": name if distilled and result.t_init is not None else None}
+    given |= {"config_folder": None, "revision": None, "null_class": model.teacher.null_class}
+    if model.text is not None:
+        given["null_class"] = recipe.null_class
+    other = recipe.model_copy(update={**given, "evaluate": recipe.evaluate.model_copy(update={"judge": None})})
+    table = model.teacher.table.prompts if isinstance(model.teacher, TextDenoiser) else ()
+    loaded = load_model(other, table, result=not distilled)
+    network = loaded.teacher if given["generator"] is None else start_generator(other, loaded.teacher)
+    if isinstance(network, TextDenoiser) and network.table.prompts != table:
+        raise ModelError(f"against {name}: its prompts are others than the model's")
+    if network.sample_shape != model.teacher.sample_shape:
+        raise ModelError(
+            f"against {name}: its samples are {network.sample_shape}, the model's {model.teacher.sample_shape}"
+        )
+    return _subject(NEVER, network.freeze(), result.t_init, recipe)
+
+
+def _named(model: Model) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """All rows that name what is forgotten, and what is drawn in their place."""
+    c = model.conditions
+    if model.text is None:
+        return c.forget, c.cover
+    judged = model.text.judged
+    return (*c.forget, *judged.forget), (*c.cover, *judged.cover)
+
+
+def _world(recipe: Recipe, model: Model, asked: Asked) -> World:
+    """Raises RecipeError where nothing can judge."""
+    c, null = model.conditions, model.teacher.null_class
+    beside = asked.second_judge or _beside_judge(recipe, model)
+    second = load_second_judge(beside) if beside is not None else None
+    if model.text is None:
+        if model.judge is None:
+            raise RecipeError(
+                "audit: the model folder has no judge/, so nothing can tell what comes back; give evaluate.judge"
+            )
+        return ClassWorld(c.forget, c.cover, c.retain, c.forget, c.retain, null, model.judge, second, model.reference)
+    if model.words is None:
+        raise RecipeError(
+            "audit: the model folder has no judge of words, so nothing can tell what comes back; give evaluate.judge"
+        )
+    judged = model.text.judged
+    assert isinstance(model.teacher, TextDenoiser)
+    world = text_world(
+        c.forget, c.cover, c.retain, (judged.forget, judged.cover, judged.retain), null, model.teacher.table.prompts,
+        model.words, second,
+    )  # fmt: skip
+    if not world.forget or not world.judged:
+        raise RecipeError("audit: the judge has no word for what is forgotten; give evaluate.judge, one that knows it")
+    return world
+
+
+def _beside_judge(recipe: Recipe, model: Model) -> str | None:
+    """The folder whose second judge serves: beside the first."""
+    if recipe.evaluate.judge is not None:
+        return str(Path(recipe.evaluate.judge).parent)
+    return str(model.text.configs if model.text is not None else model.folder)
+
+
+def _further(recipe: Recipe, asked: Asked) -> tuple[str, ...]:
+    """Prompts of the table beside those of the recipe: the concept in other words."""
+    if not recipe.uses_prompts:
+        if asked.prompts is not None:
+            raise RecipeError("--prompts: this model draws from classes and reads no words")
+        return ()
+    plan, judged = plan_of(recipe, files.resolve_model(recipe.config_folder or recipe.model, recipe.revision))
+    found = [prompt for prompts in _ways(plan.concepts, judged.forget, judged.cover).values() for prompt in prompts]
+    given = read_prompts(asked.prompts).texts if asked.prompts is not None else ()
+    return tuple(dict.fromkeys((*found, *given)))
+
+
+def _ways(concepts: Sequence[tuple[str, str]], captions: Sequence[str], covers: Sequence[str]) -> dict[str, list[str]]:
+    """Way -> prompts, of every concept that is named in words."""
+    found: dict[str, list[str]] = {}
+    for concept, _ in concepts:
+        for way, prompts in said_otherwise(concept, captions, covers).items():
+            found[way if len(concepts) == 1 else f"{concept}: {way}"] = prompts
+    return found
+
+
+def _said(model: Model, asked: Asked) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if model.text is None or not isinstance(model.teacher, TextDenoiser):
+        return ()
+    table, judged = model.teacher.table, model.text.judged
+    captions, covers = ([table.prompts[row] for row in rows] for rows in (judged.forget, judged.cover))
+    ways = _ways(model.text.plan.concepts, captions, covers)
+    if asked.prompts is not None:
+        ways[WORDS] = list(read_prompts(asked.prompts).texts)
+    return tuple((way, table.index(prompts)) for way, prompts in ways.items())
