@@ -45,6 +45,16 @@ def pretrain(
     channels: Annotated[
         str | None, typer.Option("--channels", help="Channels of each level of the network, as 64,128,128.")
     ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            "--without", help="Classes, or words of shapes, that the model never gets to know, as 0,3 or circle."
+        ),
+    ] = None,
+    parts_of: Annotated[
+        str | None,
+        typer.Option("--parts-of", help="Finished model (folder or shipped name) whose VAE and judges are taken over."),
+    ] = None,
 ) -> None:
     """Train a teacher, and the classifier that judges it, from your own copy of a data set."""
     if name not in PRETRAIN_NAMES:
@@ -59,7 +69,8 @@ def pretrain(
     with tables_of_refusals():
         folder = run_pretrain(
             name, data=data, output=output, steps=steps, seed=seed, distill_steps=distill_steps, size=size,
-            batch_size=batch_size, channels=wide,
+            batch_size=batch_size, channels=wide, without=without.split(",") if without is not None else (),
+            parts_of=parts_of,
         )  # fmt: skip
     typer.echo(f"model folder: {folder}")
 

@@ -11,7 +11,7 @@ import hashlib
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,13 @@ class Dataset:
         """The chosen images as float32 `[n, C, H, W]` in [-1, 1]."""
         images = self.images[index]
         return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+    def without(self, classes: Sequence[int]) -> Dataset:
+        """The same data set, as many classes, without an image of some of them."""
+        if not classes:
+            return self
+        keep = ~torch.isin(self.labels, torch.tensor(list(classes)))
+        return replace(self, images=self.images[keep], labels=self.labels[keep])
 
     def held_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
         """Indices (int64) of a seeded random split: the part to train on, and the `share` to judge on."""

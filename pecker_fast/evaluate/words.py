@@ -116,8 +116,8 @@ class WordJudge:
             raise DataError(f"no reference image shows {', '.join(wanted.values())}")
         return self._reference[keep]
 
-    def reference_features(self, without: Mapping[str, str] | None = None) -> Tensor:
-        """Features `[m, F]` of the real images that show none of the words of `without` (attribute → word).
+    def reference_features(self, without: Mapping[str, str | Sequence[str]] | None = None) -> Tensor:
+        """Features `[m, F]` of the real images that show none of the words of `without` (attribute → word, or words).
 
         Raises:
             DataError: there is no reference, an attribute or word is unknown, or no image is left.
@@ -126,7 +126,8 @@ class WordJudge:
             raise DataError("this judge has no reference images; pretrain the model again, or leave the comparison out")
         keep = torch.ones(len(self._words), dtype=torch.bool)
         names = list(self.attributes)
-        for name, word in (without or {}).items():
+        gone = {name: [words] if isinstance(words, str) else words for name, words in (without or {}).items()}
+        for name, word in ((name, word) for name, words in gone.items() for word in words):
             if name not in self.attributes:
                 raise DataError(f"unknown attribute {name!r}; the judge knows {', '.join(names)}")
             group = [own.casefold() for own in self.attributes[name]]
@@ -134,7 +135,9 @@ class WordJudge:
                 raise DataError(f"unknown {name} {word!r}; the judge knows {', '.join(self.attributes[name])}")
             keep &= self._words[:, names.index(name)] != group.index(word.casefold())
         if not keep.any():
-            raise DataError(f"no reference image is left without {', '.join((without or {}).values())}")
+            raise DataError(
+                f"no reference image is left without {', '.join(word for words in gone.values() for word in words)}"
+            )
         return self._reference[keep]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pecker_fast.account.memory import Prediction
 from pecker_fast.data import Dataset
 from pecker_fast.data import datasets as data_sets
 from pecker_fast.errors import RecipeError, memory_errors
-from pecker_fast.pretrain import memory
+from pecker_fast.pretrain import memory, taken
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.fit import resumable
 from pecker_fast.pretrain.judge import train_judge
@@ -23,6 +24,7 @@ from pecker_fast.pretrain.progress import say_classes
 from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
 from pecker_fast.pretrain.teacher import train_unet
+from pecker_fast.pretrain.without import Without, missing_classes, option
 from pecker_fast.terminal import say
 
 __all__ = ["SETTINGS", "Settings", "measure", "pretrain", "settings_for", "unet_config"]
@@ -41,6 +43,8 @@ def pretrain(
     settings: Settings | None = None,
     batch_size: int | None = None,
     channels: tuple[int, ...] | None = None,
+    without: Without = (),
+    parts_of: str | Path | None = None,
 ) -> Path:
     """Train a class-conditional teacher and its judge, and write them as a model folder.
 
@@ -56,7 +60,11 @@ def pretrain(
     batch_size: images of a training step. channels: of each level of the teacher's UNet. None = the name's own; of an image
         folder as its number of images and their size allow, see `settings.fitted`.
 
-    Returns the folder. Raises `DataError`, `OutputError`, `RecipeError`, `CheckpointError` and, after a signal,
+    without: classes, by number or name, or words of shapes, that teacher and generator never get to see. The network keeps their
+        embeddings, and the judges know them.
+    parts_of: finished model whose judges (and VAE) are taken over: its folder, or a shipped name.
+
+    Returns the folder. Raises `DataError`, `ModelError`, `OutputError`, `RecipeError`, `CheckpointError` and, after a signal,
     `Interrupted`.
     """
     if name == "shapes":
@@ -64,7 +72,16 @@ def pretrain(
 
         if data is not None or size is not None or settings is not None:
             raise RecipeError("shapes: it draws its own pictures; leave out data, size and settings")
-        return pretrain_shapes(output, steps, seed, distill_steps, batch_size=batch_size, channels=channels)
+        return pretrain_shapes(
+            output,
+            steps,
+            seed,
+            distill_steps,
+            batch_size=batch_size,
+            channels=channels,
+            without=without,
+            taken=parts_of,
+        )
     given = {"steps": steps, "batch_size": batch_size, "channels": channels}
     fixed = frozenset(key for key, value in given.items() if value is not None)
     fits = name == "images" and settings is None
@@ -90,9 +107,18 @@ def pretrain(
         prediction = memory.check(config_of, settings, dataset.images.nbytes)
         if fits or prediction is not None:
             _tell(dataset, settings, config_of(settings), prediction)
-        identity = {"name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()}
+        missing = missing_classes(without, dataset)
+        others = None if parts_of is None else taken.parts_of(parts_of, taken.JUDGES)
+        identity: dict[str, Any] = {
+            "name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()
+        }  # fmt: skip
+        identity |= {"without": list(missing)} if missing else {}
+        identity |= {"parts_of": others.told()} if others else {}
         command = _command(name, settings, seed, distill_steps, data is not None, size) + options(batch_size, channels)
+        command += option(missing) + (others.option() if others else "")
         if not folders.claim_for(folder, identity, command):
+            if others:
+                others.copy_to(folder)
             card = _card(identity, command, dataset)
             _make(folder, dataset, settings, config_of(settings), distill_steps, card, begun)
         folders.finish(folder)
@@ -101,6 +127,7 @@ def pretrain(
 
 def _card(identity: dict[str, Any], command: str, dataset: Dataset) -> dict[str, Any]:
     """model.json of the teacher, without its figures."""
+    seen = dataset.without(identity.get("without", ()))
     card: dict[str, Any] = {
         "name": identity["name"],
         "kind": "teacher",
@@ -109,7 +136,8 @@ def _card(identity: dict[str, Any], command: str, dataset: Dataset) -> dict[str,
         "command": command,
         "seed": identity["seed"],
         "settings": identity["settings"],
-        "data": {"images": len(dataset), "split": dataset.split, "sha256": identity["data_sha256"]},
+        **{key: identity[key] for key in ("without", "parts_of") if key in identity},
+        "data": {"images": len(seen), "split": seen.split, "sha256": seen.sha256()},
         "versions": _versions(),
     }
     if dataset.class_names:
@@ -124,13 +152,14 @@ def _make(
     """Train and write all parts of the model, or go on with them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seed = card["seed"]
-    resumed_from = _teacher(folder, dataset, settings, config, seed, device)
+    missing = card.get("without", [])
+    resumed_from = _teacher(folder, dataset.without(missing), settings, config, seed, device)
     judge_info = train_judge(folder / "judge", dataset, settings, seed, device)
     files.write_json(folder / folders.MODEL, card)
     if distill_steps:
-        distil(folder, [settings.distill], distill_steps, seed, getattr(torch, settings.storage))
+        distil(folder, [settings.distill], distill_steps, seed, getattr(torch, settings.storage), missing)
         card = files.read_json(folder / folders.MODEL) | card
-    figures = {"judge": judge_info, **measure(folder, settings, seed)}
+    figures = {"judge": judge_info, **measure(folder, settings, seed, missing)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
 
@@ -166,12 +195,13 @@ def _tell(dataset: Dataset, settings: Settings, config: dict[str, Any], predicti
     say(line + needs)
 
 
-def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
+def measure(folder: Path, settings: Settings, seed: int, without: Sequence[int] = ()) -> dict[str, Any]:
     """How good the stored teacher is: its DDIM samples, conditioned on all classes in turn, before the stored judge.
 
     `teacher_accuracy`: share judged as conditioned. `teacher_fid`: against all reference features. `fid_floor`: real
     against real, halves. `one_step_accuracy`, `one_step_fid`: the same of the distilled generator, where there is one.
-    A FID is None where there are too few samples.
+    A FID is None where there are too few samples. All of it leaves the classes `without` out; `asked_for`: what is seen where
+    they are asked for.
     """
     from pecker_fast.evaluate import fid, fid_floor, load_judge
     from pecker_fast.forgetting import ddim_sample, one_step_sample
@@ -180,27 +210,43 @@ def measure(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_denoiser(folder).to(device)
-    classes = torch.tensor(teacher.classes)
+    classes = torch.tensor([c for c in teacher.classes if c not in without])
     labels = classes[torch.arange(settings.samples) % len(classes)]
     judge, reference = load_judge(folder / "judge")
     assert reference is not None, "the judge was written without reference features"
-    real = reference.features  # of all classes
+    reference = reference.select(classes.tolist()) if without else reference
+    real = reference.features
 
     def judged(who: str, images: Tensor) -> dict[str, Any]:
         features, logits = judge.judge(images.cpu())
         accuracy = (logits.argmax(1) == labels).double().mean().item()
         return {f"{who}_accuracy": accuracy, f"{who}_fid": fid(real, features) if len(labels) > 1 else None}
 
+    def seen(images: Tensor) -> dict[str, float]:
+        shares = judge.judge(images.cpu())[1].argmax(1).bincount(minlength=judge.num_classes).double() / len(images)
+        return {str(c): share for c, share in enumerate(shares.tolist())}
+
+    asked = {c: torch.full((max(1, settings.samples // 4),), c) for c in without}
+    drawn = {
+        str(c): {"teacher": seen(ddim_sample(teacher, rows, settings.sampler_steps, seed))} for c, rows in asked.items()
+    }
     figures = judged("teacher", ddim_sample(teacher, labels, settings.sampler_steps, seed))
     if (folder / "generator").is_dir():
         generator = Denoiser(load_unet(folder / "generator"), teacher.schedule, teacher.null_class).to(device)
-        figures |= judged("one_step", one_step_sample(generator, labels, seed, Recipe().timesteps.init))
-    return figures | {
-        "samples": len(labels),
-        "sampler": f"DDIM, {settings.sampler_steps} steps",
-        "fid_floor": fid_floor(real, reference.labels, seed) if len(real) > 3 else None,
-        "reference_samples": len(real),
-    }
+        t_init = Recipe().timesteps.init
+        figures |= judged("one_step", one_step_sample(generator, labels, seed, t_init))
+        for c, rows in asked.items():
+            drawn[str(c)]["one step"] = seen(one_step_sample(generator, rows, seed, t_init))
+    return (
+        figures
+        | ({"asked_for": drawn} if without else {})
+        | {
+            "samples": len(labels),
+            "sampler": f"DDIM, {settings.sampler_steps} steps",
+            "fid_floor": fid_floor(real, reference.labels, seed) if len(real) > 3 else None,
+            "reference_samples": len(real),
+        }
+    )
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def claim_for(folder: Path, identity: dict[str, Any], command: str) -> bool:
     found = files.read_json(folder / PARTIAL, error=OutputError)
     if found != identity:
         known = found if isinstance(found, dict) else {}
-        changed = [key for key in identity if known.get(key) != identity[key]]
+        changed = [key for key in {**identity, **known} if known.get(key) != identity.get(key)]
         raise OutputError(
             f"{folder}: holds an unfinished run with other {', '.join(changed) or 'contents'}; choose another output"
         )

@@ -13,9 +13,13 @@ from pecker_fast import files
 PARTS = ("generator", "score")
 
 
-def distil(folder: Path, rounds: Sequence[Mapping[str, Any]], steps: int, seed: int, dtype: torch.dtype) -> None:
+def distil(
+    folder: Path, rounds: Sequence[Mapping[str, Any]], steps: int, seed: int, dtype: torch.dtype,
+    without: Sequence[int | str] = (),
+) -> None:  # fmt: skip
     """Put `generator/` and `score/` beside the teacher in `folder`.
 
+    without: classes, or words of captions, that no round draws under.
     rounds: recipe keys of each, with its `share` of the steps (none: all of them). What a round has made stays in a folder of its
     own, `round_folders`, until the model is whole: an interrupted one is taken up, and starts from what it started from.
     """
@@ -28,7 +32,7 @@ def distil(folder: Path, rounds: Sequence[Mapping[str, Any]], steps: int, seed: 
             keys = {key: value for key, value in given.items() if key != "share"}
             keys |= {"generator": str(before)} if before is not None else {}
             share = max(1, round(given.get("share", 1) * steps))
-            distill(folder, into=into, steps=share, seed=seed + number, keys=keys, dtype=dtype)
+            distill(folder, into=into, steps=share, seed=seed + number, keys=keys, dtype=dtype, without=without)
         before = into
     assert before is not None, "no rounds"
     with files.output_errors(folder):

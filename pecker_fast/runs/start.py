@@ -3,14 +3,15 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pecker_fast.conditions import notes_of
+from pecker_fast.conditions import Conditions, Names, notes_of
 from pecker_fast.engine.zero import check_recipe, require_deepspeed
 from pecker_fast.errors import ModelError, OutputError, RecipeError, memory_errors
 from pecker_fast.export import write_unet
@@ -199,12 +200,14 @@ def distill(
     into: Path,
     keys: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    without: Sequence[int | str] = (),
     quiet: bool = False,
 ) -> None:
     """Distil a one-step generator from the teacher in `folder`; write `into`/generator (averaged θ) and `into`/score (ψ), all
     classes, both at once.
 
-    keys: further recipe keys (lr, ema, ...); dtype: what the weights are stored as.
+    keys: further recipe keys (lr, ema, ...); dtype: what the weights are stored as. without: classes, or words of prompts, under
+    which nothing is drawn.
     """
     run_dir = folder / ".distill"
     given = {
@@ -219,6 +222,7 @@ def distill(
     if recipe.engine.zero:
         raise RecipeError("engine.zero: distilling a generator beside its teacher is one process; leave it out")
     parts = load_parts(recipe)
+    parts.conditions = _known(parts, without)
     recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
     identity = identity_of(recipe, parts)
     plan = plan_run_folder(recipe, identity)
@@ -231,6 +235,16 @@ def distill(
         for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
             write_unet(network, temporary / name, dtype)
     discard(run_dir)
+
+
+def _known(parts: Parts, without: Sequence[int | str]) -> Conditions:
+    """The conditions of plain distillation without some classes, or without the prompts that name one of some words."""
+    conditions, gone = parts.conditions, set(without)
+    if parts.text is not None and without:
+        plan, named = parts.text.plan, Names([str(word) for word in without], related=True)
+        rows = zip((*conditions.forget, *conditions.retain), (*plan.forget, *plan.retain))
+        gone = {row for row, text in rows if named.search(text)}
+    return replace(conditions, all_classes=tuple(c for c in conditions.all_classes if c not in gone))
 
 
 def identity_of(recipe: Recipe, parts: Parts) -> dict[str, str]:

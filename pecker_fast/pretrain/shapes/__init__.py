@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from pecker_fast.pretrain.shapes.settings import LENGTH, SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words
 from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher, unet_config
 from pecker_fast.pretrain.shapes.vae import encode, psnr_db, train_vae
+from pecker_fast.pretrain.taken import JUDGES, VAE, parts_of
+from pecker_fast.pretrain.without import Without, missing_words, option, shows_none
 
 __all__ = ["ShapesSettings", "draw", "measure", "obedience", "pretrain_shapes"]
 
@@ -43,6 +46,8 @@ def pretrain_shapes(
     settings: ShapesSettings | None = None,
     batch_size: int | None = None,
     channels: tuple[int, ...] | None = None,
+    without: Without = (),
+    taken: str | Path | None = None,
 ) -> Path:
     """Train VAE, text encoder, UNet and judge on drawn shapes, and write them as a StableDiffusionPipeline folder.
 
@@ -51,6 +56,9 @@ def pretrain_shapes(
     steps: training steps of UNet and text encoder; None = the settings' own.
     distill_steps: steps of distilling a one-step generator beside them, 0 = none; None = the settings' own.
     settings: replaces the settings. batch_size: captions of a step of UNet and text encoder. channels: of each level of the UNet.
+    without: words that text encoder, UNet and generator never get to know: no caption that names one of them, no picture that
+        shows it. VAE and judges know them.
+    taken: model whose VAE and judges are taken over, see `taken.parts_of`.
 
     Returns the folder. Raises `OutputError`, `RecipeError`, `CheckpointError` and, after a signal, `Interrupted`.
     """
@@ -58,6 +66,7 @@ def pretrain_shapes(
     if steps is not None:
         settings = replace(settings, teacher=replace(settings.teacher, steps=steps))
     settings = _resized(settings, batch_size, channels)
+    missing = missing_words(without)
     distill_steps = settings.distill_steps if distill_steps is None else distill_steps
     for key, value, least in (
         ("steps", settings.teacher.steps, 1),
@@ -67,13 +76,28 @@ def pretrain_shapes(
         if not least <= value < 1 << 63:
             raise RecipeError(f"{key}: {value} is out of range, a number from {least} and below 2^63 expected")
     folder = Path(output) if output is not None else Path("runs") / "pretrain-shapes"
+    others = None if taken is None else parts_of(taken, (VAE, *JUDGES))
     memory.check(lambda teacher: _memory_config(settings, teacher), settings.teacher, settings.pool * POOL_BYTES)
     command = f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
-    command += f"--distill-steps {distill_steps}{options(batch_size, channels)}"
+    command += f"--distill-steps {distill_steps}{options(batch_size, channels)}{option(missing)}{others.option() if others else ''}"
     with folders.claimed(folder):
-        identity = {"name": "shapes", "seed": seed, "settings": json.loads(json.dumps(asdict(settings)))}
-        if not folders.claim_for(folder, identity, command):
-            told = {"command": command, "seed": seed, "settings": identity["settings"], "versions": _versions()}
+        identity: dict[str, Any] = {
+            "name": "shapes",
+            "seed": seed,
+            "settings": json.loads(json.dumps(asdict(settings))),
+        }
+        given: dict[str, Any] = {"without": list(missing)} if missing else {}
+        given |= {"parts_of": others.told()} if others else {}
+        if not folders.claim_for(folder, identity | given, command):
+            told = {
+                "command": command,
+                "seed": seed,
+                **given,
+                "settings": identity["settings"],
+                "versions": _versions(),
+            }
+            if others:
+                others.copy_to(folder)
             _make(folder, settings, seed, distill_steps, {"name": "shapes", "kind": "teacher", **told})
         folders.finish(folder)
     return folder
@@ -93,13 +117,19 @@ def _make(folder: Path, settings: ShapesSettings, seed: int, distill_steps: int,
     vae = train_vae(folder / "vae", pool, settings, seed, device)
     vae_info = {"psnr_db": psnr_db(vae, pool[:2000]), "scaling_factor": vae.config.scaling_factor}
     judge = train_judge(folder / "judge", vae, pool, words, settings, seed, device)
-    data = Captioned(encode(vae, pool), words, tokenizer)
+    missing = card.get("without", [])
+    known = shows_none(words, missing)
+    data = Captioned(encode(vae, pool[known]), words[known], tokenizer)
+    card["data"] = {
+        "pictures": len(data.latents),
+        "sha256": files.hash_of({"pictures": pool[known], "words": words[known]}),
+    }
     schedule = load_schedule(folder / "scheduler")
     resumed_from = train_teacher(folder, data, tokenizer, schedule, settings, seed, device)
 
     if distill_steps:
-        distil(folder, settings.distill, distill_steps, seed, torch.float16)
-    figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed)}
+        distil(folder, settings.distill, distill_steps, seed, torch.float16, missing)
+    figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed, missing)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
 
@@ -125,15 +155,20 @@ def _memory_config(settings: ShapesSettings, teacher: Settings) -> dict[str, Any
     return {**unet_config(wide), "tokens": LENGTH}
 
 
-def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int) -> dict[str, Any]:
+def measure(
+    folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """How well the stored pipeline obeys held-out captions, drawn by stock diffusers and seen by the stored judge.
 
     For each guidance: the share of samples with the word of the caption, for each attribute and for `all` of them, and
     `fid` against the judge's reference. `fid_floor`: halves of the reference against each other.
+    Captions and reference pictures with a word of `without` are left out; what is drawn for such captions is in `asked_for`.
     """
-    real = judge.reference_features()
-    texts = captions("held_out")
-    prompts = [texts[i * len(texts) // settings.samples % len(texts)] for i in range(settings.samples)]
+    real = judge.reference_features(
+        {name: [w for w in group if w in without] for name, group in judge.attributes.items()}
+    )
+    texts = [text for text in captions("held_out") if not set(judge.expected(text).values()) & set(without)]
+    prompts = _spread(texts, settings.samples)
     figures = {}
     for guidance in settings.guidances:
         images = draw(folder, prompts, guidance, settings.sampler_steps, seed)
@@ -143,6 +178,8 @@ def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int)
     if (folder / "generator").is_dir():
         images = draw(folder, prompts, 1.0, 1, seed, t_init=settings.t_init)
         found["one step"] = obedience(judge, prompts, images) | {"fid": fid(real, judge.features(images))}
+    if without:
+        found["asked_for"] = {word: _asked_for(folder, judge, word, settings, seed) for word in without}
     return {
         **found,
         "samples": settings.samples,
@@ -151,6 +188,30 @@ def measure(folder: Path, judge: WordJudge, settings: ShapesSettings, seed: int)
         "fid_floor": fid_floor(real, torch.zeros(len(real), dtype=torch.long), seed),
         "reference_samples": len(real),
     }
+
+
+def _spread(texts: list[str], n: int) -> list[str]:
+    return [texts[i * len(texts) // n % len(texts)] for i in range(n)]
+
+
+def _asked_for(folder: Path, judge: WordJudge, word: str, settings: ShapesSettings, seed: int) -> dict[str, Any]:
+    """What is seen where held-out captions name `word`: the share of each word of its attribute, by teacher and guidance and of
+    the one-step generator."""
+    attribute = next(name for name, group in judge.attributes.items() if word in group)
+    texts = [text for text in captions("held_out") if judge.expected(text).get(attribute) == word]
+    prompts = _spread(texts, settings.samples)
+
+    def seen(images: torch.Tensor) -> dict[str, float]:
+        words = judge.seen(images)[attribute]
+        return {name: words.count(name) / len(words) for name in judge.attributes[attribute]}
+
+    drawn = {
+        f"teacher, guidance {guidance:g}": seen(draw(folder, prompts, guidance, settings.sampler_steps, seed))
+        for guidance in settings.guidances
+    }
+    if (folder / "generator").is_dir():
+        drawn["one step"] = seen(draw(folder, prompts, 1.0, 1, seed, t_init=settings.t_init))
+    return drawn
 
 
 def obedience(judge: WordJudge, prompts: list[str], images: torch.Tensor) -> dict[str, float]:
