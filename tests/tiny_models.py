@@ -22,7 +22,8 @@ def write_tiny_model(
     """Three classes and a null class, 1×8×8 images; a few thousand random weights. least: a third of the layers."""
     from diffusers import DDPMScheduler, UNet2DModel
 
-    from pecker_fast.evaluate.judge import Reference, SmallClassifier, save_judge
+    from pecker_fast.evaluate.classifiers import SmallClassifier
+    from pecker_fast.evaluate.judge import Reference, save_judge
 
     torch.manual_seed(seed)
     unet = UNet2DModel(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.errors import DataError, ModelError
+from pecker_fast.evaluate.classifiers import SIZES, TYPES, Classifier
 from pecker_fast.files import (
     check_config,
     check_parts,
@@ -29,53 +30,6 @@ from pecker_fast.networks import check_numbers
 CONFIG, WEIGHTS, REFERENCE = "config.json", "model.safetensors", "reference.safetensors"
 MOST_NUMBERS = 500 * 3 * 32 * 32  # of the images judged at a time
 MOST_WORDS, LONGEST_WORD = 2000, 200  # of a judge of words
-_SIZES = ("in_channels", "sample_size", "num_classes", "width", "features")
-
-
-class SmallClassifier(nn.Module):
-    """Convolutional classifier for small images.
-
-    One 3×3 convolution at full size; then, until the map is 4×4, a convolution that doubles the channels (at most
-    8 × `width`) and a 2×2 max pooling. A linear layer with ReLU gives the features, another the logits. `width` 16 and
-    `features` 64 at 1×8×8 have 38 k weights.
-
-    Args:
-        in_channels: image channels.
-        sample_size: side of the square image in pixels, at least 4.
-        num_classes: number of logits K.
-        width: channels of the first convolution.
-        features: length F of the penultimate layer.
-    """
-
-    def __init__(
-        self, in_channels: int, sample_size: int, num_classes: int, width: int = 16, features: int = 32
-    ) -> None:
-        super().__init__()
-        if sample_size < 4:
-            raise ModelError(f"the classifier needs images of at least 4 pixels a side, got {sample_size}")
-        self.config = dict(zip(_SIZES, (in_channels, sample_size, num_classes, width, features)))
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU()]
-        channels, size = width, sample_size
-        while size // 2 >= 4:
-            wider = min(2 * channels, 8 * width)
-            layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-            channels, size = wider, size // 2
-        self.trunk = nn.Sequential(*layers)
-        self.penultimate = nn.Linear(channels * size * size, features)
-        self.head = nn.Linear(features, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Penultimate ReLU features [N, F] of images `x` [N, C, H, W] in [-1, 1]."""
-        return self.penultimate(self.trunk(x).flatten(1)).relu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, K] of images `x` [N, C, H, W] in [-1, 1]."""
-        return self.head(self.features(x))
-
-    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in one pass: [N, F] and [N, K]."""
-        features = self.features(x)
-        return features, self.head(features)
 
 
 class Judge:
@@ -108,7 +62,7 @@ class Judge:
             ModelError: the images have not the size the network was made for, or its answer has not K columns.
         """
         config = getattr(self.network, "config", None)
-        if isinstance(self.network, SmallClassifier) and config:
+        if isinstance(self.network, Classifier) and config:
             expected = (config["in_channels"], config["sample_size"], config["sample_size"])
             if tuple(images.shape[1:]) != expected:
                 raise ModelError(f"the judge was made for images of {expected}, got {tuple(images.shape[1:])}")
@@ -175,7 +129,7 @@ class Reference:
 
 def save_judge(
     folder: str | Path,
-    network: SmallClassifier,
+    network: Classifier,
     reference: Reference | None,
     info: dict[str, Any],
     dtype: torch.dtype = torch.float16,
@@ -186,7 +140,7 @@ def save_judge(
     that `load_judge` gives back, so that both sides of a comparison come from the same weights.
     """
     folder = Path(folder)
-    write_json(folder / CONFIG, {"type": "SmallClassifier", **network.config, "info": info})
+    write_json(folder / CONFIG, {"type": type(network).__name__, **network.config, "info": info})
     weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in network.state_dict().items()}
     write_tensors(folder / WEIGHTS, weights)
     if reference is not None:
@@ -200,7 +154,7 @@ def load_judge(folder: str | Path) -> tuple[Judge, Reference | None]:
     """Read what `save_judge` wrote; the reference is None where the folder has none.
 
     Raises:
-        ModelError: the folder or a file is missing, config.json does not describe a SmallClassifier, or the weights do
+        ModelError: the folder or a file is missing, config.json describes no classifier that is known, or the weights do
             not fit it.
     """
     network, config = load_network(folder)
@@ -209,7 +163,7 @@ def load_judge(folder: str | Path) -> tuple[Judge, Reference | None]:
     return judge, _read_reference(reference, network) if reference.is_file() else None
 
 
-def load_network(folder: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
+def load_network(folder: str | Path) -> tuple[Classifier, dict[str, Any]]:
     """The classifier of a judge's folder and its config.json, looked at as any foreign folder is. Raises ModelError."""
     folder = Path(folder)
     check_parts(folder, ("",))
@@ -217,7 +171,7 @@ def load_network(folder: str | Path) -> tuple[SmallClassifier, dict[str, Any]]:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no judge here, {name} is missing")
     config = read_object(folder / CONFIG)
-    check_config(folder / CONFIG, dict.fromkeys(("type", *_SIZES)) | config, "judge")
+    check_config(folder / CONFIG, dict.fromkeys(("type", *SIZES)) | config, "judge")
     check_config(folder / CONFIG, config.get("info", {}), "judge's info")
     _check_words(folder / CONFIG, config.get("attributes"))
     return _build(config, folder), config
@@ -231,9 +185,9 @@ def _check_words(path: Path, attributes: Any) -> None:
         raise ModelError(f"{path}: attributes: at most {MOST_WORDS:,} words of {LONGEST_WORD} characters are expected")
 
 
-def _build(config: dict[str, Any], folder: Path) -> SmallClassifier:
+def _build(config: dict[str, Any], folder: Path) -> Classifier:
     with torch.device("meta"):  # nothing is allocated and no random number drawn before the shapes are known to fit
-        network = SmallClassifier(*(config[key] for key in _SIZES))
+        network = TYPES[config["type"]](*(config[key] for key in SIZES))
     _check_stored(empty_tensors(folder / WEIGHTS, error=ModelError), network, folder)
     stored, _ = read_tensors(folder / WEIGHTS, error=ModelError)
     _check_stored(stored, network, folder)
@@ -241,7 +195,7 @@ def _build(config: dict[str, Any], folder: Path) -> SmallClassifier:
     return network
 
 
-def _check_stored(stored: dict[str, Tensor], network: SmallClassifier, folder: Path) -> None:
+def _check_stored(stored: dict[str, Tensor], network: Classifier, folder: Path) -> None:
     """Raises ModelError unless the tensors are the network's, by name and shape, and finite numbers."""
     for name, empty in network.state_dict().items():
         if name not in stored or stored[name].shape != empty.shape:
@@ -252,7 +206,7 @@ def _check_stored(stored: dict[str, Tensor], network: SmallClassifier, folder: P
     check_numbers(folder / WEIGHTS, stored)
 
 
-def _read_reference(path: Path, network: SmallClassifier) -> Reference:
+def _read_reference(path: Path, network: Classifier) -> Reference:
     tensors, _ = read_tensors(path, error=ModelError)
     if not {"features", "labels"} <= set(tensors) <= {"features", "labels", "words"}:
         raise ModelError(f"{path}: features and labels expected, found {', '.join(sorted(tensors)) or 'nothing'}")

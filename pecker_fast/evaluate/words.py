@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pecker_fast.conditions import Names
 from pecker_fast.errors import DataError, ModelError
-from pecker_fast.evaluate.judge import CONFIG, REFERENCE, Judge, Reference, SmallClassifier, load_judge, save_judge
+from pecker_fast.evaluate.classifiers import Classifier
+from pecker_fast.evaluate.judge import CONFIG, REFERENCE, Judge, Reference, load_judge, save_judge
 from pecker_fast.files import read_json, read_tensors, write_json, write_tensors
 
 
@@ -143,7 +144,7 @@ class WordJudge:
 
 def save_word_judge(
     folder: str | Path,
-    network: SmallClassifier,
+    network: Classifier,
     attributes: Mapping[str, Sequence[str]],
     features: Tensor | None = None,
     words: Tensor | None = None,

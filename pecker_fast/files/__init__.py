@@ -14,7 +14,7 @@ from pecker_fast.files.folders import CONFIG_NAME, check_model_folder, check_par
 from pecker_fast.files.guard import guarded
 from pecker_fast.files.hashes import hash_of, sha256_file, sha256_tensors
 from pecker_fast.files.hub import look_at_hub
-from pecker_fast.files.index import PARTS, SMALL_FILES, TEXTS, UNETS, USED, read_index, without_parts_beside
+from pecker_fast.files.index import JUDGES, PARTS, SMALL_FILES, TEXTS, UNETS, USED, read_index, without_parts_beside
 from pecker_fast.files.lines import LineFile, append_line
 from pecker_fast.files.links import Tree, check_entry, read_inside, tree_of
 from pecker_fast.files.names import at_home, is_hub_name, resolve_model, revision_of, shipped_models
@@ -91,6 +91,7 @@ from pecker_fast.files.writing import (
 __all__ = [
     "CONFIGS",
     "CONFIG_NAME",
+    "JUDGES",
     "MANIFEST",
     "MAX_HEADER_BYTES",
     "MAX_TEXT_BYTES",

@@ -248,7 +248,7 @@ _JUDGE: dict[str, Spec] = {
     **dict.fromkeys(("in_channels", "sample_size", "num_classes", "width", "features"), _SIZE),
     "info": OBJECT,
     "sample_size": whole(4, 1 << 16),
-    "type": one_of("SmallClassifier"),
+    "type": one_of("SmallClassifier", "PatchMixer"),
 }
 _JUDGE_INFO: dict[str, Spec] = {"held_out_accuracy": _SHARE}
 CONFIGS: dict[str, Mapping[str, Spec]] = {

@@ -11,6 +11,7 @@ from pecker_fast.errors import ModelError
 from pecker_fast.files.guard import guarded
 from pecker_fast.files.index import (
     INDEX_NAME,
+    JUDGES,
     NO_CODE,
     PARTS,
     SMALL_FILES,
@@ -32,7 +33,7 @@ from pecker_fast.files.reading import (
 from pecker_fast.files.weights import variant_of, weight_files, weights_name
 
 CONFIG_NAME = "config.json"
-_WEIGHTED = tuple(part for part in PARTS if part not in ("", "scheduler", "tokenizer", "tokenizer_2", "judge"))
+_WEIGHTED = tuple(part for part in PARTS if part not in ("", "scheduler", "tokenizer", "tokenizer_2", *JUDGES))
 _WORDS = ("vocab.json", "tokenizer.json")  # whose keys are anybody's words; looked at when the tokenizer is loaded
 _DEPTH = 8  # of objects in a config
 _ENTRIES = 10_000  # of a folder

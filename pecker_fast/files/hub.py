@@ -8,7 +8,7 @@ from typing import Any
 
 from pecker_fast.errors import ModelError
 from pecker_fast.files.folders import CONFIG_NAME, check_configs
-from pecker_fast.files.index import PARTS, SMALL_FILES, TEXTS
+from pecker_fast.files.index import JUDGES, PARTS, SMALL_FILES, TEXTS
 from pecker_fast.files.reading import first_line
 from pecker_fast.files.weights import find_weights, no_weights, weights_name
 
@@ -66,9 +66,9 @@ def _weights(name: str, listed: list[str]) -> list[str]:
         prefix = f"{part}/" if part else ""
         names = [file.removeprefix(prefix) for file in listed if file.startswith(prefix)]
         names = [file for file in names if "/" not in file]
-        if part == "judge":
+        if part in JUDGES:
             wanted += [prefix + file for file in names if file.endswith(".safetensors")]
-        if CONFIG_NAME not in names or part in ("judge", "tokenizer", "tokenizer_2", "scheduler"):
+        if CONFIG_NAME not in names or part in (*JUDGES, "tokenizer", "tokenizer_2", "scheduler"):
             continue
         found = find_weights(names, weights_name(part))
         if found is None:

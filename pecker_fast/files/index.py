@@ -24,7 +24,8 @@ USED: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer_2": ("transformers", _TOKENIZERS),
 }
 _BESIDE = ("safety_checker", "feature_extractor", "image_encoder")  # of the same pipelines, and never loaded
-PARTS = ("", *USED, "judge", "generator", "score")  # folders that are ever read; "" = the model folder itself
+JUDGES = ("judge", "second_judge")
+PARTS = ("", *USED, *JUDGES, "generator", "score")  # folders that are ever read; "" = the model folder itself
 _TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     "added_tokens.json",

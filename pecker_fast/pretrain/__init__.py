@@ -19,7 +19,7 @@ from pecker_fast.errors import RecipeError, memory_errors
 from pecker_fast.pretrain import memory, taken
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.fit import resumable
-from pecker_fast.pretrain.judge import train_judge
+from pecker_fast.pretrain.judge import first, second, train_judge
 from pecker_fast.pretrain.progress import say_classes
 from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
@@ -154,12 +154,15 @@ def _make(
     seed = card["seed"]
     missing = card.get("without", [])
     resumed_from = _teacher(folder, dataset.without(missing), settings, config, seed, device)
-    judge_info = train_judge(folder / "judge", dataset, settings, seed, device)
+    judges = {
+        plan.part: train_judge(folder, dataset, settings, plan, device)
+        for plan in (first(settings, seed), second(settings, seed))
+    }
     files.write_json(folder / folders.MODEL, card)
     if distill_steps:
         distil(folder, [settings.distill], distill_steps, seed, getattr(torch, settings.storage), missing)
         card = files.read_json(folder / folders.MODEL) | card
-    figures = {"judge": judge_info, **measure(folder, settings, seed, missing)}
+    figures = {**judges, **measure(folder, settings, seed, missing)}
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
 
@@ -203,7 +206,7 @@ def measure(folder: Path, settings: Settings, seed: int, without: Sequence[int] 
     A FID is None where there are too few samples. All of it leaves the classes `without` out; `asked_for`: what is seen where
     they are asked for.
     """
-    from pecker_fast.evaluate import fid, fid_floor, load_judge
+    from pecker_fast.evaluate import disagreement, fid, fid_floor, load_judge, load_second_judge
     from pecker_fast.forgetting import ddim_sample, one_step_sample
     from pecker_fast.networks import Denoiser, load_denoiser, load_unet
     from pecker_fast.recipe import Recipe
@@ -213,6 +216,7 @@ def measure(folder: Path, settings: Settings, seed: int, without: Sequence[int] 
     classes = torch.tensor([c for c in teacher.classes if c not in without])
     labels = classes[torch.arange(settings.samples) % len(classes)]
     judge, reference = load_judge(folder / "judge")
+    second = load_second_judge(folder)
     assert reference is not None, "the judge was written without reference features"
     reference = reference.select(classes.tolist()) if without else reference
     real = reference.features
@@ -220,7 +224,10 @@ def measure(folder: Path, settings: Settings, seed: int, without: Sequence[int] 
     def judged(who: str, images: Tensor) -> dict[str, Any]:
         features, logits = judge.judge(images.cpu())
         accuracy = (logits.argmax(1) == labels).double().mean().item()
-        return {f"{who}_accuracy": accuracy, f"{who}_fid": fid(real, features) if len(labels) > 1 else None}
+        found = {f"{who}_accuracy": accuracy, f"{who}_fid": fid(real, features) if len(labels) > 1 else None}
+        return (
+            found if second is None else found | {f"{who}_disagreement": disagreement(judge, second, images)["class"]}
+        )
 
     def seen(images: Tensor) -> dict[str, float]:
         shares = judge.judge(images.cpu())[1].argmax(1).bincount(minlength=judge.num_classes).double() / len(images)

@@ -1,8 +1,8 @@
-"""Training of the judge: the small classifier that tells whether samples are what they should be."""
+"""Training of the judges: the small classifiers that tell whether samples are what they should be."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,21 @@ from torch.nn import functional as F
 
 from pecker_fast import draws
 from pecker_fast.data import Dataset
-from pecker_fast.errors import DataError
+from pecker_fast.errors import DataError, ModelError
+from pecker_fast.evaluate import (
+    Classifier,
+    Judge,
+    PatchMixer,
+    Reference,
+    SmallClassifier,
+    disagreement,
+    load_judge,
+    save_judge,
+)
 from pecker_fast.pretrain.fit import fit, resumable
 from pecker_fast.pretrain.settings import Settings
 
+WEIGHTS, REFERENCE = "model.safetensors", "reference.safetensors"
 BATCH_SIZE = 64
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.05
@@ -42,26 +53,52 @@ def augment(images: Tensor, settings: Settings, g: torch.Generator) -> Tensor:
     return images + settings.judge_noise * torch.randn(images.shape, generator=g)
 
 
-def train_judge(folder: Path, data: Dataset, settings: Settings, seed: int, device: torch.device) -> dict[str, Any]:
-    """Train the judge on 1 − `held_out` of the data and write `folder` with the reference features of all of it.
+@dataclass(frozen=True)
+class Plan:
+    """One of the two judges. part: its folder, and the stream of its draws. seed: of init and batches; `split` holds out the same
+    images for both."""
+
+    part: str
+    kind: type[Classifier]
+    steps: int
+    lr: float
+    width: int
+    seed: int
+    split: int
+
+
+def first(settings: Settings, seed: int) -> Plan:
+    """The judge: convolutions."""
+    return Plan("judge", SmallClassifier, settings.judge_steps, settings.judge_lr, settings.judge_width, seed, seed)
+
+
+def second(settings: Settings, seed: int) -> Plan:
+    """The second judge: no convolution, another seed."""
+    steps, lr, width = settings.second_steps, settings.second_lr, settings.second_width
+    return Plan("second_judge", PatchMixer, steps, lr, width, seed + 1, seed)
+
+
+def train_judge(folder: Path, data: Dataset, settings: Settings, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Train a judge on 1 − `held_out` of the data and write it into the model folder `folder`; the first one with the reference
+    features of all of it. One that is finished, taken over from another model perhaps, stays.
 
     Returns what is stored as the judge's `info`: its accuracy on the part it was not trained on, and how it was made.
     """
-    from pecker_fast.evaluate import Reference, SmallClassifier, load_judge, save_judge
-
-    train, test = data.held_out(settings.held_out, seed)
+    sizes = (data.channels, data.sample_size, data.num_classes)
+    if (found := _finished(folder / plan.part, plan, sizes)) is not None:
+        return found.info
+    train, test = data.held_out(settings.held_out, plan.split)
     if not len(train) or not len(test):
         raise DataError(f"{data.name}: {len(data)} images are too few to train a judge and to hold some out")
     with torch.random.fork_rng([]):
-        torch.manual_seed(draws.generator(seed, "judge-init").initial_seed())
-        network = SmallClassifier(
-            data.channels, data.sample_size, data.num_classes, settings.judge_width, settings.judge_features
-        )
+        torch.manual_seed(draws.generator(plan.seed, f"{plan.part}-init").initial_seed())
+        network = plan.kind(*sizes, plan.width, settings.judge_features)
     network.to(device)
-    _fit(folder.parent, network, data, train, settings, seed, device)
+    _fit(folder, network, data, train, settings, plan, device)
 
-    save_judge(folder, network, None, {})  # rounds the weights; everything below is measured with the rounded judge
-    judge, _ = load_judge(folder)
+    target = folder / plan.part
+    save_judge(target, network, None, {})  # rounds the weights; everything below is measured with the rounded judge
+    judge, _ = load_judge(target)
     parts = torch.arange(len(data)).split(500)
     answers = [judge.judge(data.batch(part)) for part in parts]
     features, logits = (torch.cat(column) for column in zip(*answers))
@@ -71,30 +108,56 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, seed: int, devi
         "held_out_images": len(test),
         "train_accuracy": right[train].double().mean().item(),
         "train_images": len(train),
-        "seed": seed,
-        "steps": settings.judge_steps,
+        "seed": plan.seed,
+        "steps": plan.steps,
     }
-    save_judge(folder, network, Reference(features, data.labels), info)
+    if plan.part != "judge":
+        held_out = data.batch(test)
+        info["held_out_disagreement"] = disagreement(load_judge(folder / "judge")[0], judge, held_out)["class"]
+    save_judge(target, network, Reference(features, data.labels) if plan.part == "judge" else None, info)
     return info
 
 
+def _finished(folder: Path, plan: Plan, sizes: tuple[int, int, int]) -> Judge | None:
+    """A judge that is there with all that belongs to it. Raises ModelError where it was made for other images or classes."""
+    if not (folder / (REFERENCE if plan.part == "judge" else WEIGHTS)).is_file():
+        return None
+    judge, _ = load_judge(folder)
+    if not judge.info:  # written before it was measured
+        return None
+    config = getattr(judge.network, "config", {})
+    found = tuple(config.get(key) for key in ("in_channels", "sample_size", "num_classes"))
+    if found != sizes:
+        theirs, ours = (f"{size}×{size} pixels in {c} channels, {k} classes" for c, size, k in (found, sizes))
+        raise ModelError(f"parts_of: its {folder.name} was made for {theirs}, this data set has {ours}; leave it out")
+    return judge
+
+
 def _fit(
-    model: Path, network: nn.Module, data: Dataset, index: Tensor, settings: Settings, seed: int, device: torch.device
+    model: Path,
+    network: nn.Module,
+    data: Dataset,
+    index: Tensor,
+    settings: Settings,
+    plan: Plan,
+    device: torch.device,
 ) -> None:
-    """Train the judge of the model folder `model`, or go on training it."""
-    plan = replace(
-        settings, steps=settings.judge_steps, lr=settings.judge_lr, lr_warmup=0.3, lr_decay=True,
+    """Train a judge of the model folder `model`, or go on training it."""
+    own = replace(
+        settings, steps=plan.steps, lr=plan.lr, lr_warmup=0.3, lr_decay=True,
         weight_decay=WEIGHT_DECAY, clip_norm=None, ema=0.0,
     )  # fmt: skip
 
     def loss_at(step: int) -> Tensor:
-        g = draws.generator(seed, "judge", step)
+        g = draws.generator(plan.seed, plan.part, step)
         chosen = index[torch.randint(len(index), (BATCH_SIZE,), generator=g)]
         images = augment(data.batch(chosen), settings, g).to(device)
         return F.cross_entropy(network(images), data.labels[chosen].to(device), label_smoothing=LABEL_SMOOTHING)
 
-    def resumed(step: int) -> str:
-        return f"the teacher is saved, the same command continues with its judge after step {step} of {plan.steps}"
+    what = plan.part.replace("_", " ")
 
-    state, save, _ = resumable(model, "judge", network, plan)
-    fit("judge", state, loss_at, plan, save, resumed)
+    def resumed(step: int) -> str:
+        return f"the teacher is saved, the same command continues with its {what} after step {step} of {plan.steps}"
+
+    state, save, _ = resumable(model, plan.part, network, own)
+    fit(what, state, loss_at, own, save, resumed)

@@ -10,8 +10,8 @@ from typing import Any
 from pecker_fast import files
 from pecker_fast.errors import ModelError
 
-VAE, JUDGE = "vae", "judge"
-JUDGES = (JUDGE,)
+VAE = "vae"
+JUDGES = files.JUDGES
 _NAMES = (files.CONFIG_NAME, files.WEIGHTS_NAME, "model.safetensors", "reference.safetensors")
 
 

@@ -28,7 +28,7 @@ from pecker_fast.audit import (
 )
 from pecker_fast.conditions import read_prompts
 from pecker_fast.errors import ModelError, OutputError, RecipeError, memory_errors
-from pecker_fast.evaluate import load_second_judge
+from pecker_fast.evaluate import Judge, WordJudge, load_second_judge
 from pecker_fast.loading import Model, fit_timesteps, load_model, pick_device, plan_of, start_generator
 from pecker_fast.machine import StopFlag
 from pecker_fast.networks import TextDenoiser, load_unet, one_step_start
@@ -192,7 +192,8 @@ def _world(recipe: Recipe, model: Model, asked: Asked) -> World:
             raise RecipeError(
                 "audit: the model folder has no judge/, so nothing can tell what comes back; give evaluate.judge"
             )
-        return ClassWorld(c.forget, c.cover, c.retain, c.forget, c.retain, null, model.judge, second, model.reference)
+        other = second if isinstance(second, Judge) else None
+        return ClassWorld(c.forget, c.cover, c.retain, c.forget, c.retain, null, model.judge, other, model.reference)
     if model.words is None:
         raise RecipeError(
             "audit: the model folder has no judge of words, so nothing can tell what comes back; give evaluate.judge"
@@ -201,7 +202,7 @@ def _world(recipe: Recipe, model: Model, asked: Asked) -> World:
     assert isinstance(model.teacher, TextDenoiser)
     world = text_world(
         c.forget, c.cover, c.retain, (judged.forget, judged.cover, judged.retain), null, model.teacher.table.prompts,
-        model.words, second,
+        model.words, second if isinstance(second, WordJudge) else None,
     )  # fmt: skip
     if not world.forget or not world.judged:
         raise RecipeError("audit: the judge has no word for what is forgotten; give evaluate.judge, one that knows it")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pecker_fast.errors import ModelError, RecipeError
+from pecker_fast.evaluate.classifiers import SmallClassifier
 from pecker_fast.evaluate.detector import Detector, load_detector
-from pecker_fast.evaluate.judge import SmallClassifier, save_judge
+from pecker_fast.evaluate.judge import save_judge
 
 IMAGES = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

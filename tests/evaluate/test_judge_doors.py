@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from pecker_fast.errors import PeckerError
 from pecker_fast.evaluate import load_detector
-from pecker_fast.evaluate.judge import Reference, SmallClassifier, load_judge, save_judge
+from pecker_fast.evaluate.classifiers import SmallClassifier
+from pecker_fast.evaluate.judge import Reference, load_judge, save_judge
 from pecker_fast.evaluate.words import load_word_judge, save_word_judge
 
 

@@ -8,7 +8,8 @@ import torch
 
 from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError
-from pecker_fast.evaluate.judge import Judge, SmallClassifier, load_judge, save_judge
+from pecker_fast.evaluate.classifiers import SmallClassifier
+from pecker_fast.evaluate.judge import Judge, load_judge, save_judge
 from pecker_fast.evaluate.words import WordJudge, load_word_judge, save_word_judge
 
 ATTRIBUTES = {"animal": ("cat", "polar bear", "bear"), "tone": ("green", "green glass")}

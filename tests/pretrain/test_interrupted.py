@@ -146,7 +146,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 # -- rounds of distillation, with a stand-in for what each of them does ------------------------------------------------------
 
 
-def distilled(folder, *, into, steps, seed, keys, dtype):
+def distilled(folder, *, into, steps, seed, keys, dtype, without):
     """Writes what it starts from and its own seed, as a round does."""
     start = files.read_text(into.parent / keys["generator"] / PARTS[0]) if "generator" in keys else "teacher"
     with files.whole_folder(into) as temporary:

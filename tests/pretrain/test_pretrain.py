@@ -230,7 +230,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
 def test_distillation_is_asked_for_before_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, int]] = []
 
-    def distill(folder: Path, *, into: Path, steps: int, seed: int, keys: dict[str, Any], dtype: torch.dtype) -> None:
+    def distill(
+        folder: Path, *, into: Path, steps: int, seed: int, keys: dict[str, Any], dtype: torch.dtype, without: list[int]
+    ) -> None:
+        assert without == []
         assert dtype == torch.float16
         assert keys == SHORT.distill
         card = files.read_json(folder / "model.json")

@@ -14,14 +14,14 @@ import torch
 from pecker_fast import draws, files
 from pecker_fast.data import captions, random_words, render
 from pecker_fast.errors import RecipeError, memory_errors
-from pecker_fast.evaluate import WordJudge, fid, fid_floor
+from pecker_fast.evaluate import WordJudge, disagreement, fid, fid_floor, load_second_judge
 from pecker_fast.networks import load_schedule
 from pecker_fast.pretrain import memory
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import Settings, options, with_size
 from pecker_fast.pretrain.shapes.folder import write_pipeline
-from pecker_fast.pretrain.shapes.judge import quantise, train_judge
+from pecker_fast.pretrain.shapes.judge import first, quantise, second, train_judge
 from pecker_fast.pretrain.shapes.settings import LENGTH, SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words
 from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher, unet_config
@@ -116,7 +116,9 @@ def _make(folder: Path, settings: ShapesSettings, seed: int, distill_steps: int,
     pool = quantise(render(words, torch.arange(len(words)), seed))
     vae = train_vae(folder / "vae", pool, settings, seed, device)
     vae_info = {"psnr_db": psnr_db(vae, pool[:2000]), "scaling_factor": vae.config.scaling_factor}
-    judge = train_judge(folder / "judge", vae, pool, words, settings, seed, device)
+    judge, other = (
+        train_judge(folder, vae, pool, words, settings, plan(settings, seed), seed, device) for plan in (first, second)
+    )
     missing = card.get("without", [])
     known = shows_none(words, missing)
     data = Captioned(encode(vae, pool[known]), words[known], tokenizer)
@@ -129,7 +131,12 @@ def _make(folder: Path, settings: ShapesSettings, seed: int, distill_steps: int,
 
     if distill_steps:
         distil(folder, settings.distill, distill_steps, seed, torch.float16, missing)
-    figures = {"vae": vae_info, "judge": judge.info, **measure(folder, judge, settings, seed, missing)}
+    figures = {
+        "vae": vae_info,
+        "judge": judge.info,
+        "second_judge": other.info,
+        **measure(folder, judge, settings, seed, missing),
+    }
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
 
@@ -164,20 +171,27 @@ def measure(
     `fid` against the judge's reference. `fid_floor`: halves of the reference against each other.
     Captions and reference pictures with a word of `without` are left out; what is drawn for such captions is in `asked_for`.
     """
+    second = load_second_judge(folder)
     real = judge.reference_features(
         {name: [w for w in group if w in without] for name, group in judge.attributes.items()}
     )
     texts = [text for text in captions("held_out") if not set(judge.expected(text).values()) & set(without)]
     prompts = _spread(texts, settings.samples)
+
+    def apart(images: torch.Tensor) -> dict[str, Any]:
+        return {} if second is None else {"disagreement": disagreement(judge, second, images)}
+
     figures = {}
     for guidance in settings.guidances:
         images = draw(folder, prompts, guidance, settings.sampler_steps, seed)
         row = obedience(judge, prompts, images)
-        figures[f"guidance {guidance:g}"] = row | {"fid": fid(real, judge.features(images))}
+        figures[f"guidance {guidance:g}"] = row | {"fid": fid(real, judge.features(images))} | apart(images)
     found: dict[str, Any] = {"teacher": figures}
     if (folder / "generator").is_dir():
         images = draw(folder, prompts, 1.0, 1, seed, t_init=settings.t_init)
-        found["one step"] = obedience(judge, prompts, images) | {"fid": fid(real, judge.features(images))}
+        found["one step"] = (
+            obedience(judge, prompts, images) | {"fid": fid(real, judge.features(images))} | apart(images)
+        )
     if without:
         found["asked_for"] = {word: _asked_for(folder, judge, word, settings, seed) for word in without}
     return {

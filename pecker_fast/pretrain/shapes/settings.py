@@ -55,11 +55,15 @@ def _distill() -> tuple[dict[str, Any], ...]:
     )
 
 
+def _second() -> Settings:
+    return Settings(steps=4000, batch_size=64, lr=2e-3, lr_warmup=0.1, lr_decay=True, weight_decay=1e-2)
+
+
 @dataclass(frozen=True)
 class ShapesSettings:
     """Everything that shapes a run of `pretrain shapes`.
 
-    teacher: of UNet and text encoder together. vae, judge: of those.
+    teacher: of UNet and text encoder together. vae, judge, second: of those, and of the second judge.
     pool: pictures drawn once; their latents are all that the UNet is trained on.
     vae_channels: of each VAE level, three levels for a factor of 4. kl: weight of the KL divergence, in nats per pixel
         value, beside the squared and absolute error.
@@ -78,6 +82,7 @@ class ShapesSettings:
     teacher: Settings = field(default_factory=_teacher)
     vae: Settings = field(default_factory=_vae)
     judge: Settings = field(default_factory=_judge)
+    second: Settings = field(default_factory=_second)
     pool: int = 24_000
     vae_channels: tuple[int, int, int] = (16, 32, 32)
     kl: float = 1e-3
@@ -89,6 +94,7 @@ class ShapesSettings:
     text_layers: int = 2
     text_heads: int = 4
     judge_width: int = 12
+    second_width: int = 48
     judge_features: int = 48
     judge_noise: float = 0.15
     references: int = 2000
