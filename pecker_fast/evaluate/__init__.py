@@ -6,7 +6,7 @@ from pecker_fast.evaluate.concepts import PROTOCOLS, TABLE_HEADER, celebrity, i2
 from pecker_fast.evaluate.detector import load_detector
 from pecker_fast.evaluate.drawing import Prompt
 from pecker_fast.evaluate.intervals import wilson
-from pecker_fast.evaluate.judge import Judge, Reference, SmallClassifier, load_judge, save_judge
+from pecker_fast.evaluate.judge import Judge, Reference, load_judge, save_judge
 from pecker_fast.evaluate.metrics import fid, fid_floor, inception_score, precision_recall
 from pecker_fast.evaluate.obedience import word_figures
 from pecker_fast.evaluate.second import disagreement, load_second_judge
