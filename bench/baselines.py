@@ -79,7 +79,7 @@ class PlainLoop:
         with torch.no_grad():
             x_g = self.generate(draw.z, draw.c_g)
         a, b = self.coefficients(draw.t)
-        error = draw.e - self.eps(self.psi, a * x_g + b * draw.e, draw.t, draw.c_g)
+        error = draw.e - self.eps(self.psi, a * x_g + b * draw.e, draw.t, draw.c_s)
         return error.square().flatten(1).sum(1).mean()
 
     def generator_loss(self, branch: str) -> Tensor:
@@ -88,7 +88,7 @@ class PlainLoop:
         a, b = self.coefficients(draw.t)
         x_t = a * x_g + b * draw.e
         f_phi = samples_of(x_t, self.eps(self.phi, x_t, draw.t, draw.c_p), a, b)
-        f_psi = samples_of(x_t, self.eps(self.psi, x_t, draw.t, draw.c_g), a, b)
+        f_psi = samples_of(x_t, self.eps(self.psi, x_t, draw.t, draw.c_s), a, b)
         omega = (f_phi - x_g).detach().abs().flatten(1).mean(1).clamp_min(1e-5)
         product = (f_phi - f_psi) * ((f_phi - x_g) - self.recipe.alpha * (f_phi - f_psi))
         return (product.flatten(1).sum(1) / omega).mean()

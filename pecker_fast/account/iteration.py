@@ -88,6 +88,7 @@ def state_tensors(state: TrainState) -> list[Tensor]:
     tensors: list[Tensor] = [p for network in networks for _, p in network.named_parameters()]
     tensors += [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
     tensors += [*(state.ema or {}).values(), *state.teacher.beside()]
+    tensors += state.adversary.tensors().values() if state.adversary is not None else ()
     return [*tensors, *(state.mask.bits.values() if state.mask is not None else ())]
 
 
@@ -102,7 +103,9 @@ def counted(engine: LocalEngine, state: TrainState, allocator: torch.device | No
     counter, steps = Counter(weights, state_tensors(state), allocator), Steps(state)
     images = state.images
     limited = {group for group in GROUPS if engine.live.of(state, group.split("_")) is not None}
-    with engine.uncompiled(), engine.guard.ignored(), steps.not_taken(), recording(counter), counter:
+    undone = engine.attacks.undone(state)
+    with engine.uncompiled(), engine.guard.ignored(), steps.not_taken(), undone, recording(counter), counter:
+        engine.attacks.step(state)
         engine.score_step(state)
         engine.generator_step(state)
         with part("ema"):  # by formula, as the steps

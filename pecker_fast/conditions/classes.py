@@ -29,6 +29,10 @@ class Conditions:
         c_g = _table(classes, generator.device)[index]
         return c_g, (_table(self.cover, generator.device)[index] if branch == "forget" else c_g)
 
+    def pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`forget` and `cover`, int64 each."""
+        return _table(self.forget, device), _table(self.cover, device)
+
 
 @functools.lru_cache(maxsize=64)
 def _table(classes: tuple[int, ...], device: torch.device) -> Tensor:

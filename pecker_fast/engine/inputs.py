@@ -1,6 +1,6 @@
 """What differs from one iteration to the next, made on the device before it starts: draws and the weight of the average."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine.state import TrainState
-from pecker_fast.forgetting import Batch
+from pecker_fast.forgetting import Attack, Batch, coded
 from pecker_fast.recipe import Recipe
 
 
@@ -17,10 +17,12 @@ class Inputs:
     """Everything an iteration reads that the one before did not: nothing else reaches the device while it runs."""
 
     batches: dict[tuple[str, str], Batch]  # (role, branch) -> draws
+    attacks: tuple[Attack, ...] = ()  # of the adversary's steps
     ema_weight: Tensor | None = None  # 0-dim, 1 − decay of this iteration; None where the host steps the average itself
 
     def tensors(self) -> list[Tensor]:
         found = [tensor for batch in self.batches.values() for tensor in batch.tensors()]
+        found += [tensor for attack in self.attacks for tensor in attack.tensors()]
         return found if self.ema_weight is None else [*found, self.ema_weight]
 
     def copy_(self, other: "Inputs") -> None:
@@ -38,10 +40,11 @@ def draw(
     e = torch.randn(z.shape, generator=rng, device=device)
     t = torch.randint(recipe.timesteps.min, recipe.timesteps.max, (n,), generator=rng, device=device)
     c_g, c_p = conditions.draw(branch, n, rng)
+    batch = Batch(z, e, t, c_g, c_g, c_p)
+    if branch == "forget" and state.adversary is not None:
+        batch = coded(recipe, conditions, batch, state.generator, state.step)
     if role == "score" and recipe.guidance.text_dropout > 0:
         drop = torch.rand(n, generator=rng, device=device) < recipe.guidance.text_dropout
         null_class = torch.full_like(c_g, state.score.null_class or 0)
-        c_p = torch.where(drop, null_class, c_g)  # what ψ is told; θ draws under c_g all the same
-    elif role == "score":
-        c_p = c_g
-    return Batch(z, e, t, c_g, c_p)
+        batch = replace(batch, c_s=torch.where(drop, null_class, batch.c_s))  # θ draws under c_g all the same
+    return batch

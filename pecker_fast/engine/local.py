@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pecker_fast.conditions import Conditions
+from pecker_fast.engine.adversary import Attacks
 from pecker_fast.engine.blocks import compile_blocks
 from pecker_fast.engine.finite import FiniteGuard, non_finite
 from pecker_fast.engine.graph import IterationGraph, require_gpu
 from pecker_fast.engine.inputs import Inputs, draw
 from pecker_fast.engine.live import LiveBackward, gradients_of
+from pecker_fast.engine.pieces import add_gradients, split, total, weighted_mean
 from pecker_fast.engine.state import TrainState, start_ema
 from pecker_fast.forgetting import (
+    Attack,
     Batch,
     Dense,
     ForgetImages,
@@ -61,6 +64,7 @@ class LocalEngine:
         self.device = device
         self.guard = FiniteGuard(device, late=device.type != "cpu" if late is None else late)
         self.live = LiveBackward(recipe.mask.skip)
+        self.attacks = Attacks(recipe, conditions, self)
         self.graph = IterationGraph() if recipe.engine.cuda_graph else None
         self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -145,15 +149,17 @@ class LocalEngine:
         self._compile(state)
         state.set_learning_rates(self.recipe.lr, self.device if self.graph is not None else None)
         self.guard.arm(state.optimizers.values())
+        self.attacks.restart(state)
         roles = ("score", "generator")
         batches = {
             (role, branch): self.draw(state, role, branch)
             for role in roles
             for branch in self.branch_weights(state.stage, role)
         }
+        attacks = self.attacks.draw(state)
         if not self.guard.late:
-            return Inputs(batches)
-        return Inputs(batches, torch.full((), 1 - state.ema_decay(self.recipe.ema), device=self.device))
+            return Inputs(batches, attacks)
+        return Inputs(batches, attacks, torch.full((), 1 - state.ema_decay(self.recipe.ema), device=self.device))
 
     def launch(
         self, body: Callable[["LocalEngine", TrainState, Inputs], dict[str, Tensor]], state: TrainState, inputs: Inputs
@@ -225,6 +231,17 @@ class LocalEngine:
         weights = {"all": retain} if stage == "distill" else {"retain": retain, "forget": forget}
         return {branch: weight for branch, weight in weights.items() if weight != 0}
 
+    def own_vectors(self, network: Denoiser, c: Tensor) -> Tensor:
+        return network.own_vectors(c)
+
+    def share_of(self, attack: Attack) -> Attack:
+        return attack
+
+    def sum_of(self, state: TrainState, gradient: Tensor) -> Tensor:
+        where, named = f"{state.stage} step {state.step}", [("values", nn.Parameter(gradient))]
+        self.guard.check(where, "the adversary", [gradient], named)  # late, θ's own gradients are not finite either
+        return gradient
+
     def score_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """ψ learns θ's distribution: L_ψ = s_r mean_n ℓ(retain) + s_f mean_n ℓ(forget), θ under no_grad."""
         weights = self.branch_weights(state.stage, "score")
@@ -241,10 +258,10 @@ class LocalEngine:
                 batch = concatenate(piece)
                 with self.autocast():
                     with torch.no_grad(), part("score_samples"):
-                        x_g = generate(state.generator, batch.z, batch.c_g, self.recipe.timesteps.init)
+                        x_g = generate(self.attacks.drawing(state), batch.z, batch.c_g, self.recipe.timesteps.init)
                     x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
                     with part("score_forward"):
-                        per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_p)
+                        per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_s)
                 loss = share * weighted_mean(per_sample, weights)
                 with part("score_backward"):
                     backward(loss)
@@ -343,18 +360,18 @@ class LocalEngine:
 
         live: for each group what θ's forward pass runs in.
         """
-        recipe = self.recipe
+        recipe, drawing = self.recipe, self.attacks.drawing(state)
         with self.autocast():
             x_groups = []
             for group, sparse in zip(groups, live):
                 joined = concatenate([batches[branch] for branch in group])
                 with part("generator_forward"), sparse or nullcontext():
-                    x_groups.append(generate(state.generator, joined.z, joined.c_g, recipe.timesteps.init))
+                    x_groups.append(generate(drawing, joined.z, joined.c_g, recipe.timesteps.init))
             x_g = torch.cat([x.detach() for x in x_groups]).requires_grad_(True)
             batch = concatenate([batches[branch] for group in groups for branch in group])
             with part("guide_forward"):
                 per_sample = generator_loss(
-                    state.teacher, state.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
+                    state.teacher, state.score, x_g, batch.e, batch.t, batch.c_s, batch.c_p, alpha=recipe.alpha,
                     guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
                     detach_score=recipe.detach_score,
                 )  # fmt: skip
@@ -365,30 +382,3 @@ class LocalEngine:
         means = per_sample.detach().view(len(weights), -1).mean(1)
         ways = [(x, dx.to(x.dtype)) for x, dx in zip(x_groups, dx_g.split([x.shape[0] for x in x_groups]))]
         return ways, dict(zip(weights, means.unbind()))
-
-
-def split(batches: list[Batch], micro_batch: int) -> list[tuple[float, list[Batch]]]:
-    """(share of the batch, the batches' parts) of what passes at once: `micro_batch` samples of each; 0 = all in one."""
-    n = batches[0].z.shape[0]
-    size = micro_batch or n
-    return [
-        (min(size, n - start) / n, [batch.part(slice(start, start + size)) for batch in batches])
-        for start in range(0, n, size)
-    ]
-
-
-def add_gradients(sum_so_far: Gradients | None, grads: Gradients) -> Gradients:
-    """Σ of gradients of pieces; None counts as zero."""
-    if sum_so_far is None:
-        return grads
-    return [b if a is None else a if b is None else a + b for a, b in zip(sum_so_far, grads)]
-
-
-def total(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(values).sum()
-
-
-def weighted_mean(per_sample: Tensor, weights: dict[str, float]) -> Tensor:
-    """Σ_branch weight · mean over the branch's samples; per_sample [branches · n] in the order of `weights`."""
-    means = per_sample.float().view(len(weights), -1).mean(1)
-    return torch.stack([weight * mean for weight, mean in zip(weights.values(), means.unbind())]).sum()

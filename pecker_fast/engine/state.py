@@ -8,7 +8,7 @@ import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
 from torch import Tensor
 
-from pecker_fast.forgetting import UpdateRule
+from pecker_fast.forgetting import Adversary, UpdateRule
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import LearningRates
 
@@ -23,6 +23,7 @@ class TrainState:
     score_optimizer: MaskedAdam
     updates: UpdateRule
     ema: dict[str, Tensor] | None = None  # θ's moving average by parameter name, float32; None = off
+    adversary: Adversary | None = None  # of the forget stage, where the recipe has one
     stage: str = "forget"
     step: int = 0
     images: int = 0  # one-step samples drawn for training, all branches

@@ -1,8 +1,27 @@
 """The papers: losses, samplers, saliency, the methods and their update rules."""
 
+from pecker_fast.forgetting.adversary import (
+    Adversary,
+    Attack,
+    attack_of,
+    coded,
+    draw_pool,
+    first_starts,
+    pieces_of,
+    restarting,
+    start_of,
+)
 from pecker_fast.forgetting.batch import Batch, concatenate
 from pecker_fast.forgetting.contrast import check_start
-from pecker_fast.forgetting.inversion import Vectors, denoising_error, drawing_error, fit_step, near, turns
+from pecker_fast.forgetting.inversion import (
+    Vectors,
+    denoising_error,
+    drawing_error,
+    error_gradient,
+    fit_step,
+    near,
+    turns,
+)
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.methods import UpdateRule, get_method
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
@@ -11,6 +30,8 @@ from pecker_fast.forgetting.updates import Dense, Gradients, adam
 
 __all__ = [
     "CONTRAST_FLOOR",
+    "Adversary",
+    "Attack",
     "Batch",
     "Dense",
     "ForgetImages",
@@ -19,14 +40,19 @@ __all__ = [
     "UpdateRule",
     "Vectors",
     "adam",
+    "attack_of",
     "batch_of",
     "batches_of",
     "check_start",
+    "coded",
     "concatenate",
     "ddim_sample",
     "denoised",
     "denoising_error",
+    "draw_pool",
     "drawing_error",
+    "error_gradient",
+    "first_starts",
     "fit_step",
     "generate",
     "generator_loss",
@@ -35,6 +61,9 @@ __all__ = [
     "near",
     "noise_loss",
     "one_step_sample",
+    "pieces_of",
+    "restarting",
     "save_grid",
+    "start_of",
     "turns",
 ]

@@ -13,7 +13,8 @@ class Batch:
     z: Tensor  # [n, C, H, W]
     e: Tensor  # [n, C, H, W]
     t: Tensor  # [n]
-    c_g: Tensor  # [n], condition of generator and score network
+    c_g: Tensor  # [n], condition of the generator
+    c_s: Tensor  # [n], condition of the score network
     c_p: Tensor  # [n], condition of the teacher
 
     def tensors(self) -> list[Tensor]:

@@ -71,16 +71,22 @@ def denoising_error(denoiser: Denoiser, images: Tensor, e: Tensor, t: Tensor, c:
     return noise_loss(denoiser.eps, x_t, e, t, c) / images[0].numel()
 
 
-def fit_step(vectors: Vectors, network: Denoiser, error: Callable[[Denoiser], Tensor], rate: float | Tensor) -> Tensor:
-    """One step of all vectors down Σ error [N], a function of the network that knows them; returns the errors, detached.
+def error_gradient(vectors: Vectors, network: Denoiser, error: Callable[[Denoiser], Tensor]) -> tuple[Tensor, Tensor]:
+    """(gradient [K, …] of Σ error [N], a function of the network that knows the vectors; the errors, detached).
 
     Weights get no gradient, whether or not they are frozen.
     """
     free = vectors.values.detach().requires_grad_(True)
     errors = error(network.with_free(free))
     (gradient,) = torch.autograd.grad(errors.sum(), free)
+    return gradient, errors.detach()
+
+
+def fit_step(vectors: Vectors, network: Denoiser, error: Callable[[Denoiser], Tensor], rate: float | Tensor) -> Tensor:
+    """One step of all vectors down `error_gradient`; returns the errors, [N]."""
+    gradient, errors = error_gradient(vectors, network, error)
     vectors.step_(gradient, rate)
-    return errors.detach()
+    return errors
 
 
 def near(values: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:

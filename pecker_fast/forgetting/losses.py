@@ -44,10 +44,10 @@ def distillation_loss(
 def generator_loss(
     teacher: Denoiser,
     score: Denoiser,
-    x_g: Tensor,  # [N, C, H, W], one-step samples under c_g
+    x_g: Tensor,  # [N, C, H, W], one-step samples
     e: Tensor,  # [N, C, H, W], fresh noise
     t: Tensor,  # [N]
-    c_g: Tensor,  # [N], condition of generator and score network
+    c_s: Tensor,  # [N], condition of the score network
     c_p: Tensor,  # [N], condition of the teacher
     *,
     alpha: float,
@@ -58,7 +58,7 @@ def generator_loss(
     """`distillation_loss` at x_t = a_t x_g + b_t e, [N]. detach_score drops the gradient through φ and ψ (Diff-Instruct)."""
     x_t = teacher.schedule.add_noise(x_g, e, t)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_score):
-        f_teacher, f_score = pair_x0(teacher, score, x_t, t, c_p, c_g, guidance_teacher, guidance_score)
+        f_teacher, f_score = pair_x0(teacher, score, x_t, t, c_p, c_s, guidance_teacher, guidance_score)
     return distillation_loss(x_g, f_teacher, f_score, alpha)
 
 

@@ -101,7 +101,7 @@ class SaliencyPass:
             x_t = self.teacher.schedule.add_noise(x_g, batch.e, batch.t)
             with torch.set_grad_enabled(not recipe.detach_score):
                 f_teacher, f_score = pair_x0(
-                    self.teacher, self.score, x_t, batch.t, batch.c_p, batch.c_g, recipe.guidance.teacher,
+                    self.teacher, self.score, x_t, batch.t, batch.c_p, batch.c_s, recipe.guidance.teacher,
                     recipe.guidance.score,
                 )  # fmt: skip
             check_left(recipe, share_left(x_g, f_teacher, f_score, recipe.alpha))
@@ -131,7 +131,7 @@ class SaliencyPass:
         c_g, c_p = self.conditions.draw(branch, n, rng)
         z = torch.randn(n, *generator.sample_shape, generator=rng, device=rng.device)
         e = torch.randn(z.shape, generator=rng, device=rng.device)
-        return Batch(z, e, self._timesteps(n, rng), c_g, c_p)
+        return Batch(z, e, self._timesteps(n, rng), c_g, c_g, c_p)
 
     def loss(self, batch: Batch, images: Callable[[], Tensor] | None = None) -> Tensor:
         """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""
@@ -139,7 +139,7 @@ class SaliencyPass:
         if recipe.mask.score == "forget_loss":
             x_g = generate(generator, batch.z, batch.c_g, t_init)
             return generator_loss(
-                self.teacher, self.score, x_g, batch.e, batch.t, batch.c_g, batch.c_p, alpha=recipe.alpha,
+                self.teacher, self.score, x_g, batch.e, batch.t, batch.c_s, batch.c_p, alpha=recipe.alpha,
                 detach_score=recipe.detach_score, guidance_teacher=recipe.guidance.teacher,
                 guidance_score=recipe.guidance.score,
             ).mean()  # fmt: skip

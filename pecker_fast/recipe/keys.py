@@ -7,14 +7,27 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pecker_fast.recipe.errors import fields_of, section_type
 from pecker_fast.recipe.load import recipe_to_dict
 from pecker_fast.recipe.schema import Recipe
+from pecker_fast.recipe.sections import Adversary
 
 
 def idle_keys(recipe: Recipe) -> list[str]:
     """Keys set to something else than their default that do nothing in this recipe, one line each with the reason."""
     random = ("score", "contrast", "reduction", "samples", "data", "timesteps", "threshold")
+    attacks = [key for key in Adversary.model_fields if key != "conditions"]
     rules: list[tuple[bool, str, tuple[str, ...]]] = [
-        (recipe.method == "sfd", "method=sfd", ("mask.source", "mask.density", "mask.structure", "update_rule")),
-        (recipe.method != "sfd" and recipe.mask.source == "none", "mask.source=none", ("mask.density", "update_rule")),
+        (
+            recipe.method == "sfd",
+            "method=sfd",
+            ("mask.source", "mask.density", "mask.structure", "mask.exclude", "update_rule"),
+        ),
+        (
+            recipe.method != "sfd" and recipe.mask.source == "none",
+            "mask.source=none",
+            ("mask.density", "mask.exclude", "update_rule"),
+        ),
+        (recipe.adversary.conditions == 0, "adversary.conditions=0", tuple(f"adversary.{key}" for key in attacks)),
+        (recipe.steps == 0, "steps=0", ("adversary.conditions",)),
+        (recipe.adversary.conditions > 0 and not recipe.uses_prompts, "classes to forget", ("adversary.tokens",)),
         (recipe.mask.source == "random", "mask.source=random", tuple(f"mask.{key}" for key in random)),
         (recipe.mask.source != "random" and recipe.mask.threshold is not None, "mask.threshold", ("mask.density",)),
         (recipe.mask.score == "forget_loss", "mask.score=forget_loss", ("mask.data", "mask.timesteps")),

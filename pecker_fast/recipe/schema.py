@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from pecker_fast.recipe.classes import check_classes
+from pecker_fast.recipe.classes import check_classes, class_list
 from pecker_fast.recipe.sections import (
+    Adversary,
     Checkpoint,
     Engine,
     Evaluate,
@@ -56,6 +57,9 @@ class Recipe(Section):
     detach_score: bool = key(False, "no gradient through φ and ψ (Diff-Instruct variant)")
     weights: Weights = section(Weights, "coefficients of the four loss terms")
     mask: Mask = section(Mask, "which weights the forgetting gradient may move")
+    adversary: Adversary = section(
+        Adversary, "conditions that try to draw what is forgotten, while it is being forgotten"
+    )
     update_rule: Literal["differentiated", "salient_only", "alternating"] = key(
         "differentiated", "one step on g_r + m⊙g_f, or salient weights only, or two steps in turn"
     )
@@ -78,6 +82,11 @@ class Recipe(Section):
         return self.method != "sfd" and self.mask.source != "none"
 
     @property
+    def uses_adversary(self) -> bool:
+        """Whether θ forgets under conditions that attack it."""
+        return self.adversary.conditions > 0 and self.steps > 0
+
+    @property
     def uses_prompts(self) -> bool:
         """Whether conditions are prompts (a text-to-image model) and not class numbers."""
         return is_text(self.forget)
@@ -94,6 +103,19 @@ class Recipe(Section):
     def _classes_fit(self) -> None:
         listed: list[Any] = [v if isinstance(v, list) else [v] for v in (self.forget, self.cover, self.retain)]
         check_classes(*listed)
+
+    def _adversary_fits(self) -> None:
+        count, forgotten = self.adversary.conditions, 1 if self.uses_prompts else len(class_list(self.forget))
+        if not self.weights.forget:
+            raise ValueError(
+                "adversary.conditions: with weights.forget=0 there is no forget branch to be drawn under them"
+            )
+        if count < forgotten:
+            raise ValueError(
+                f"adversary.conditions: {count} cannot attack {forgotten} classes; give one for each, or more"
+            )
+        if self.engine.cuda_graph:
+            raise ValueError("adversary.conditions: is not supported with engine.cuda_graph; leave one of the two out")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -113,6 +135,8 @@ class Recipe(Section):
         if self.engine.weights == "bf16" and self.precision != "bf16":
             raise ValueError("engine.weights: bf16 weights need precision=bf16")
         w = self.weights
+        if self.uses_adversary:
+            self._adversary_fits()
         if self.steps and not (w.score_retain or w.score_forget):
             raise ValueError("weights.score_retain: both score weights are 0, so ψ would learn nothing; raise one")
         if self.steps and not (w.retain or w.forget):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pecker_fast.recipe.errors import show
-from pecker_fast.recipe.values import Count, PathName, Positive, PromptsOrFile, Rate, Section, Weight, key
+from pecker_fast.recipe.values import Count, Name, PathName, Positive, PromptsOrFile, Rate, Section, Weight, key
 
 
 class LearningRates(Section):
@@ -77,6 +77,27 @@ class Mask(Section):
     timesteps: Literal["uniform", "train", "init"] = key("uniform", "timesteps of the saliency pass")
     skip: bool = key(True, "compute no weight gradients of dead rows and tiles where an update is masked")
     refresh: Count = key(0, "iterations between new masks; 0 = one mask, before the first step")
+    exclude: list[Name] = key([], "tensors that are in no mask, by name; * and ? stand for letters: class_embedding.*")
+
+
+class Adversary(Section):
+    """Conditions that are fitted, while θ forgets, to draw again what is forgotten; θ forgets under them too."""
+
+    conditions: int = key(0, "conditions that attack; 0 = none", ge=0, le=4096)
+    tokens: int = key(1, "soft tokens of each, in the place of the concept, where prompts are forgotten", ge=1, le=64)
+    steps: int = key(1, "steps they take in an iteration", ge=1, le=1000)
+    rate: float = key(0.1, "their step size (Adam)", gt=0, le=10, allow_inf_nan=False)
+    restart: Count = key(15, "iterations after which one of them, in turn, starts afresh; 0 = never")
+    share: float = key(0.5, "part of the forget branch that is drawn under them", gt=0, le=1, allow_inf_nan=False)
+    starts: list[Literal["forget", "kept", "random"]] = key(
+        ["forget", "kept"],
+        "where they start, in turn: near what is forgotten, near what is kept, anywhere",
+        min_length=1,
+    )
+    batch: Count = key(0, "samples of a step; 0 = batch_size")
+    samples: Positive = key(
+        512, "images of what is forgotten that they are fitted to, drawn before the first iteration"
+    )
 
 
 class Optimizer(Section):

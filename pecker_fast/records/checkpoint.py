@@ -2,6 +2,7 @@
 
 checkpoints/step-000100/
     generator.safetensors  score.safetensors  ema.safetensors  optimizers.safetensors  mask.safetensors
+    adversary.safetensors   its vectors, and what they are fitted to, where there is one
     state.json      counters, optimizer groups
     shard-*.safetensors     in place of the networks, average and optimizers where a run has ranks; see shard_files
     manifest.json   whose it is, sha256 and size of every file, its own checksum; see manifest
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pecker_kernels import SaliencyMask
 from torch import Size, Tensor
 from torch.optim import Optimizer
@@ -20,6 +22,7 @@ from pecker_fast import files
 from pecker_fast.engine import TrainState
 from pecker_fast.engine.zero import ZeroState
 from pecker_fast.errors import CheckpointError, PeckerError
+from pecker_fast.forgetting import Adversary
 from pecker_fast.machine.ranks import ALONE, Ranks
 from pecker_fast.networks import Denoiser
 from pecker_fast.records.finite import check_state
@@ -34,6 +37,7 @@ from pecker_fast.records.manifest import (
 )
 from pecker_fast.records.shard_files import is_sharded, read_generator, read_shards, steps_of, write_shard
 
+ADVERSARY = "adversary.safetensors"
 COUNTERS = ("stage", "step", "images", "training_s", "flops", "flops_per_iteration")
 
 
@@ -159,6 +163,17 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
             unpack_optimizer(optimizer, name, stored["optimizers"], tensors)
     for name in COUNTERS:
         setattr(state, name, stored["counters"][name])
+    if (folder / ADVERSARY).is_file():
+        state.adversary = read_adversary(folder / ADVERSARY, state.generator.device)
+
+
+def read_adversary(path: Path, device: torch.device) -> Adversary:
+    """What `save_checkpoint` wrote of the adversary. Raises CheckpointError."""
+    tensors, metadata = files.read_tensors(path, error=CheckpointError)
+    try:
+        return Adversary.of({name: tensor.to(device) for name, tensor in tensors.items()}, int(metadata["seed"]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error} is missing or no number; use an older one") from None
 
 
 def generator_tensors(folder: Path, shapes: Mapping[str, Size], kind: str) -> dict[str, Tensor]:
@@ -179,6 +194,8 @@ def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
     if ranks.is_first and state.mask is not None:
         with files.whole_file(folder / "mask.safetensors") as target:
             state.mask.save(target)
+    if ranks.is_first and state.adversary is not None:
+        files.write_tensors(folder / ADVERSARY, state.adversary.tensors(), {"seed": str(state.adversary.seed)})
     if isinstance(state, ZeroState):
         write_shard(state, folder, ranks.rank, ranks.world)
         if ranks.is_first:

@@ -48,6 +48,8 @@ def _bad(state: TrainState) -> Iterator[str]:
 
 
 def _weights(state: TrainState) -> Named:
+    if state.adversary is not None:
+        yield "adversary tensor values", state.adversary.vectors.values
     if isinstance(state, ZeroState):
         for name, network in state.networks.items():
             yield from _pieces(f"{name} tensor", network.shards, network.partition.detach())

@@ -50,6 +50,10 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
         del data[key]
     if data["null_class"] is None:  # as in runs that were started before there was such a key
         del data["null_class"]
+    if not recipe.adversary.conditions:
+        del data["adversary"]
+    if not recipe.mask.exclude:
+        del data["mask"]["exclude"]
     data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher
     for key in ("stall_s", "cuda_graph", "threads", "offload", "deepspeed", "shard_teacher"):  # how fast, not what
         del data["engine"][key]

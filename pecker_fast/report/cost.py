@@ -19,6 +19,7 @@ BACKWARD = "generator_backward"
 WEIGHTS = "weight_gradients"
 PARTS = {
     "draws": "draws",
+    "adversary": "the adversary's steps",
     "score_samples": "1 θ forward",
     "score_forward": "1 ψ forward",
     "score_backward": "1 ψ backward",

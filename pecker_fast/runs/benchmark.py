@@ -55,6 +55,7 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
             flops = engine.saliency_pass(state).flops()
         cost = {"s": seconds, "flops": flops}
     engine.follow(state, mask)
+    engine.attacks.begin(state)
     return Setup(recipe, engine, state, mask, cost)
 
 

@@ -17,8 +17,10 @@ Refresh = Callable[[TrainState], None]  # called before an iteration at which th
 
 
 def steps_of(engine: LocalEngine, state: TrainState, inputs: Inputs) -> Losses:
-    """ψ learns θ's distribution, θ is stepped by the update rule, the average follows. Nothing here waits for a device."""
-    losses = engine.score_step(state, inputs)
+    """The adversary, where there is one, looks for what θ still draws; ψ learns θ's distribution, θ is stepped by the update
+    rule, the average follows. Nothing here waits for a device."""
+    losses = engine.attacks.step(state, inputs.attacks)
+    losses |= engine.score_step(state, inputs)
     losses |= engine.generator_step(state, inputs)
     with part("ema"):
         engine.average(state, inputs)

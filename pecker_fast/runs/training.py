@@ -10,7 +10,7 @@ import torch
 from pecker_kernels import SaliencyMask
 
 from pecker_fast import files
-from pecker_fast.account.memory import ITERATION, Prediction, size
+from pecker_fast.account.memory import Prediction
 from pecker_fast.engine import LocalEngine, TrainState
 from pecker_fast.engine.zero import ZeroEngine
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError
@@ -34,6 +34,7 @@ from pecker_fast.records import (
     write_metrics,
 )
 from pecker_fast.report import write_report
+from pecker_fast.runs.costs import memory_of, parts_of
 from pecker_fast.runs.judging import outside_mask
 from pecker_fast.runs.loop import Losses, run_stage
 from pecker_fast.runs.prompt_judging import judging_of
@@ -168,7 +169,19 @@ class Training:
         self.judge_start(fresh)
         self.engine.follow(fresh, self.timed_mask(fresh) if self.recipe.uses_mask else None)
         self.log_mask(fresh)
+        if self.recipe.uses_adversary:
+            self.begin_attacks(fresh)
         return fresh
+
+    def begin_attacks(self, state: TrainState) -> None:
+        """The adversary's images, of θ as forgetting finds it; their time and FLOPs count as training."""
+        start = time.perf_counter()
+        where = "stopped while the adversary's images were drawn; the same command goes on"
+        with self.ranks.running(), self.leaving(state, where):
+            self.engine.attacks.begin(state, lambda: self.stop.check(where))
+        state.training_s += time.perf_counter() - start
+        if not self.engine.sharded:
+            state.flops += self.engine.attacks.pool_flops(state)
 
     def iterate(self, state: TrainState, steps: int) -> None:
         self.tracker.progress(state.stage, steps, self.total_step(state) - state.step)
@@ -338,8 +351,8 @@ class Training:
             "images": state.images,
             "flops": None if self.engine.sharded else state.flops,
             "peak_memory_bytes": hardware.peak_memory_bytes(),
-            "parts": self.parts_account(state),
-            "memory": self.memory(state),
+            "parts": parts_of(self.recipe, state, self.mask_cost, self.metrics),
+            "memory": memory_of(self.prediction, state, self.tracker.say),
         }
         result = Result(generator, self.written, self.parts, self.parts.base_sha256, self.metrics)
         export_folder(result, self.run_dir, self.run_dir / PIPELINE)
@@ -380,21 +393,3 @@ class Training:
             return None
         start = start_generator(self.recipe, self.parts.teacher).to(self.device).freeze()
         return self.judging.figures(self.judging.one_step(start), samples)
-
-    def memory(self, state: TrainState) -> dict[str, int] | None:
-        """Peak bytes of an iteration, as predicted before loading and as measured; None where nothing was predicted."""
-        account = state.accounts.get(state.stage)
-        if self.prediction is None or account is None:
-            return None
-        predicted = max(n for name, n in self.prediction.phases.items() if name in ITERATION)
-        measured = account["peak_allocated_bytes"] or account["peak_tensor_bytes"]
-        self.tracker.say(f"memory of an iteration: predicted {size(predicted)}, measured {size(measured)}")
-        return {"predicted_bytes": predicted, "measured_bytes": measured}
-
-    def parts_account(self, state: TrainState) -> dict[str, Any] | None:
-        """One iteration part by part, of the last stage this process has iterated in; else what an earlier one left."""
-        account = state.accounts.get("forget") or state.accounts.get("distill")
-        if account is None:
-            return self.metrics.get("cost", {}).get("parts")
-        over = self.recipe.mask.refresh or self.recipe.steps
-        return {**account, "mask": {key: value / max(over, 1) for key, value in self.mask_cost.items()}}

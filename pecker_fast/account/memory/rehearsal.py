@@ -55,7 +55,7 @@ class Rehearsal(LocalEngine):
     def _batch(n: int, state: TrainState, role: str, branch: str) -> Batch:
         z = torch.empty(n, *state.generator.sample_shape)
         t, c = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-        return Batch(z, torch.empty_like(z), t, c, c if role == "score" or branch != "forget" else torch.zeros_like(c))
+        return Batch(z, torch.empty_like(z), t, c, c, torch.zeros_like(c) if branch == "forget" else c)
 
     @property
     def repeats(self) -> float:

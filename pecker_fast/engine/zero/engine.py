@@ -15,7 +15,8 @@ from pecker_fast.conditions import Conditions
 from pecker_fast.engine.finite import are_gradients, non_finite
 from pecker_fast.engine.inputs import Inputs
 from pecker_fast.engine.live import LiveBackward
-from pecker_fast.engine.local import LocalEngine, split, total
+from pecker_fast.engine.local import LocalEngine
+from pecker_fast.engine.pieces import split, total
 from pecker_fast.engine.state import TrainState
 from pecker_fast.engine.zero.compact import CompactExchange
 from pecker_fast.engine.zero.masks import ShardedPass
