@@ -9,7 +9,7 @@ from typing import Any
 
 from pecker_fast import files
 from pecker_fast.audit.probes import PROBES, Probe
-from pecker_fast.audit.record import Record
+from pecker_fast.audit.record import AUDIT_IMAGES, Record
 from pecker_fast.audit.scene import SHOWN, Finding, Scene
 from pecker_fast.audit.subjects import BEFORE, NEVER, RELABEL, RESULT, Subject
 from pecker_fast.audit.verdict import hull, interval, overall, verdict_on, verdict_on_loss
@@ -72,8 +72,9 @@ class Audit:
     def keep_images(self, probe: Probe, role: str, finding: Finding) -> None:
         if self.folder is None or finding.images is None:
             return
-        files.make_folder(self.folder / "audit")
-        save_grid(finding.images, SHOWN, self.folder / "audit" / f"{probe.name}-{role.replace(' ', '_')}.png")
+        into = self.folder / AUDIT_IMAGES
+        files.make_folder(into)
+        save_grid(finding.images, SHOWN, into / f"{probe.name}-{role.replace(' ', '_')}.png")
 
 
 def plain(finding: Finding) -> dict[str, Any]:

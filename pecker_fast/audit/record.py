@@ -11,7 +11,7 @@ from pecker_fast import files
 from pecker_fast.errors import DataError, PeckerError
 from pecker_fast.terminal import warn
 
-AUDIT = "audit.json"
+AUDIT, AUDIT_IMAGES = "audit.json", "audit"
 VERSION = 1
 
 

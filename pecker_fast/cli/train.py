@@ -61,6 +61,11 @@ def train(
             from pecker_fast.report import metrics_table
 
             show(metrics_table(result.metrics))
+        if result.audit:
+            from pecker_fast.report import audit_table
+
+            show(audit_table(result.audit))
+            typer.echo(result.audit["verdict"])
         typer.echo(f"run folder: {result.run_dir}")
         if result.report is not None:
             typer.echo(f"report: {result.report}")

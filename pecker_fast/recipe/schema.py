@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, model_validator
 from pecker_fast.recipe.classes import check_classes, class_list
 from pecker_fast.recipe.sections import (
     Adversary,
+    Audit,
     Checkpoint,
     Engine,
     Evaluate,
@@ -71,6 +72,7 @@ class Recipe(Section):
     lora: Lora = section(Lora, "the adapter of `score: lora`")
     engine: Engine = section(Engine, "where tensors live")
     evaluate: Evaluate = section(Evaluate, "when and how the model is judged")
+    audit: Audit = section(Audit, "what the result has to stand at the end")
     checkpoint: Checkpoint = section(Checkpoint, "when training state is saved")
     seed: int = key(0, "seed of every random draw", ge=0, lt=2**63)
     output: PathName = key("runs/digits", "run folder")

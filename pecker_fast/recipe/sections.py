@@ -152,6 +152,19 @@ class Evaluate(Section):
     teacher_steps: Positive = key(50, "DDIM steps of the teacher's reference row")
 
 
+class Audit(Section):
+    """What the result has to stand at the end: attacks that try to bring back what was to be forgotten."""
+
+    budget: Literal["none", "quick", "standard", "strong"] = key(
+        "none", "how hard the audit at the end tries; none = no audit"
+    )
+    probes: list[Name] = key([], "its probes, as [condition, relearn]; [] = all", max_length=64)
+    against: list[PathName] = key(
+        [], "runs or models that never knew what is forgotten, to compare with", max_length=16
+    )
+    samples: Count = key(0, "images of each of its figures; 0 = the budget's")
+
+
 class Checkpoint(Section):
     """When training state is saved."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
+from pecker_fast.audit import AUDIT, AUDIT_IMAGES
 from pecker_fast.errors import CheckpointError, OutputError, PeckerError
 from pecker_fast.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_yaml
 from pecker_fast.records.checkpoint import check_identity, latest_checkpoint, list_checkpoints, sweep_checkpoints
@@ -28,6 +29,8 @@ OWN = (
     MASK,
     REPORT,
     EVALUATIONS,
+    AUDIT,
+    AUDIT_IMAGES,
     "run.jsonl",
     "samples",
     "tensorboard",
@@ -46,7 +49,7 @@ BASE = "base"  # a model given as an object is written here first; it is not wip
 def trajectory(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide every iteration: a run may be resumed with another length, evaluation or checkpoint rhythm."""
     data = recipe_to_dict(recipe)
-    for key in ("steps", "checkpoint", "output", "resume"):
+    for key in ("steps", "audit", "checkpoint", "output", "resume"):
         del data[key]
     if data["null_class"] is None:  # as in runs that were started before there was such a key
         del data["null_class"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.audit import AUDIT, read_audit
+from pecker_fast.audit import AUDIT, AUDIT_IMAGES, read_audit
 from pecker_fast.errors import DataError, PeckerError, RecipeError
 from pecker_fast.files import read_text
 from pecker_fast.recipe import MAX_RECIPE_BYTES, parse_yaml
@@ -165,4 +165,4 @@ def _read_audit(run: RunData) -> None:
     except PeckerError as error:
         run.notes.append(str(error))
         return
-    run.audit_images = _read_images(run, "audit")
+    run.audit_images = _read_images(run, AUDIT_IMAGES)

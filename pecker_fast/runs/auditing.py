@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from pecker_fast.loading import Model, fit_timesteps, load_model, pick_device, p
 from pecker_fast.machine import StopFlag
 from pecker_fast.networks import TextDenoiser, load_unet, one_step_start
 from pecker_fast.recipe import Recipe, closest
-from pecker_fast.records import RECIPE
+from pecker_fast.records import RECIPE, locked
+from pecker_fast.report import write_report
 from pecker_fast.runs.held import BASE_KEYS, base_model, load_run, trained_generator
+from pecker_fast.runs.result import RunResult
 
 WORDS = "given words"  # how prompts of a file are called
 STOPPED = "what is found so far is in {}; the same command goes on"
@@ -66,11 +69,18 @@ class Asked:
 
 @memory_errors("use a smaller --budget, or free memory")
 def audit_run(
-    what: str | Path, asked: Asked, recipe: Recipe | None = None, output: str | Path | None = None, quiet: bool = False
+    what: str | Path,
+    asked: Asked,
+    recipe: Recipe | None = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+    locks: bool = True,
 ) -> dict[str, Any]:
     """Audit a run folder, or, with a recipe that says what was to be forgotten and of which model, any model's folder.
 
     output: folder of audit.json and the images; None = the run's own; of a model's folder none is written without.
+    locks: others are kept from writing there; false where the caller holds the run.
+
     Returns the record (docs/audit.md). Raises RecipeError, ModelError, OutputError, CheckpointError and, after a signal,
     Interrupted: what was found so far is on disk, and the same call goes on.
     """
@@ -97,14 +107,36 @@ def audit_run(
     subjects = {name: subject.with_network(subject.network.to(device)) for name, subject in subjects.items()}
     world = _world(recipe, model, asked)
     forget, cover = _named(model)
-    with StopFlag() as stop, AuditTicker(quiet) as ticker:
-        where = STOPPED.format(into / AUDIT) if into is not None else "nothing of it is kept without --output"
-        scene = Scene(
-            world, subjects[BEFORE], budget, asked.seed, _said(model, asked), forget, cover, lambda: stop.check(where)
-        )
-        about = {"of": str(what), "forget": recipe.model_dump()["forget"], "cover": recipe.model_dump()["cover"]}
+    about = {"of": str(what), "forget": recipe.model_dump()["forget"], "cover": recipe.model_dump()["cover"]}
+    scene = Scene(world, subjects[BEFORE], budget, asked.seed, _said(model, asked), forget, cover)
+    with StopFlag() as stop, AuditTicker(quiet) as ticker, _holding(into if locks else None):
         audit = Audit(scene, subjects, names, into, about, ticker.told)
-        return audit.run()
+        with stop.at_once(STOPPED.format(into / AUDIT) if into is not None else "nothing is kept without --output"):
+            return audit.run()
+
+
+@contextmanager
+def _holding(folder: Path | None) -> Iterator[None]:
+    """Nobody else writes into the folder: a run's, or one of the audit's own, which is made. Raises OutputError."""
+    if folder is None:
+        yield
+    elif (folder / RECIPE).is_file():
+        with locked(folder):
+            yield
+    else:
+        with files.held(folder):
+            yield
+
+
+def with_audit(recipe: Recipe, result: RunResult, quiet: bool) -> RunResult:
+    """The result of a run, whose folder is held, with the audit that its recipe asks for, taken up where it was left. Raises
+    Interrupted."""
+    options = recipe.audit
+    if options.budget == "none" or result.metrics is None:
+        return result
+    asked = Asked(tuple(options.probes), options.budget, tuple(options.against), options.samples or None)
+    found = audit_run(result.run_dir, asked, quiet=quiet, locks=False)
+    return replace(result, audit=found, report=write_report(result.run_dir))
 
 
 Found = tuple[Recipe, Model, Subject]

@@ -47,6 +47,7 @@ from pecker_fast.records import (
     take_inputs,
     trajectory_sha256,
 )
+from pecker_fast.runs.auditing import with_audit
 from pecker_fast.runs.forecast import check_memory, lighter, surely_fits
 from pecker_fast.runs.planning import found_rows, planned, prompt_rows, run_rows
 from pecker_fast.runs.result import RunResult
@@ -116,7 +117,9 @@ def train(
             stack.enter_context(tracker)
             training = Training(located, parts, identity, tracker, stop, forget_images, started, ranks)
             training.prediction, training.written = prediction, recipe
-            return training.run(plan.checkpoint)
+            result = training.run(plan.checkpoint)
+            del training
+            return ranks.first(lambda: with_audit(located, result, quiet)) or result
 
 
 @contextmanager
@@ -167,6 +170,7 @@ def unlearn(
     recipe: str | Path | Recipe | None = None,
     quiet: bool = True,
     null_class: int | None = None,
+    audit: bool | dict[str, Any] = False,
     **keys: Any,
 ) -> RunResult:
     """Make a class-conditional diffusion model forget classes, from Python.
@@ -175,6 +179,7 @@ def unlearn(
     method: "pecker" or "sfd"; None = the recipe's (pecker by default). output: None = the recipe's, or runs/unlearn.
     recipe: what the other settings come from (name, file or Recipe); keys: recipe keys, sections as dicts.
     null_class: index of the label-dropout embedding, if it has one; None = what the recipe, or the model's folder, says.
+    audit: attack the result at the end; True = all probes at the standard budget, or the recipe's `audit` keys as a dict.
     Raises PeckerError subclasses, one line each.
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -187,6 +192,8 @@ def unlearn(
         keys["null_class"] = null_class
     given = {"model": str(model), "forget": forget, "cover": cover, "output": str(output), **keys}
     given |= {key: value for key, value in (("method", method), ("retain", retain)) if value is not None}
+    if audit:
+        given["audit"] = {"budget": "standard", **(audit if isinstance(audit, dict) else {})}
     for key, value in given.items():
         data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
     return train(recipe_from(data, "unlearn"), quiet=quiet)
