@@ -23,12 +23,12 @@ class Budget:
     samples: int = 400
     images: int = 512
     steps: int = 300
-    batch: int = 48
+    batch: int = 24
     rates: tuple[float, ...] = (0.03,)
     starts: int = 5
     tokens: tuple[int, ...] = (1,)
-    noise_images: int = 96
-    noise_steps: int = 100
+    noise_images: int = 48
+    noise_steps: int = 60
     noise_rate: float = 0.05
     relearn_images: tuple[int, ...] = (1, 5, 0)
     relearn_steps: int = 40
@@ -49,12 +49,12 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(
-        "quick", samples=200, images=256, steps=60, batch=32, starts=3, noise_images=48, noise_steps=40,
+        "quick", samples=200, images=256, steps=60, batch=24, starts=3, noise_images=48, noise_steps=40,
         relearn_images=(5, 0), relearn_steps=20,
     ),
     "standard": Budget(),
     "strong": Budget(
-        "strong", samples=1000, images=1024, steps=1000, rates=(0.01, 0.03, 0.1), starts=10, tokens=(1, 4, 16),
+        "strong", samples=1000, images=1024, steps=1000, batch=48, rates=(0.01, 0.03, 0.1), starts=10, tokens=(1, 4, 16),
         noise_images=200, noise_steps=300, relearn_steps=100,
     ),
 }  # fmt: skip
