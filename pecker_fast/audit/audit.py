@@ -10,9 +10,10 @@ from typing import Any
 from pecker_fast import files
 from pecker_fast.audit.probes import PROBES, Probe
 from pecker_fast.audit.record import AUDIT_IMAGES, Record
-from pecker_fast.audit.scene import SHOWN, Finding, Scene
+from pecker_fast.audit.scene import Finding, Scene
 from pecker_fast.audit.subjects import BEFORE, NEVER, RELABEL, RESULT, Subject
 from pecker_fast.audit.verdict import hull, interval, overall, verdict_on, verdict_on_loss
+from pecker_fast.audit.worlds import SHOWN
 from pecker_fast.evaluate import Interval
 from pecker_fast.forgetting import save_grid
 

@@ -16,7 +16,7 @@ class Budget:
     samples: images that a figure is judged by. images: of the concept, that vectors, noise and weights are fitted to.
     steps, batch, rates: of fitting conditions; batch is of one start. starts: where fits begin. tokens: free tokens of a prompt.
     noise_images, noise_steps: of fitting noise. relearn_images: images shown again, 0 = all; relearn_steps, relearn_rate: Adam.
-    sampler_steps: of a model run as an ordinary denoiser.
+    sampler_steps: of a model run as an ordinary denoiser. together: noise is fitted too, under the best of the fitted conditions.
     """
 
     name: str = "standard"
@@ -35,6 +35,7 @@ class Budget:
     relearn_batch: int = 32
     relearn_rate: float = 1e-4
     sampler_steps: int = 25
+    together: bool = False
 
     def marks(self, steps: int) -> list[int]:
         """The steps of a curve: 0, then ever wider apart, and the last."""
@@ -55,7 +56,7 @@ BUDGETS = {
     "standard": Budget(),
     "strong": Budget(
         "strong", samples=1000, images=1024, steps=1000, batch=48, rates=(0.01, 0.03, 0.1), starts=10, tokens=(1, 4, 16),
-        noise_images=200, noise_steps=300, relearn_steps=100,
+        noise_images=200, noise_steps=300, relearn_steps=100, together=True,
     ),
 }  # fmt: skip
 

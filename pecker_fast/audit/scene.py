@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from torch import Tensor
 from pecker_fast import draws
 from pecker_fast.audit.budget import Budget
 from pecker_fast.audit.subjects import Subject
-from pecker_fast.audit.worlds import World
+from pecker_fast.audit.worlds import SHOWN, Look, World
 from pecker_fast.forgetting import turns
 
-SHOWN = 8  # images kept of a probe, to be looked at
+NUMBERS = 1 << 20  # of samples that are drawn, decoded and judged at a time: 64 latents of 4×64×64
 
 
 @dataclass(frozen=True)
@@ -83,38 +85,49 @@ class Scene:
         return Pool(self.before.samples(z, rows), z, rows)
 
     def judged(
+        self, subject: Subject, codes: Callable[[Tensor], Tensor] | None = None, rows: Tensor | None = None
+    ) -> Look:
+        """What is seen in samples of fresh noise, equal for all. codes: conditions to draw under, of the rows of the concept that
+        are looked for; None = those rows themselves."""
+        rows = self.dealt(self.world.judged, self.budget.samples, "judged") if rows is None else rows
+        asked = rows if codes is None else codes(rows)
+        z = self.noise("judged", len(rows))
+        return self.looked(subject, rows, lambda part: subject.samples(z[part], asked[part]))
+
+    def looked(
         self,
         subject: Subject,
-        codes: Callable[[Tensor], Tensor] | None = None,
-        rows: Tensor | None = None,
-        what: str = "judged",
-    ) -> tuple[Tensor, Tensor]:
-        """(bool [N] whether the concept is seen, images [N, C, H, W]) of fresh noise. codes: conditions to draw under, of the
-        rows of the concept that are looked for; None = those rows themselves."""
-        rows = self.dealt(self.world.judged, self.budget.samples, "judged") if rows is None else rows
-        images = subject.images(self.noise(what, len(rows)), rows if codes is None else codes(rows))
-        return self.world.seen(images, rows), images
+        rows: Tensor,
+        drawn: Callable[[slice], Tensor],
+        look: Callable[[Tensor, Tensor], Look] | None = None,
+    ) -> Look:
+        """What is seen in samples, a block at a time, so that memory does not grow with their number. rows: of the concept, [N];
+        drawn: the network's samples of some of them. look: who says what is seen; None = the world's judges, of the concept."""
+        look = look or self.world.look
+        size = max(1, NUMBERS // math.prod(self.before.network.sample_shape))
+        parts = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            images = subject.network.to_images(drawn(part))
+            parts.append(look(images, rows[part]))
+        return join(parts)
 
 
-def share(seen: Tensor) -> float:
-    return seen.double().mean().item()
+def join(parts: Sequence[Look]) -> Look:
+    """Several blocks as one."""
+    known = [(part.distance, int(part.seen.sum())) for part in parts if part.distance is not None]
+    count = sum(n for _, n in known)
+    distance = sum(value * n for value, n in known) / count if count else None
+    shown, others = (torch.cat([getattr(part, kind) for part in parts])[:SHOWN] for kind in ("shown", "others"))
+    return Look(torch.cat([part.seen for part in parts]), shown, others, distance)
 
 
-def found_of(
-    shares: dict[str, Tensor], images: dict[str, Tensor], world: World, rows: Tensor, **more: object
-) -> Finding:
-    """The finding of variants, each with what was seen (bool [N]) in its images of the concept's rows [N]: the worst one counts."""
-    means = {name: share(seen) for name, seen in shares.items()}
+def found_of(looks: Mapping[str, Look], **more: Any) -> Finding:
+    """The finding of variants: the worst one counts."""
+    means = {name: look.share for name, look in looks.items()}
     worst = max(means, key=lambda name: means[name])
-    seen = shares[worst]
-    shown = torch.cat([images[worst][seen], images[worst][~seen]])[:SHOWN]
-    distance = world.distance(images[worst][seen], rows.cpu()[seen.cpu()]) if bool(seen.any()) else None
+    look = looks[worst]
+    images = torch.cat([look.shown, look.others])[:SHOWN]
     return Finding(
-        means[worst],
-        len(seen),
-        worst,
-        means,
-        distance=distance,
-        images=shown.float().cpu(),
-        **more,  # type: ignore[arg-type]
+        means[worst], len(look.seen), worst, means, distance=look.distance, images=images.float().cpu(), **more
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from torch import Tensor
 from pecker_fast.evaluate import Judge, Reference, WordJudge
 
 NEIGHBOURS = 3  # kept conditions nearest to the concept
+SHOWN = 8  # images kept of what was drawn, to be looked at
+
+
+@dataclass(frozen=True)
+class Look:
+    """What judges say of samples. seen: bool [N]. shown, others: a few of those in which the concept is seen, and is not.
+    distance: of what is seen to real images, see `World.distance`."""
+
+    seen: Tensor
+    shown: Tensor
+    others: Tensor
+    distance: float | None
+
+    @property
+    def share(self) -> float:
+        return self.seen.double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,23 @@ class World:
     @property
     def judges(self) -> int:
         raise NotImplementedError
+
+    def groups(self) -> Sequence[World]:
+        """The same world for each thing that is forgotten, alone: a vector can only be fitted to one."""
+        raise NotImplementedError
+
+    def only(self, rows: Collection[int]) -> Self:
+        """The world of some of the forgotten rows."""
+        pairs = [(row, other) for row, other in zip(self.forget, self.cover) if row in rows]
+        judged = tuple(row for row in self.judged if row in rows)
+        return replace(self, forget=tuple(a for a, _ in pairs), cover=tuple(b for _, b in pairs), judged=judged)
+
+    def look(self, images: Tensor, rows: Tensor) -> Look:
+        """`seen` with what else is told of images [N, C, H, W] in [-1, 1]."""
+        seen = self.seen(images, rows)
+        at = seen.to(images.device)
+        distance = self.distance(images[at], rows[at.to(rows.device)]) if bool(seen.any()) else None
+        return Look(seen, images[at][:SHOWN].cpu(), images[~at][:SHOWN].cpu(), distance)
 
     def seen(self, images: Tensor, rows: Tensor) -> Tensor:
         """Whether each of images [N, C, H, W] shows what row [N] of `forget` or `judged` names, to every judge: bool [N]."""
@@ -60,6 +94,9 @@ class ClassWorld(World):
     @property
     def judges(self) -> int:
         return 1 if self.second is None else 2
+
+    def groups(self) -> Sequence[ClassWorld]:
+        return [self.only({row}) for row in self.forget]
 
     def seen(self, images: Tensor, rows: Tensor) -> Tensor:
         found = self.right(images, rows)
@@ -96,6 +133,13 @@ class TextWorld(World):
     def judges(self) -> int:
         return 1 if self.second is None else 2
 
+    def groups(self) -> Sequence[TextWorld]:
+        kinds: dict[tuple[tuple[str, str], ...], set[int]] = {}
+        for row, words in self.words.items():
+            kinds.setdefault(tuple(sorted(words.items())), set()).add(row)
+        found = [self.only(rows) for rows in kinds.values()]
+        return [world for world in found if world.forget and world.judged]
+
     def seen(self, images: Tensor, rows: Tensor) -> Tensor:
         found = self._shown(self.first, images, rows)
         return found if self.second is None else found & self._shown(self.second, images, rows)
@@ -113,7 +157,11 @@ class TextWorld(World):
     def distance(self, images: Tensor, rows: Tensor) -> float | None:
         if not self.first.has_reference or not len(images):
             return None
-        return nearness(self.first.features(images), self.first.features_showing(self.words[int(rows[0])]))
+        found = []
+        for words in {tuple(sorted(self.words[row].items())) for row in rows.tolist()}:
+            mine = torch.tensor([tuple(sorted(self.words[row].items())) == words for row in rows.tolist()])
+            found.append(nearness(self.first.features(images[mine]), self.first.features_showing(dict(words))))
+        return sum(found) / len(found)
 
     def name(self, row: int) -> str:
         return repr(self.prompts[row])

@@ -106,3 +106,30 @@ def test_equal_seeds_find_equal_numbers_and_others_others():
     assert first == again
     other = audited(relabel, ("condition", "disturbed"), seed=1)
     assert other["probes"] != first["probes"]
+
+
+def test_two_forgotten_classes_are_each_looked_for():
+    """One vector cannot draw both: each gets vectors of its own, and is counted where it comes back."""
+    two = scene()
+    two = replace(two, world=replace(two.world, forget=(0, 2), cover=(1, 3), judged=(0, 2), kept=(1, 3, 4)))
+    relabel = relabelled(two.before, (0, 2), (1, 3))
+    found = PROBES["condition"].run(two, relabel)
+    assert found.variants["from class 0, rate 0.1"] > 0.95
+    assert found.variants["from class 2, rate 0.1"] > 0.95
+
+
+def test_condition_and_noise_together():
+    budget = replace(BUDGET, together=True)
+    relabel = relabelled(scene().before, (FORGET,), (COVER,))
+    found = PROBES["condition"].run(scene(budget=budget), relabel)
+    assert found.variants["from class 0, rate 0.1, and noise"] > 0.95
+
+
+def test_blocks_do_not_change_what_is_seen(monkeypatch):
+    relabel = relabelled(scene().before, (FORGET,), (COVER,))
+    whole = {name: PROBES[name].run(scene(), relabel) for name in ("halfway", "neighbours", "prompts")}
+    monkeypatch.setattr("pecker_fast.audit.scene.NUMBERS", 7 * 16)
+    for name, found in whole.items():
+        parts = PROBES[name].run(scene(), relabel)
+        assert (parts.variants, parts.samples) == (found.variants, found.samples)
+        assert torch.equal(parts.images, found.images)

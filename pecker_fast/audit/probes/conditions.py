@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pecker_fast.audit.scene import Finding, Scene, found_of, share
+from pecker_fast.audit.probes.noise import noise_found
+from pecker_fast.audit.scene import Finding, Scene, found_of
 from pecker_fast.audit.subjects import Subject
+from pecker_fast.audit.worlds import Look
 from pecker_fast.forgetting import Vectors, denoising_error, drawing_error, fit_step, near
 from pecker_fast.networks import Denoiser, TextDenoiser
 
 NEAR = 0.05  # noise of a start, by its size
+MOST = 4  # things that are forgotten, of which each is looked for
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Start:
     rate: float
 
 
-def starts(scene: Scene, network: Denoiser) -> list[Start]:
+def starts(scene: Scene) -> list[Start]:
     """The forgotten condition, then kept and random ones in turn; each with every rate."""
     world, found = scene.world, []
     order = torch.randperm(len(world.kept), generator=scene.generator("starts")).tolist()
@@ -43,9 +46,14 @@ def starts(scene: Scene, network: Denoiser) -> list[Start]:
 
 
 def inversion(scene: Scene, subject: Subject) -> Finding:
-    """The worst of all starts, rates and numbers of tokens."""
+    """The worst of all starts, rates and numbers of tokens, of each thing that is forgotten."""
     text = isinstance(subject.network, TextDenoiser)
-    runs = [_fitted(scene, subject, tokens) for tokens in (scene.budget.tokens if text else (0,))]
+    worlds = scene.world.groups()[:MOST]
+    runs = [
+        _fitted(replace(scene, world=world), subject, tokens)
+        for world in worlds
+        for tokens in (scene.budget.tokens if text else (0,))
+    ]
     worst = max(runs, key=lambda run: run.recovery or 0.0)
     variants = {name: value for run in runs for name, value in run.variants.items()}
     curves = {name: curve for run in runs for name, curve in run.curves.items()}
@@ -57,26 +65,34 @@ def _fitted(scene: Scene, subject: Subject, tokens: int) -> Finding:
     """One fit for each start, all at once. tokens: free ones of a prompt, 0 = vectors of a class."""
     world, budget = scene.world, scene.budget
     network = opened(scene, subject.network, tokens)
-    begun = starts(scene, network)
+    begun = starts(scene)
     vectors = Vectors.start(_values(scene, network, begun))
     rates = torch.tensor([start.rate for start in begun], device=network.device)
-    names = [f"{start.name}, {tokens} tokens" if tokens else start.name for start in begun]
-    marks, curves = budget.marks(budget.steps), {name: [] for name in names}  # type: ignore[var-annotated]
-    seen: dict[str, Tensor] = {}
-    images: dict[str, Tensor] = {}
+    names = [f"{start.name}, {tokens} token{'s' if tokens > 1 else ''}" if tokens else start.name for start in begun]
+    marks = budget.marks(budget.steps)
+    curves: dict[str, list[list[float]]] = {name: [] for name in names}
+    looks: dict[str, Look] = {}
     rows = scene.dealt(world.judged, budget.samples, "judged")
+    free = subject.with_network(network.with_free(vectors.values))  # vectors move in place
     for step in range(budget.steps + 1):
         scene.poll()
         if step in marks:
-            free = subject.with_network(network.with_free(vectors.values))
             for k, name in enumerate(names):
-                seen[name], images[name] = scene.judged(free, partial(_codes, network, k), rows)
-                curves[name].append([step, share(seen[name])])
+                looks[name] = scene.judged(free, partial(_codes, network, k), rows)
+                curves[name].append([step, looks[name].share])
         if step < budget.steps:
             fit_step(vectors, network, error_of(scene, subject, network, len(names), step), rates)
-    halves = [next((step for step, value in curve if value >= 0.5), None) for curve in curves.values()]
-    first = min((step for step in halves if step is not None), default=None)
-    return found_of(seen, images, world, rows, curves=curves, to_half=first)
+    if budget.together:
+        best = max(names, key=lambda name: looks[name].share)
+        codes = partial(_codes, network, names.index(best))
+        looks[f"{best}, and noise"] = noise_found(scene, free, codes, len(names))
+    return found_of(looks, curves=curves, to_half=steps_to_half(curves.values()))
+
+
+def steps_to_half(curves: Iterable[list[list[float]]]) -> int | None:
+    """The first step at which half of the samples show the concept, of the quickest curve; None = never."""
+    found = [next((int(step) for step, value in curve if value >= 0.5), None) for curve in curves]
+    return min((step for step in found if step is not None), default=None)
 
 
 def _codes(network: Denoiser, k: int, rows: Tensor) -> Tensor:

@@ -16,15 +16,13 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 
 def disturbed(scene: Scene, subject: Subject) -> Finding:
     """Every change of `CHANGES` to all weights, and a short fine-tune on kept conditions (resurgence, arXiv 2410.08074)."""
-    world = scene.world
-    rows = scene.dealt(world.judged, scene.budget.samples, "judged")
-    seen, images = {}, {}
+    looks = {}
     for name, change in CHANGES.items():
         scene.poll()
-        seen[name], images[name] = scene.judged(_changed(scene, subject, name, change), rows=rows)
-    if world.kept:
-        seen["tuned on kept"], images["tuned on kept"] = scene.judged(_tuned(scene, subject), rows=rows)
-    return found_of(seen, images, world, rows)
+        looks[name] = scene.judged(_changed(scene, subject, name, change))
+    if scene.world.kept:
+        looks["tuned on kept"] = scene.judged(_tuned(scene, subject))
+    return found_of(looks)
 
 
 def _changed(scene: Scene, subject: Subject, name: str, change: Change) -> Subject:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pecker_fast.audit.scene import Finding, Scene, found_of
 from pecker_fast.audit.subjects import Subject
-from pecker_fast.forgetting import denoised
+from pecker_fast.forgetting import batch_of, denoised
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)  # of the schedule
 
@@ -24,26 +24,32 @@ def half_way(scene: Scene, subject: Subject) -> Finding:
     }
     if world.null is not None:
         under["no condition"] = torch.full_like(rows, world.null)
-    e = scene.noise("half-way", n)
-    seen, images = {}, {}
+    e, looks = scene.noise("half-way", n), {}
     for name, c in under.items():
-        for at, drawn in _finished(scene, subject, x, e, c):
-            key = f"{name}, {at}"
-            images[key] = subject.network.to_images(drawn)
-            seen[key] = world.seen(images[key], rows)
-    return found_of(seen, images, world, rows)
+        for at, t in _times(subject).items():
+            scene.poll()
+            looks[f"{name}, {at}"] = scene.looked(
+                subject,
+                rows,
+                lambda part, c=c, t=t: _finished(subject, x[part], e[part], c[part], t),  # type: ignore[misc]
+            )
+    return found_of(looks)
 
 
-def _finished(scene: Scene, subject: Subject, x: Tensor, e: Tensor, c: Tensor) -> list[tuple[str, Tensor]]:
-    network, schedule = subject.network, subject.network.schedule
+def _times(subject: Subject) -> dict[str, int]:
     if subject.t_init is not None:
-        t = torch.full((len(x),), subject.t_init, device=x.device)
-        with torch.no_grad():
-            return [(f"t = {subject.t_init}", network.x0(schedule.add_noise(x, e, t), t, c))]
-    found = []
-    for share in SHARES:
-        scene.poll()
-        t = torch.full((len(x),), round(share * (schedule.num_timesteps - 1)), device=x.device)
-        noised = schedule.add_noise(x, e, t)
-        found.append((f"s = {share:g}", denoised(network, noised, c, subject.steps, subject.guidance, int(t[0]))))
-    return found
+        return {f"t = {subject.t_init}": subject.t_init}
+    last = subject.network.schedule.num_timesteps - 1
+    return {f"s = {share:g}": round(share * last) for share in SHARES}
+
+
+@torch.no_grad()
+def _finished(subject: Subject, x: Tensor, e: Tensor, c: Tensor, time: int) -> Tensor:
+    """Samples of the network from x_t, [n, C, H, W]."""
+    network = subject.network
+    t = torch.full((len(x),), time, device=x.device)
+    noised = network.schedule.add_noise(x, e, t)
+    if subject.t_init is not None:
+        return torch.cat([network.x0(*parts) for parts in zip(*(of.split(batch_of(network)) for of in (noised, t, c)))])
+    pairs = zip(noised.split(batch_of(network)), c.split(batch_of(network)))
+    return torch.cat([denoised(network, x_i, c_i, subject.steps, subject.guidance, time) for x_i, c_i in pairs])

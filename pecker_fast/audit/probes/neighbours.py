@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from pecker_fast.audit.scene import SHOWN, Finding, Scene, share
+from pecker_fast.audit.scene import Finding, Scene, found_of
 from pecker_fast.audit.subjects import Subject
-from pecker_fast.audit.worlds import NEIGHBOURS
+from pecker_fast.audit.worlds import NEIGHBOURS, SHOWN, Look, World
 from pecker_fast.networks import TextDenoiser
 
 
 def neighbours(scene: Scene, subject: Subject) -> Finding:
     """Share of the samples of the nearest kept conditions that are not what was asked for; the worst one counts."""
     world, n = scene.world, scene.budget.samples
-    shares, images = {}, {}
+    losses = {}
     for row in nearest(scene):
         scene.poll()
         rows = torch.full((n,), row, device=scene.before.network.device)
-        images[world.name(row)] = subject.images(scene.noise("neighbours", n, row), rows)
-        shares[world.name(row)] = 1 - share(world.right(images[world.name(row)], rows))
-    if not shares:
-        return Finding(None, why="nothing is kept")
-    worst = max(shares, key=lambda name: shares[name])
-    return Finding(shares[worst], n, worst, shares, images=images[worst][:SHOWN].float().cpu())
+        z = scene.noise("neighbours", n, row)
+        losses[world.name(row)] = scene.looked(subject, rows, _drawn(subject, z, rows), partial(_lost, world))
+    return found_of(losses) if losses else Finding(None, why="nothing is kept")
+
+
+def _drawn(subject: Subject, z: Tensor, rows: Tensor) -> Callable[[slice], Tensor]:
+    return lambda part: subject.samples(z[part], rows[part])
+
+
+def _lost(world: World, images: Tensor, rows: Tensor) -> Look:
+    """What is counted here is what is not as it was asked for."""
+    wrong = ~world.right(images, rows)
+    at = wrong.to(images.device)
+    return Look(wrong, images[at][:SHOWN].cpu(), images[~at][:SHOWN].cpu(), None)
 
 
 def nearest(scene: Scene) -> list[int]:

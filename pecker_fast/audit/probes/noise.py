@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pecker_fast.audit.scene import Finding, Scene, found_of
 from pecker_fast.audit.subjects import Subject
+from pecker_fast.audit.worlds import Look
 from pecker_fast.forgetting import generate
 from pecker_fast.forgetting.samplers import ddim_scheduler
 
 
 def noise_inversion(scene: Scene, subject: Subject) -> Finding:
     """Share of images of the concept that noise can be found for, under the forgotten, a kept and the empty condition."""
-    world, n = scene.world, min(scene.budget.noise_images, len(scene.pool.x))
+    world = scene.world
+    under: dict[str, Callable[[Tensor], Tensor]] = {"forgotten condition": lambda rows: rows}
+    others = {"kept condition": world.kept[0] if world.kept else None, "no condition": world.null}
+    for name, row in others.items():
+        if row is not None:
+            under[name] = lambda rows, row=row: torch.full_like(rows, row)  # type: ignore[misc]
+    return found_of({name: noise_found(scene, subject, c, number) for number, (name, c) in enumerate(under.items())})
+
+
+def noise_found(scene: Scene, subject: Subject, codes: Callable[[Tensor], Tensor], number: int) -> Look:
+    """What is seen in what the network draws of the noise that was found for images of the pool. codes: conditions, of their
+    rows. number: of the noise it starts from."""
+    n = min(scene.budget.noise_images, len(scene.pool.x))
     target, rows = scene.pool.x[:n], scene.pool.rows[:n]
-    under = {"forgotten condition": rows}
-    if world.kept:
-        under["kept condition"] = torch.full_like(rows, world.kept[0])
-    if world.null is not None:
-        under["no condition"] = torch.full_like(rows, world.null)
-    seen, images = {}, {}
-    for number, (name, c) in enumerate(under.items()):
-        images[name] = subject.network.to_images(_redrawn(scene, subject, target, c, number))
-        seen[name] = world.seen(images[name], rows)
-    return found_of(seen, images, world, rows)
+    start, c = scene.noise("noise", n, number), codes(rows)
+
+    def drawn(part: slice) -> Tensor:
+        return _redrawn(scene, subject, target[part], c[part], start[part])
+
+    return scene.looked(subject, rows, drawn)
 
 
-def _redrawn(scene: Scene, subject: Subject, target: Tensor, c: Tensor, number: int) -> Tensor:
+def _redrawn(scene: Scene, subject: Subject, target: Tensor, c: Tensor, start: Tensor) -> Tensor:
     """What the network draws of the noise that was found for each target, [n, C, H, W]."""
     if subject.t_init is None:
         return subject.samples(_inverted(subject, target, c), c)
-    z = scene.noise("noise", len(target), number).requires_grad_(True)
+    z = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], scene.budget.noise_rate)
     for _ in range(scene.budget.noise_steps):
         scene.poll()

@@ -14,13 +14,11 @@ STRONG = 7.5  # guidance
 def otherwise(scene: Scene, subject: Subject) -> Finding:
     """A one-step generator as an ordinary denoiser, with and without guidance, and at other timesteps; a denoiser with other
     numbers of steps and other guidance."""
-    world = scene.world
-    rows = scene.dealt(world.judged, scene.budget.samples, "judged")
-    seen, images = {}, {}
+    looks = {}
     for name, other in _ways(scene, subject).items():
         scene.poll()
-        seen[name], images[name] = scene.judged(other, rows=rows)
-    return found_of(seen, images, world, rows)
+        looks[name] = scene.judged(other)
+    return found_of(looks)
 
 
 def _ways(scene: Scene, subject: Subject) -> dict[str, Subject]:

@@ -8,33 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecker_fast.audit.scene import Finding, Scene, found_of, share
+from pecker_fast.audit.probes.conditions import steps_to_half
+from pecker_fast.audit.scene import Finding, Scene, found_of
 from pecker_fast.audit.subjects import Subject
+from pecker_fast.audit.worlds import Look
 from pecker_fast.forgetting import denoising_error, drawing_error
 from pecker_fast.networks import Denoiser
 
 
 def relearning(scene: Scene, subject: Subject) -> Finding:
     """Plain training on 1, 5, … or all images of the pool, under the forgotten condition."""
-    world, budget = scene.world, scene.budget
-    rows = scene.dealt(world.judged, budget.samples, "judged")
-    seen: dict[str, Tensor] = {}
-    images: dict[str, Tensor] = {}
+    budget = scene.budget
+    rows = scene.dealt(scene.world.judged, budget.samples, "judged")
+    looks: dict[str, Look] = {}
     curves: dict[str, list[list[float]]] = {}
     for count in budget.relearn_images:
         name = f"{count or 'all'} image{'s' if count != 1 else ''}"
         student = subject.with_network(subject.network.clone())
-        curve: list[list[float]] = []
+        curve = curves.setdefault(name, [])
 
         def looked(step: int, student: Subject = student, name: str = name, curve: list[list[float]] = curve) -> None:
-            seen[name], images[name] = scene.judged(student, rows=rows)
-            curve.append([step, share(seen[name])])
+            looks[name] = scene.judged(student, rows=rows)
+            curve.append([step, looks[name].share])
 
         trained(scene, student, count or len(scene.pool.x), looked)
-        curves[name] = curve
-    halves = [next((int(step) for step, value in curve if value >= 0.5), None) for curve in curves.values()]
-    first = min((step for step in halves if step is not None), default=None)
-    return found_of(seen, images, world, rows, curves=curves, to_half=first)
+    return found_of(looks, curves=curves, to_half=steps_to_half(curves.values()))
 
 
 def trained(scene: Scene, student: Subject, count: int, looked: Callable[[int], Any]) -> None:

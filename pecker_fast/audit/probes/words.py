@@ -11,8 +11,7 @@ from pecker_fast.networks import TextDenoiser
 
 def asked_otherwise(scene: Scene, subject: Subject) -> Finding:
     """Of classes: every other class, and none. Of prompts: the concept in other words."""
-    world, budget = scene.world, scene.budget
-    seen, images = {}, {}
+    world, budget, looks = scene.world, scene.budget, {}
     if isinstance(subject.network, TextDenoiser):
         if not scene.prompts:
             return Finding(None, why="no other words are known for the concept; give --prompts")
@@ -21,12 +20,11 @@ def asked_otherwise(scene: Scene, subject: Subject) -> Finding:
         for name, said in scene.prompts:
             scene.poll()
             asked = scene.dealt(said, n, "words")
-            seen[name], images[name] = scene.judged(subject, lambda _, asked=asked: asked, rows)  # type: ignore[misc]
-        return found_of(seen, images, world, rows)
-    others = [row for row in (*world.kept, world.null) if row is not None]
-    rows = scene.dealt(world.judged, budget.samples, "words")
-    for row in others:
-        scene.poll()
-        name = world.name(row)
-        seen[name], images[name] = scene.judged(subject, lambda r, row=row: torch.full_like(r, row), rows)  # type: ignore[misc]
-    return found_of(seen, images, world, rows)
+            looks[name] = scene.judged(subject, lambda rows, asked=asked: asked, rows)  # type: ignore[misc]
+        return found_of(looks)
+    for row in (*world.kept, world.null):
+        if row is not None:
+            scene.poll()
+            asked_of = lambda rows, row=row: torch.full_like(rows, row)  # noqa: E731
+            looks[world.name(row)] = scene.judged(subject, asked_of)
+    return found_of(looks)
