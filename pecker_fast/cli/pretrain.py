@@ -69,7 +69,7 @@ def pretrain(
     with tables_of_refusals():
         folder = run_pretrain(
             name, data=data, output=output, steps=steps, seed=seed, distill_steps=distill_steps, size=size,
-            batch_size=batch_size, channels=wide, without=without.split(",") if without is not None else (),
+            batch_size=batch_size, channels=wide, without=(without,) if without == "" else without or (),
             parts_of=parts_of,
         )  # fmt: skip
     typer.echo(f"model folder: {folder}")

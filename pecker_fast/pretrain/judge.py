@@ -74,7 +74,7 @@ def first(settings: Settings, seed: int) -> Plan:
 
 def second(settings: Settings, seed: int) -> Plan:
     """The second judge: no convolution, another seed."""
-    steps, lr, width = settings.second_steps, settings.second_lr, settings.second_width
+    steps, lr, width = settings.judge_steps, settings.second_lr, settings.second_width
     return Plan("second_judge", PatchMixer, steps, lr, width, seed + 1, seed)
 
 

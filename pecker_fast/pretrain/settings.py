@@ -23,7 +23,7 @@ class Settings:
     ema: decay at most; it warms up as min(ema, (1 + n) / (10 + n)).
     label_dropout: share of the labels replaced by the null class, the last index.
     judge_shift: pixels of random shift at most. judge_noise: standard deviation of the noise added to its input.
-    second_steps, second_lr, second_width: of the second judge, which is of another architecture.
+    second_lr, second_width: of the second judge, which is of another architecture; it takes as many steps.
     distill: recipe keys of the distillation, where they are not the recipe's defaults.
     steps: for the digits, where the noise-prediction error on held-out digits (a fifth of them, left out) stops falling:
         past that the teacher learns the training digits by heart.
@@ -57,7 +57,6 @@ class Settings:
     judge_shift: int = 4
     judge_noise: float = 0.05
     judge_background: float | None = None  # value shifted in at the edges; None = the image mirrored
-    second_steps: int = 20_000
     second_lr: float = 1e-3
     second_width: int = 64
     held_out: float = 0.2
@@ -73,8 +72,8 @@ SETTINGS: dict[str, Settings] = {
         steps=4000, lr=1.5e-3, lr_warmup=0.05, lr_decay=True, weight_decay=1e-3, clip_norm=None, ema=0.999,
         flip=False, storage="float16", checkpoint_every=1000, channels=(32, 48), layers_per_block=1, attention_size=0,
         attention_head_dim=24, norm_num_groups=8, dropout=0.0, judge_steps=1500, judge_lr=4e-3, judge_width=16,
-        judge_features=32, judge_shift=1, judge_noise=0.1, judge_background=-1.0, second_steps=3000,
-        second_lr=3e-3, second_width=32, distill_steps=2000,
+        judge_features=32, judge_shift=1, judge_noise=0.1, judge_background=-1.0, second_lr=3e-3, second_width=32,
+        distill_steps=2000,
         distill={"ema": 0.998, "alpha": 1.0, "lr": {"generator": 1e-4, "score": 1e-3}},
     ),
     "cifar10": Settings(steps=800_000),
@@ -136,11 +135,8 @@ def fitted(settings: Settings, images: int, size: int, fixed: frozenset[str] = f
     if "channels" not in fixed and images < FEW:
         channels = tuple(width // 2 for width in widths_of(settings, size))
     steps = settings.steps if "steps" in fixed else min(settings.steps, max(2000, EPOCHS * images // batch))
-    most = max(1500, JUDGE_EPOCHS * images // 64)
-    return replace(
-        settings, batch_size=batch, channels=channels, steps=steps,
-        judge_steps=min(settings.judge_steps, most), second_steps=min(settings.second_steps, most),
-    )  # fmt: skip
+    judge_steps = min(settings.judge_steps, max(1500, JUDGE_EPOCHS * images // 64))
+    return replace(settings, batch_size=batch, channels=channels, steps=steps, judge_steps=judge_steps)
 
 
 def options(batch_size: int | None, channels: tuple[int, ...] | None) -> str:

@@ -11,7 +11,7 @@ from pecker_fast.data import ATTRIBUTES, Dataset
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe import closest, show
 
-Without = Sequence[int | str]
+Without = str | Sequence[int | str]  # names with commas between them, or a list
 NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "stl10": ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
@@ -23,9 +23,10 @@ def missing_classes(given: Without, data: Dataset) -> tuple[int, ...]:
 
     Raises RecipeError for what is no class of the data, for one that stands twice, and for all of them.
     """
-    names: tuple[str, ...] = data.class_names or NAMES.get(data.name) or ()
-    found = [_class_of(value, data.num_classes, names) for value in given]
-    _check(given, found, data.num_classes, "classes")
+    names = data.class_names or NAMES.get(data.name, ())
+    values = _values(given)
+    found = [_class_of(value, data.num_classes, names) for value in values]
+    _check(values, found, data.num_classes, "classes")
     return tuple(sorted(found))
 
 
@@ -48,8 +49,8 @@ def missing_words(given: Without) -> tuple[str, ...]:
     """The words of shapes, in the order of `ATTRIBUTES`. Raises RecipeError as `missing_classes` does, and for all words of an
     attribute."""
     every = [word for words in ATTRIBUTES.values() for word in words]
-    found = []
-    for value in given:
+    found, values = [], _values(given)
+    for value in values:
         text = str(value).strip().casefold()
         if text not in every:
             close = closest(text, every)
@@ -57,11 +58,15 @@ def missing_words(given: Without) -> tuple[str, ...]:
             raise RecipeError(f"without: {show(str(value).strip())} is no word of shapes{hint}")
         found.append(text)
     for name, words in ATTRIBUTES.items():
-        _check(given, [word for word in found if word in words], len(words), f"words of {name}")
+        _check(values, [word for word in found if word in words], len(words), f"words of {name}")
     return tuple(sorted(found, key=every.index))
 
 
-def _check(given: Without, found: Sequence[int | str], count: int, what: str) -> None:
+def _values(given: Without) -> Sequence[int | str]:
+    return given.split(",") if isinstance(given, str) and given else given
+
+
+def _check(given: Sequence[int | str], found: Sequence[int | str], count: int, what: str) -> None:
     twice = next((value for at, value in enumerate(found) if value in found[:at]), None)
     if twice is not None:
         raise RecipeError(f"without: {twice} stands twice in {','.join(map(str, given))[:60]}; name it once")
@@ -78,6 +83,6 @@ def shows_none(words: Tensor, without: Sequence[str]) -> Tensor:
     return ~shown
 
 
-def option(without: Without) -> str:
+def option(without: Sequence[int | str]) -> str:
     """As it stands in the command."""
     return f" --without {','.join(map(str, without))}" if without else ""

@@ -47,7 +47,7 @@ def run(folder: Path, settings: Settings = SHORT, seed: int = 0) -> Path:
 
 def weights(folder: Path) -> str:
     paths = sorted(folder.rglob("*.safetensors"))
-    assert len(paths) == 3
+    assert len(paths) == 4
     return " ".join(f"{file.relative_to(folder)} {files.sha256_file(file)}" for file in paths)
 
 

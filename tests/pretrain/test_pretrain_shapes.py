@@ -32,11 +32,13 @@ SHORT = ShapesSettings(
     teacher=replace(DEFAULT.teacher, steps=4, batch_size=4, checkpoint_every=2),
     vae=replace(DEFAULT.vae, steps=2, batch_size=2),
     judge=replace(DEFAULT.judge, steps=2, batch_size=4),
+    second=replace(DEFAULT.second, steps=2, batch_size=4),
     pool=16,
     vae_channels=(8, 8, 8),
     unet_channels=(16, 16),
     text_width=16,
     judge_width=4,
+    second_width=4,
     references=40,
     samples=4,
     sampler_steps=1,
@@ -98,7 +100,7 @@ def test_the_folder_is_whole_and_says_how_it_was_made(model: Path) -> None:
     card = files.read_json(model / "model.json")
     assert card["command"] == "pecker-fast pretrain shapes --steps 4 --seed 0 --distill-steps 0"
     assert card["settings"] == json.loads(json.dumps(card["settings"]))
-    assert set(card["figures"]["teacher"]["guidance 2"]) == {*ATTRIBUTES, "all", "fid"}
+    assert set(card["figures"]["teacher"]["guidance 2"]) == {*ATTRIBUTES, "all", "fid", "disagreement"}
     assert not (model / folders.PARTIAL).exists()
     assert not (model / folders.PARTIAL_TENSORS).exists()
     assert (model / "captions.txt").read_text("utf-8").splitlines() == captions("train")
