@@ -46,7 +46,8 @@ from pecker_fast.pretrain.shapes import ShapesSettings, pretrain_shapes
 d = ShapesSettings()
 pretrain_shapes("model", seed=0, distill_steps=4, settings=ShapesSettings(
     teacher=replace(d.teacher, steps=6, batch_size=8, checkpoint_every=4), vae=replace(d.vae, steps=4, batch_size=4),
-    judge=replace(d.judge, steps=4, batch_size=8), second=replace(d.second, steps=4, batch_size=8), pool=64, vae_channels=(8, 8, 8), unet_channels=(16, 16),
+    judge=replace(d.judge, steps=4, batch_size=8),
+    second=replace(d.second, steps=4, batch_size=8), pool=64, vae_channels=(8, 8, 8), unet_channels=(16, 16),
     text_width=16, judge_width=4, references=40, samples=8, sampler_steps=2, guidances=(2.0,)))
 """
 

@@ -56,7 +56,7 @@ def _distill() -> tuple[dict[str, Any], ...]:
 
 
 def _second() -> Settings:
-    return Settings(steps=1500, batch_size=64, lr=3e-3, lr_warmup=0.1, lr_decay=True, weight_decay=1e-2)
+    return Settings(steps=3000, batch_size=64, lr=3e-3, lr_warmup=0.1, lr_decay=True, weight_decay=1e-2)
 
 
 @dataclass(frozen=True)
