@@ -23,7 +23,7 @@ def missing_classes(given: Without, data: Dataset) -> tuple[int, ...]:
 
     Raises RecipeError for what is no class of the data, for one that stands twice, and for all of them.
     """
-    names = data.class_names or NAMES.get(data.name, ())
+    names: tuple[str, ...] = data.class_names or NAMES.get(data.name) or ()
     values = _values(given)
     found = [_class_of(value, data.num_classes, names) for value in values]
     _check(values, found, data.num_classes, "classes")
