@@ -88,7 +88,7 @@ def state_tensors(state: TrainState) -> list[Tensor]:
     tensors: list[Tensor] = [p for network in networks for _, p in network.named_parameters()]
     tensors += [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
     tensors += [*(state.ema or {}).values(), *state.teacher.beside()]
-    tensors += state.adversary.tensors().values() if state.adversary is not None else ()
+    tensors += state.adversary.held() if state.adversary is not None else ()
     return [*tensors, *(state.mask.bits.values() if state.mask is not None else ())]
 
 

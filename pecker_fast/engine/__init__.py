@@ -1,9 +1,10 @@
 """Where tensors live and how an iteration runs on them. `local` is one process; sharded engines stand beside it."""
 
+from pecker_fast.engine.adversary import Attacks
 from pecker_fast.engine.finite import FiniteGuard
 from pecker_fast.engine.graph import require_gpu
 from pecker_fast.engine.inputs import Inputs
 from pecker_fast.engine.local import LocalEngine
 from pecker_fast.engine.state import TrainState, blend_average, start_ema
 
-__all__ = ["FiniteGuard", "Inputs", "LocalEngine", "TrainState", "blend_average", "require_gpu", "start_ema"]
+__all__ = ["Attacks", "FiniteGuard", "Inputs", "LocalEngine", "TrainState", "blend_average", "require_gpu", "start_ema"]

@@ -2,11 +2,11 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from pecker_kernels import MaskedAdam
-from torch import Tensor, nn
+from torch import Tensor
 
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.forgetting import Gradients
@@ -38,7 +38,7 @@ class FiniteGuard:
             for group in optimizer.param_groups:
                 group["check_finite"] = self.late
 
-    def check(self, where: str, what: str, grads: Gradients, named: list[tuple[str, nn.Parameter]]) -> None:
+    def check(self, where: str, what: str, grads: Gradients, named: Sequence[tuple[str, Tensor]]) -> None:
         """Raise NonFiniteError before anything is written; late, the optimizers see to it."""
         if self.late:
             return

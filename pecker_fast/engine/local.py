@@ -238,8 +238,8 @@ class LocalEngine:
         return attack
 
     def sum_of(self, state: TrainState, gradient: Tensor) -> Tensor:
-        where, named = f"{state.stage} step {state.step}", [("values", nn.Parameter(gradient))]
-        self.guard.check(where, "the adversary", [gradient], named)  # late, θ's own gradients are not finite either
+        # late, θ's own gradients are not finite either
+        self.guard.check(f"{state.stage} step {state.step}", "adversary", [gradient], [("values", gradient)])
         return gradient
 
     def score_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pecker_fast.forgetting.adversary import (
 )
 from pecker_fast.forgetting.batch import Batch, concatenate
 from pecker_fast.forgetting.contrast import check_start
+from pecker_fast.forgetting.excluded import check_exclude, excluded, share_of_rest
 from pecker_fast.forgetting.inversion import (
     Vectors,
     denoising_error,
@@ -43,6 +44,7 @@ __all__ = [
     "attack_of",
     "batch_of",
     "batches_of",
+    "check_exclude",
     "check_start",
     "coded",
     "concatenate",
@@ -52,6 +54,7 @@ __all__ = [
     "draw_pool",
     "drawing_error",
     "error_gradient",
+    "excluded",
     "first_starts",
     "fit_step",
     "generate",
@@ -64,6 +67,7 @@ __all__ = [
     "pieces_of",
     "restarting",
     "save_grid",
+    "share_of_rest",
     "start_of",
     "turns",
 ]

@@ -43,6 +43,10 @@ class Adversary:
     def count(self) -> int:
         return len(self.vectors.values)
 
+    def held(self) -> list[Tensor]:
+        """What lies in memory."""
+        return [*self.tensors().values(), self.z]
+
     def tensors(self) -> dict[str, Tensor]:
         """What must survive an interruption, by name."""
         return {**self.vectors.tensors(), "images": self.images, "c": self.c}

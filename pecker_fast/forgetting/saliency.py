@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pecker_kernels import SaliencyMask, SaliencyScores
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecker_fast import draws
@@ -15,6 +15,7 @@ from pecker_fast.conditions import Conditions
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.batch import Batch
 from pecker_fast.forgetting.contrast import check_left, contrasts_losses
+from pecker_fast.forgetting.excluded import excluded, share_of_rest, with_excluded
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss, share_left
 from pecker_fast.forgetting.samplers import ddim
 from pecker_fast.networks import Denoiser, pair_x0
@@ -49,10 +50,25 @@ class SaliencyPass:
             return None
         if options.source == "random":
             seed = draws.generator(self.recipe.seed, "random-mask", self.step).initial_seed()
-            return SaliencyMask.random(self.weights(), density=options.density, seed=seed, **self._shape())
+            mask = SaliencyMask.random(self.masked(), density=self._density(), seed=seed, **self._shape())
+            return with_excluded(mask, self._shapes())
         if contrasts_losses(self.recipe):
             self.check_contrast()
         return self.salient()
+
+    def masked(self) -> list[tuple[str, Tensor]]:
+        """Of `weights` those that may be in the mask."""
+        weights = self.weights()
+        left_out = excluded(self.recipe, [name for name, _ in weights])
+        return [(name, tensor) for name, tensor in weights if name not in left_out]
+
+    def _shapes(self) -> list[tuple[str, Size]]:
+        return [(name, tensor.shape) for name, tensor in self.weights()]
+
+    def _density(self) -> float:
+        """Among the weights that may be in the mask."""
+        total, rest = (sum(tensor.numel() for _, tensor in found) for found in (self.weights(), self.masked()))
+        return share_of_rest(self.recipe, total, rest)
 
     def _shape(self) -> dict[str, Any]:
         """What of the recipe says which weights stay together."""
@@ -65,8 +81,8 @@ class SaliencyPass:
         scores = self.scores("forget", options.reduction)
         if options.contrast:
             self.contrast_(scores, self.scores("retain", "square"))
-        amount = "density" if options.threshold is None else "threshold"
-        return self.cut(scores, **{amount: getattr(options, amount)}, **self._shape())
+        amount = {"density": self._density()} if options.threshold is None else {"threshold": options.threshold}
+        return with_excluded(self.cut(scores, **amount, **self._shape()), self._shapes())
 
     def scores(self, branch: str, reduction: str) -> SaliencyScores:
         """Scores of ∇_θ ℓ over `mask.samples` samples of the branch.
@@ -74,7 +90,7 @@ class SaliencyPass:
         ℓ is the noise-prediction error ε_θ on x_t (score: mse, Eq. 8) or the generator's own loss (score: forget_loss).
         """
         named = self.generator.named_parameters()
-        scores = SaliencyScores(named, reduction=reduction)
+        scores = SaliencyScores(self.masked(), reduction=reduction)
         batches = batches_of(self.recipe)
         for index in range(batches):
             self.poll()

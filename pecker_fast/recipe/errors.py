@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -103,7 +103,8 @@ def _problem(problem: Any, fields: Mapping[str, FieldInfo]) -> tuple[str, str]:
     field = _field_at(key, fields)
     got = f"got {show(value)}"
     if kind == "literal_error" and field is not None:
-        choices = [str(choice) for choice in get_args(field.annotation)]
+        one = get_args(field.annotation)[0] if get_origin(field.annotation) is list else field.annotation
+        choices = [str(choice) for choice in get_args(one)]
         close = closest(str(value), choices)
         return key, f"expected one of {', '.join(choices)}, {got}" + (f"; did you mean {close}?" if close else "")
     if kind in _EXPECTED:

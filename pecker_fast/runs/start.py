@@ -27,7 +27,7 @@ from pecker_fast.files import (
     write_json,
     write_tensors,
 )
-from pecker_fast.forgetting import ForgetImages, check_start
+from pecker_fast.forgetting import ForgetImages, check_exclude, check_start
 from pecker_fast.loading import Parts, fit_timesteps, load_parts, look_at_hub, plan_of
 from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import ALONE, Ranks, joined
@@ -99,6 +99,7 @@ def train(
         identity = identity_of(recipe, parts)
         alike(ranks, identity["start_sha256"], "model: the ranks have loaded different models")
         plan = ranks.told(lambda: plan_run_folder(recipe, identity))
+        ranks.agree(lambda: check_exclude(located, parts.generator))
         if plan.checkpoint is None:  # a run that goes on has its mask
             ranks.agree(lambda: check_start(located, parts.teacher, parts.score))
         if tensorboard:

@@ -15,6 +15,8 @@ STEPS = 6
 # Sums of 64 terms (8·8 pixels) in another order differ by about √64 · 2⁻²⁴ = 5e-7 of their size. Seen over all rules and
 # steps: 4e-7. Weights that Adam moved by lr · g/|g| for a g of rounding noise alone do not show: no loss depends on them.
 SAME = 2e-6
+# Under an adversary θ is drawn under vectors that take steps of .1 along g/|g|, rounding noise of g and all. Seen: 4.5e-6.
+ATTACKED = 2e-5
 
 
 class PlainLoop:
@@ -22,13 +24,14 @@ class PlainLoop:
         self.recipe, self.engine, self.state = recipe, engine, state
         self.teacher, self.score, self.generator = (n.unet for n in (state.teacher, state.score, state.generator))
         self.masks = {n: mask.bool(n) for n, _ in self.generator.named_parameters()} if mask is not None else None
+        self.vectors, self.adams = [], {}
         options = {"betas": tuple(recipe.optimizer.betas), "eps": recipe.optimizer.eps, "fused": True}
         self.score_adam = torch.optim.Adam(self.score.parameters(), recipe.lr.score, **options)
         self.generator_adam = torch.optim.Adam(self.generator.parameters(), recipe.lr.generator, **options)
 
     def draw(self, role, branch):
         b = self.engine.draw(self.state, role, branch)
-        return b.z, b.e, b.t, b.c_g, b.c_p
+        return b.z, b.e, b.t, b.c_g, b.c_s, b.c_p
 
     def at(self, t):
         schedule = self.state.teacher.schedule
@@ -40,21 +43,53 @@ class PlainLoop:
 
     def generate(self, z, c):
         t = torch.full((len(z),), self.recipe.timesteps.init)
-        return self.x0(self.generator, self.at(t)[1] * z, t, c)
+        if not self.vectors:
+            return self.x0(self.generator, self.at(t)[1] * z, t, c)
+        table = self.generator.class_embedding
+
+        def rows(module, given, own):
+            return torch.stack([self.vectors[k - 4] if k >= 4 else row for k, row in zip(c.tolist(), own)])
+
+        hook = table.register_forward_hook(rows)  # three classes and the null class, then the vectors
+        try:
+            return self.x0(self.generator, self.at(t)[1] * z, t, c.clamp(max=3))
+        finally:
+            hook.remove()
+
+    def attack(self):
+        """Every vector is a parameter with an Adam of its own, a new one after each restart."""
+        adversary, recipe = self.state.adversary, self.recipe.adversary
+        if adversary is None:
+            return {}
+        self.engine.attacks.restart(self.state)
+        every, step = recipe.restart, self.state.step
+        afresh = [(step // every - 1) % recipe.conditions] if step and step % every == 0 else []
+        for k in afresh if step else range(recipe.conditions):
+            self.vectors[k : k + 1] = [torch.nn.Parameter(adversary.vectors.values[k].clone())]
+            self.adams[k] = torch.optim.Adam([self.vectors[k]], recipe.rate)
+        errors = []
+        for one in self.engine.attacks.draw(self.state):
+            error = (self.generate(one.z, one.codes) - one.target).square().mean((1, 2, 3))
+            error.sum().backward(inputs=self.vectors)
+            for adam in self.adams.values():
+                adam.step()
+                adam.zero_grad()
+            errors.append(error.mean().item())
+        return {"adversary_error": sum(errors) / len(errors)}
 
     def score_loss(self, branch):
-        z, e, t, c, _ = self.draw("score", branch)
+        z, e, t, c_g, c, _ = self.draw("score", branch)
         with torch.no_grad():
-            x_g = self.generate(z, c)
+            x_g = self.generate(z, c_g)
         a, b = self.at(t)
         return (e - self.score(a * x_g + b * e, t, class_labels=c).sample).square().sum((1, 2, 3)).mean()
 
     def generator_loss(self, branch):
-        z, e, t, c_g, c_p = self.draw("generator", branch)
+        z, e, t, c_g, c_s, c_p = self.draw("generator", branch)
         x_g = self.generate(z, c_g)
         a, b = self.at(t)
         x_t = a * x_g + b * e
-        f_teacher, f_score = self.x0(self.teacher, x_t, t, c_p), self.x0(self.score, x_t, t, c_g)
+        f_teacher, f_score = self.x0(self.teacher, x_t, t, c_p), self.x0(self.score, x_t, t, c_s)
         omega = (f_teacher - x_g).detach().abs().mean((1, 2, 3)).clamp_min(1e-5)
         difference = f_teacher - f_score
         return ((difference * ((f_teacher - x_g) - self.recipe.alpha * difference)).sum((1, 2, 3)) / omega).mean()
@@ -73,9 +108,10 @@ class PlainLoop:
 
     def __call__(self):
         w, rule = self.recipe.weights, self.recipe.update_rule
+        losses = self.attack()
         loss = w.score_retain * self.score_loss("retain") + w.score_forget * self.score_loss("forget")
         self.step(self.score_adam, self.score, self.gradients(loss, self.score))
-        losses, gradients = {"score_loss": loss.item()}, {}
+        losses["score_loss"], gradients = loss.item(), {}
         for branch, weight in (("retain", w.retain), ("forget", w.forget)):
             value = self.generator_loss(branch)
             gradients[branch] = self.gradients(weight * value, self.generator)
@@ -92,6 +128,9 @@ KINDS = {
     "differentiated": {},
     "salient_only": {"update_rule": "salient_only"},
     "dense": {"method": "sfd"},
+    "adversary": {
+        "adversary": {"conditions": 3, "steps": 2, "restart": 2, "starts": ["forget", "kept", "random"], "samples": 5}
+    },
 }
 
 
@@ -99,6 +138,8 @@ def both(setup, kind):
     """(losses of the engine, losses of the plain loop) of the same STEPS iterations."""
     keys = {"weights": {"retain": 0.7, "forget": 0.3, "score_forget": 0.6}, "batch_size": 8, "forget": 0, "cover": 1}
     ours, theirs = (setup(density=None if kind == "dense" else 0.4, **keys, **KINDS[kind]) for _ in range(2))
+    for _, engine, state, _ in (ours, theirs):
+        engine.attacks.begin(state)
     _, engine, state, _ = ours
     plain = PlainLoop(*theirs)
     engine_losses = [{k: float(v) for k, v in iteration(engine, state).items()} for _ in range(STEPS)]
@@ -111,11 +152,10 @@ def difference(ours, theirs):
     return max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in ours)
 
 
-@pytest.mark.some(2)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "salient_only" else k for k in KINDS])
 def test_the_engine_has_the_losses_of_the_plain_loop(setup, kind):
     apart = [difference(*pair) for pair in zip(*both(setup, kind))]
-    assert max(apart) <= SAME, apart
+    assert max(apart) <= (ATTACKED if kind == "adversary" else SAME), apart
 
 
 def test_a_swapped_cover_class_is_seen_at_once(setup, monkeypatch):
@@ -124,7 +164,12 @@ def test_a_swapped_cover_class_is_seen_at_once(setup, monkeypatch):
     def swapped(self, state, role, branch):
         b = original(self, state, role, branch)
         return type(b)(
-            b.z, b.e, b.t, b.c_g, torch.full_like(b.c_p, 2) if (role, branch) == ("generator", "forget") else b.c_p
+            b.z,
+            b.e,
+            b.t,
+            b.c_g,
+            b.c_s,
+            torch.full_like(b.c_p, 2) if (role, branch) == ("generator", "forget") else b.c_p,
         )
 
     keys = {"batch_size": 8}

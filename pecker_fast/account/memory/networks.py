@@ -97,6 +97,8 @@ class Blank(Denoiser):
             x_t = x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         n, width = x_t.shape[0], self.config.cross_attention_dim
         text = torch.empty(n, self.tokens, width if isinstance(width, int) else width[0], dtype=dtype)
+        if self.free is not None:
+            text = text + self.free.flatten()[:1].to(dtype)  # as large as the prompts whose tokens they take
         added = None
         if self.config.addition_embed_type == "text_time":
             pooled = self.config.projection_class_embeddings_input_dim - TIME_IDS * self.config.addition_time_embed_dim

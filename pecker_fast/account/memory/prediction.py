@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from pecker_fast.account.iteration import optimizer_bytes, unique_bytes
 from pecker_fast.account.memory.measured import LiveMode, alive
 from pecker_fast.account.memory.networks import Blank, Kernels, blank_schedule, build
-from pecker_fast.account.memory.rehearsal import Rehearsal, planned_mask
+from pecker_fast.account.memory.rehearsal import Rehearsal, planned_adversary, planned_mask
 from pecker_fast.engine import TrainState, start_ema
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting import Dense, UpdateRule, adam, get_method
@@ -28,7 +28,7 @@ GIB = 1 << 30
 TRIES, TRIES_OF_LARGE = 6, 3  # remedies that are tried: each takes as long as the forecast, of a large network a minute
 LARGE_BYTES = 1 << 30  # of the teacher's weights
 Again = Callable[[list[str]], "Prediction | None"]  # overrides as on the command line
-ITERATION = ("score step", "generator step", "average")  # the phases of one
+ITERATION = ("adversary's step", "score step", "generator step", "average")  # the phases of one
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,10 @@ class _Plan:
         else:
             updates = get_method(recipe.method).updates(recipe, named, self.mask)
         optimizer = adam(recipe, self.score.named_parameters(), recipe.lr.score)
-        return TrainState(self.teacher, self.score, self.generator, optimizer, updates, self.ema, stage=stage)
+        adversary = planned_adversary(recipe, self.generator) if stage == "forget" else None
+        return TrainState(
+            self.teacher, self.score, self.generator, optimizer, updates, self.ema, adversary=adversary, stage=stage
+        )
 
     def prediction(self) -> Prediction:
         phases: dict[str, int] = {}
@@ -292,5 +295,6 @@ class _Plan:
             "generator optimizer": sum(map(optimizer_bytes, state.updates.optimizers.values())),
             "mask": unique_bytes(list(self.mask.bits.values())) if self.mask is not None else 0,
             "average": unique_bytes(list((self.ema or {}).values())),
+            "adversary": unique_bytes(list(state.adversary.held())) if state.adversary is not None else 0,
             "gradients": self.engine.gradient_bytes,
         }

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from pecker_fast.account.iteration import unique_bytes
 from pecker_fast.account.memory.measured import LiveMode
 from pecker_fast.conditions import Conditions
-from pecker_fast.engine import FiniteGuard, LocalEngine, TrainState
-from pecker_fast.forgetting import Batch
+from pecker_fast.engine import Attacks, FiniteGuard, LocalEngine, TrainState
+from pecker_fast.forgetting import Adversary, Attack, Batch, Vectors, excluded, share_of_rest
+from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe
 
 Gradients = Any
@@ -33,6 +34,22 @@ class _Trusting(FiniteGuard):
         pass
 
 
+class _Attacks(Attacks):
+    """Attacks that have shapes alone; no vector starts afresh. size: samples of each."""
+
+    size = 1
+
+    def restart(self, state: TrainState) -> None:
+        pass
+
+    def draw(self, state: TrainState) -> tuple[Attack, ...]:
+        if state.adversary is None:
+            return ()
+        z = torch.empty(self.size, *state.generator.sample_shape)
+        one = Attack(z, torch.empty_like(z), torch.zeros(self.size, dtype=torch.long))
+        return (one,) * self.recipe.adversary.steps
+
+
 class Rehearsal(LocalEngine):
     """The engine itself. Its draws have shapes alone, its optimizers have their state and take no step.
 
@@ -47,6 +64,9 @@ class Rehearsal(LocalEngine):
         self.gradient_bytes = 0  # the most that was handed to one step
         most = PIECES * recipe.engine.micro_batch or recipe.batch_size
         self.batch_size = min(recipe.batch_size, most)
+        attacks = _Attacks(recipe, nobody, self)
+        attacks.size = max(1, round((recipe.adversary.batch or recipe.batch_size) / self.repeats))
+        self.attacks = attacks
 
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
         return self._batch(self.batch_size, state, role, branch)
@@ -91,6 +111,9 @@ class Rehearsal(LocalEngine):
         with live:
             live.peak_since()
             inputs = self.inputs(state)
+            if state.adversary is not None:
+                self.attacks.step(state, inputs.attacks)
+                peaks["adversary's step"] = live.peak_since()
             self.score_step(state, inputs)
             self._forget_gradients(state.score)
             peaks["score step"] = live.peak_since()
@@ -123,6 +146,24 @@ class Rehearsal(LocalEngine):
         return live.peak_since()
 
 
+def planned_adversary(recipe: Recipe, generator: Denoiser) -> Adversary | None:
+    """The recipe's adversary without values; see `Adversary`."""
+    if not recipe.uses_adversary:
+        return None
+    options, config = recipe.adversary, generator.config
+    width = getattr(config, "cross_attention_dim", None)
+    if width is None:
+        network: Any = generator.unet
+        shape = tuple(network.class_embedding.weight.shape[1:])
+    else:
+        shape = (options.tokens, width if isinstance(width, int) else width[0])
+    images = torch.empty(options.samples, *generator.sample_shape)
+    vectors = Vectors.start(torch.empty(options.conditions, *shape))
+    adversary = Adversary(vectors, images, torch.zeros(options.samples, dtype=torch.long), recipe.seed)
+    adversary.z = torch.empty_like(images)  # drawing it takes values
+    return adversary
+
+
 def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> SaliencyMask | None:
     """A mask of the recipe's size. Which weights it keeps is not known yet: each tensor keeps its share, and with
     `structure: tensor` whole tensors are kept evenly over the network. A threshold may keep everything, so it does here."""
@@ -130,10 +171,16 @@ def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> Salie
         return None
     options = recipe.mask
     density = 1.0 if options.threshold is not None else options.density
+    left_out = excluded(recipe, [name for name, _ in named])
+    rest = sum(p.numel() for name, p in named if name not in left_out)
+    density = share_of_rest(recipe, sum(p.numel() for _, p in named), rest) if density < 1 else density
     counts: dict[str, int] = {}
     seen = kept = 0
     for name, p in named:
         n = p.numel()
+        if name in left_out:
+            counts[name] = 0
+            continue
         seen += n
         if options.structure == "tensor":
             count = n if kept < density * seen else 0

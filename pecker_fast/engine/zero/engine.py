@@ -20,10 +20,10 @@ from pecker_fast.engine.pieces import split, total
 from pecker_fast.engine.state import TrainState
 from pecker_fast.engine.zero.compact import CompactExchange
 from pecker_fast.engine.zero.masks import ShardedPass
-from pecker_fast.engine.zero.network import Gradient, Sharded
+from pecker_fast.engine.zero.network import Gradient, Sharded, gathered
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, initialize, require_deepspeed
 from pecker_fast.engine.zero.state import ZeroState, partition_average, take_average
-from pecker_fast.forgetting import Batch, Dense, ForgetImages, SaliencyPass, adam, get_method
+from pecker_fast.forgetting import Attack, Batch, Dense, ForgetImages, SaliencyPass, adam, get_method
 from pecker_fast.machine import part
 from pecker_fast.machine.ranks import Ranks
 from pecker_fast.networks import Denoiser
@@ -128,6 +128,21 @@ class ZeroEngine(LocalEngine):
 
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
         return super().draw(state, role, branch).part(self.share)
+
+    def own_vectors(self, network: Denoiser, c: Tensor) -> Tensor:
+        table = getattr(network.unet, "class_embedding", None)
+        with gathered([] if table is None else list(table.parameters()), self.recipe.engine.zero):
+            return super().own_vectors(network, c)
+
+    def share_of(self, attack: Attack) -> Attack:
+        share = len(attack.codes) // self.ranks.world
+        return attack.part(slice(self.ranks.rank * share, (self.ranks.rank + 1) * share))
+
+    def sum_of(self, state: TrainState, gradient: Tensor) -> Tensor:
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(gradient)
+        self._check(state, "adversary", [("values", gradient)])
+        return gradient
 
     @contextmanager
     def score_update(self, state: TrainState, passes: int) -> Iterator[Callable[[Tensor], object]]:

@@ -54,11 +54,18 @@ class ShardedPass(SaliencyPass):
     def check_contrast(self) -> None:
         self.ranks.agree(super().check_contrast)
 
+    @cached_property
+    def shards(self) -> Shards:
+        """Of the weights that may be in the mask; all else is padding to it."""
+        whole, names = self.network.shards, {name for name, _ in self.masked()}
+        shapes = {name: shape for name, shape in whole.shapes.items() if name in names}
+        return Shards(shapes, [piece for piece in whole.pieces if piece.name in names], whole.length)
+
     def contrast_(self, scores: SaliencyScores, retain: SaliencyScores) -> None:
-        self.network.shards.contrast_(scores, retain, floor=CONTRAST_FLOOR)
+        self.shards.contrast_(scores, retain, floor=CONTRAST_FLOOR)
 
     def cut(self, scores: SaliencyScores, **choice: Any) -> SaliencyMask:
-        return self.network.shards.mask(scores, **choice)
+        return self.shards.mask(scores, **choice)
 
     def scores(self, branch: str, reduction: str) -> SaliencyScores:
         """Of this rank's weights."""

@@ -155,6 +155,15 @@ class Sharded:
         return _copy_with(self.denoiser, tensors) if is_first else None
 
 
+def gathered(parameters: list[nn.Parameter], stage: int) -> contextlib.AbstractContextManager[object]:
+    """Inside, these parameters are whole on every rank, to be read. Takes all ranks."""
+    if stage < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
+
+
 def _copy_with(denoiser: Denoiser, tensors: dict[str, Tensor]) -> Denoiser:
     """A frozen network like this one, with these weights."""
     unet: Any = denoiser.unet

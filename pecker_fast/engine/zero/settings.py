@@ -52,6 +52,10 @@ def check_recipe(recipe: Recipe, world: int) -> None:
         raise RecipeError(
             f"batch_size: {recipe.batch_size} samples cannot be shared by {world} ranks; give a multiple of {world}"
         )
+    if recipe.uses_adversary and recipe.adversary.batch % world:
+        raise RecipeError(
+            f"adversary.batch: {recipe.adversary.batch} samples cannot be shared by {world} ranks; give a multiple of {world}"
+        )
     share = recipe.batch_size // world
     if engine.micro_batch > share:
         raise RecipeError(f"engine.micro_batch: {engine.micro_batch} is more than a rank's {share} samples; lower it")

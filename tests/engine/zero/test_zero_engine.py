@@ -24,6 +24,10 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs De
 STEPS = 20
 CLOSE = 1e-7  # for weights below 1; above, one unit in the last place
 
+ADVERSARY = {
+    "adversary": {"conditions": 3, "restart": 4, "starts": ["forget", "kept", "random"], "samples": 12},
+    "mask": {"exclude": ["class_embedding.*"]},
+}
 CASES = {
     "1-differentiated": (1, {"update_rule": "differentiated"}),
     "2-salient_only-offload": (2, {"update_rule": "salient_only", "engine": {"offload": "cpu"}}),
@@ -35,6 +39,7 @@ RULES = {
     "alternating": {"update_rule": "alternating"},
     "sfd": {"method": "sfd"},
     "contrast": {"mask": {"score": "forget_loss", "contrast": True, "structure": "row"}},
+    "adversary": {"update_rule": "differentiated", **ADVERSARY},
     "micro": {"update_rule": "differentiated", "engine": {"micro_batch": 1}},
     "rows": {"update_rule": "salient_only", "mask": {"structure": "row", "density": 0.2}, "engine": {"micro_batch": 1}},
 }
@@ -83,13 +88,20 @@ def check_outcomes(results, expected):
             # a difference of guided predictions: cancellation leaves fewer digits than the weights have
             assert result["losses"][name] == pytest.approx(loss, rel=1e-3, abs=1e-4)
     assert [result["weights"] is None for result in results] == [False, *[True] * (len(results) - 1)]
+    for result in results if expected["vectors"] is not None else ():
+        assert torch.equal(result["vectors"], results[0]["vectors"])
+        assert torch.allclose(result["vectors"], expected["vectors"], rtol=0, atol=1e-4)
     worst, _ = differences(results[0]["weights"], expected["weights"])
     assert worst <= 1, f"{worst:.2f} × what rounding allows"
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] != "2" else c for c in CASES])
 def test_two_ranks_train_what_one_process_trains(case, tiny_model, alone):
-    check(2, *CASES[case], tiny_model, alone)
+    zero, keys = CASES[case]
+    cases = {"plain": keys, "adversary": {**keys, **ADVERSARY}}
+    results = run_ranks(2, train_each, tiny_model, cases, zero, STEPS)
+    for name, keys in cases.items():
+        check_outcomes([result[name] for result in results], alone(keys))
 
 
 @pytest.mark.slow

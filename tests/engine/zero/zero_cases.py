@@ -57,6 +57,7 @@ def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
     state = engine.start(parts.teacher, parts.score, parts.generator)
     mask = engine.make_mask(state) if recipe.uses_mask else None
     engine.follow(state, mask)
+    engine.attacks.begin(state)
     return engine, state, parts
 
 
@@ -74,7 +75,10 @@ def outcome(engine: Any, state: Any, losses: dict[str, float]) -> dict[str, Any]
     generator = engine.averaged(state)
     weights = None if generator is None else {name: p.detach() for name, p in generator.named_parameters()}
     mask = state.mask
-    return {"mask": mask and (mask.digest, mask.count), "losses": losses, "weights": weights, "images": state.images}
+    vectors = state.adversary and state.adversary.vectors.values
+    return {
+        "mask": mask and (mask.digest, mask.count), "losses": losses, "weights": weights, "images": state.images, "vectors": vectors
+    }  # fmt: skip
 
 
 def train_once(rank: int, model: Path, keys: dict[str, Any], zero: int, steps: int) -> dict[str, Any]:
