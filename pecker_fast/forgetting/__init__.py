@@ -26,7 +26,15 @@ from pecker_fast.forgetting.inversion import (
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.methods import UpdateRule, get_method
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
-from pecker_fast.forgetting.samplers import batch_of, ddim_sample, denoised, grid_labels, one_step_sample, save_grid
+from pecker_fast.forgetting.samplers import (
+    batch_of,
+    ddim_sample,
+    ddim_scheduler,
+    denoised,
+    grid_labels,
+    one_step_sample,
+    save_grid,
+)
 from pecker_fast.forgetting.updates import Dense, Gradients, adam
 
 __all__ = [
@@ -49,6 +57,7 @@ __all__ = [
     "coded",
     "concatenate",
     "ddim_sample",
+    "ddim_scheduler",
     "denoised",
     "denoising_error",
     "draw_pool",

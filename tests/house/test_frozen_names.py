@@ -21,7 +21,7 @@ optimizer.weight_decay optimizer.clip_value ema precision resolution score lora.
 engine.offload engine.shard_teacher engine.deepspeed engine.stall_s engine.compile engine.cuda_graph
 engine.channels_last engine.threads engine.weights
 engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final evaluate.judge evaluate.prompts
-evaluate.teacher_steps checkpoint.every checkpoint.keep seed output resume
+evaluate.teacher_steps audit.budget audit.probes audit.against audit.samples checkpoint.every checkpoint.keep seed output resume
 """
 RECIPE_KEYS = KEYS_TEXT.split()
 
@@ -42,6 +42,7 @@ CHOICES = {
     "engine.compile": "none | blocks",
     "engine.weights": "fp32 | bf16",
     "lora.targets": "all | attention",
+    "audit.budget": "none | quick | standard | strong",
 }
 
 DEFAULTS = {
@@ -77,6 +78,8 @@ COMMANDS = {
         "--size",
         "--batch-size",
         "--channels",
+        "--without",
+        "--parts-of",
     },
     "sample": {"run", "--classes", "--prompt", "--count", "--seed", "--output", "-o", "--before"},
     "evaluate": {
@@ -92,6 +95,22 @@ COMMANDS = {
         "--all",
         "--json",
         "--keep",
+    },
+    "audit": {
+        "run",
+        "--probes",
+        "--budget",
+        "--against",
+        "--samples",
+        "--seed",
+        "--prompts",
+        "--second-judge",
+        "--recipe",
+        "--output",
+        "-o",
+        "--json",
+        "--quiet",
+        "-q",
     },
     "report": {"run"},
     "mask": {"run", "--plot"},

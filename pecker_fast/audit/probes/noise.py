@@ -10,8 +10,7 @@ from torch import Tensor
 from pecker_fast.audit.scene import Finding, Scene, found_of
 from pecker_fast.audit.subjects import Subject
 from pecker_fast.audit.worlds import Look
-from pecker_fast.forgetting import generate
-from pecker_fast.forgetting.samplers import ddim_scheduler
+from pecker_fast.forgetting import ddim_scheduler, generate
 
 
 def noise_inversion(scene: Scene, subject: Subject) -> Finding:
