@@ -66,7 +66,8 @@ def audit_section(audit: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     """The body of the page's section. images: PNG of "PROBE-SUBJECT"."""
     if not section(audit, "probes"):
         return ""
-    lead = f"<p class='lead'>{escape(str(audit.get('verdict', 'the audit is not finished')))}.</p>"
+    said = str(audit.get("verdict") or "the audit is not finished")
+    lead = f"<p class='lead'>{escape(said[0].upper() + said[1:])}.</p>"
     parts = [lead, _table(audit), _curves(audit), _rows(audit, images)]
     return "".join(part for part in parts if part)
 
@@ -76,7 +77,7 @@ def _table(audit: Mapping[str, Any]) -> str:
     for probe, found in section(audit, "probes").items():
         by = section(found, "figures")
         cells = "".join(
-            f"<td{' class=after' if name == RESULT else ''}>{escape(shown(section(by, name)))}</td>" for name in names
+            f"<td{' class=after' if name == RESULT else ''}>{_cell(section(by, name))}</td>" for name in names
         )
         verdict = str(found.get("verdict") or NONE)
         why = escape(str(found.get("why") or ""))
@@ -87,8 +88,13 @@ def _table(audit: Mapping[str, Any]) -> str:
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
     return (
         f"<div class='scroll'><table class='audit'><caption>{escape(_caption(audit))}.</caption><thead><tr><td></td>{head}"
-        f"<th scope='col'>verdict</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<th scope='col' class='said'>verdict</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _cell(found: Mapping[str, Any]) -> str:
+    value, _, between = shown(found).partition(" (")
+    return escape(value) + (f"<small>{escape(between.rstrip(')'))}</small>" if between else "")
 
 
 def _curves(audit: Mapping[str, Any]) -> str:
