@@ -38,6 +38,7 @@ from pecker_fast.records import RECIPE, locked
 from pecker_fast.report import write_report
 from pecker_fast.runs.held import BASE_KEYS, base_model, load_run, trained_generator
 from pecker_fast.runs.result import RunResult
+from pecker_fast.terminal import note
 
 WORDS = "given words"  # how prompts of a file are called
 STOPPED = "what is found so far is in {}; the same command goes on"
@@ -128,13 +129,20 @@ def _holding(folder: Path | None) -> Iterator[None]:
             yield
 
 
-def with_audit(recipe: Recipe, result: RunResult, quiet: bool) -> RunResult:
-    """The result of a run, whose folder is held, with the audit that its recipe asks for, taken up where it was left. Raises
-    Interrupted."""
+def with_audit(recipe: Recipe, model: Model, result: RunResult, quiet: bool) -> RunResult:
+    """The result of a run on this model, whose folder is held, with the audit that its recipe asks for, taken up where it was
+    left. Raises Interrupted."""
     options = recipe.audit
     if options.budget == "none" or result.metrics is None:
         return result
-    asked = Asked(tuple(options.probes), options.budget, tuple(options.against), options.samples or None)
+    fitting = []
+    for name in options.against:  # a recipe's own, whatever is given it to forget
+        doubt = None if (Path(name) / RECIPE).is_file() else _knows(model, files.resolve_model(name))
+        if doubt is None:
+            fitting.append(name)
+        else:
+            note([f"audit.against: {name} is left out: {doubt}"])
+    asked = Asked(tuple(options.probes), options.budget, tuple(fitting), options.samples or None)
     found = audit_run(result.run_dir, asked, quiet=quiet, locks=False)
     return replace(result, audit=found, report=write_report(result.run_dir))
 
@@ -183,6 +191,8 @@ def _never(recipe: Recipe, model: Model, result: Subject, name: str) -> Subject:
         run = load_run(name)
         return _subject(NEVER, trained_generator(run, base_model(run)), result.t_init, recipe)
     folder = files.resolve_model(name)
+    if (doubt := _knows(model, folder)) is not None:
+        raise RecipeError(f"against {name}: {doubt}")
     distilled = (folder / "generator").is_dir()
     if result.t_init is not None and not distilled and one_step_start(folder, 0) is None:
         raise ModelError(
@@ -203,6 +213,22 @@ def _never(recipe: Recipe, model: Model, result: Subject, name: str) -> Subject:
             f"against {name}: its samples are {network.sample_shape}, the model's {model.teacher.sample_shape}"
         )
     return _subject(NEVER, network.freeze(), result.t_init, recipe)
+
+
+def _knows(model: Model, folder: Path) -> str | None:
+    """One line where a model's own card says that it was made without something else than what is forgotten; None where not, or
+    where it says nothing of that."""
+    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
+    without = card.get("without") if isinstance(card, dict) else None
+    if not isinstance(without, list) or not without:
+        return None
+    concepts = model.text.plan.concepts if model.text is not None else ()
+    forgotten = [str(c) for c in model.conditions.forget] if model.text is None else [name for name, _ in concepts]
+    known = [one for one in forgotten if one.casefold() not in {str(gone).casefold() for gone in without}]
+    if not known:
+        return None
+    never = ", ".join(map(str, without[:8]))
+    return f"it was made without {never}, and knows {known[0]}; give one made with `pretrain … --without {known[0]}`"
 
 
 def _named(model: Model) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -120,7 +120,7 @@ def train(
             training.prediction, training.written = prediction, recipe
             result = training.run(plan.checkpoint)
             del training
-            return ranks.first(lambda: with_audit(located, result, quiet)) or result
+            return ranks.first(lambda: with_audit(located, parts, result, quiet)) or result
 
 
 @contextmanager

@@ -85,6 +85,20 @@ def test_a_folder_of_somebody_else(made, tmp_path):
         assert read_audit(into / AUDIT)["identity"]["subjects"]["result"]["t_init"] == t_init
 
 
+def test_a_model_that_knew_what_is_forgotten_is_no_floor(made, tmp_path, capsys):
+    model, run, other = made
+    twin = copied(other, tmp_path)
+    (twin / "model.json").write_text('{"null_class": 3, "without": [2]}')
+    assert audit(run, "--against", twin, "--probes", FEW) == 2
+    assert "it was made without 2, and knows 0; give one made with" in capsys.readouterr().err
+    given = {"budget": "quick", "probes": ["neighbours"], "against": [str(twin)]}
+    result = train(small_recipe(model, tmp_path / "run", audit=given), quiet=True)
+    assert "is left out: it was made without 2" in capsys.readouterr().err
+    assert set(result.audit["identity"]["subjects"]) == {"result", "before", "relabel"}
+    (twin / "model.json").write_text('{"null_class": 3, "without": [0]}')
+    assert audit(copied(run, tmp_path / "again"), "--against", twin, "--probes", "neighbours", "-q") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
