@@ -1,0 +1,154 @@
+"""Hidden or forgotten, arm by arm: what comes back from each way of forgetting, against models that never knew.
+
+    python bench/audit_study.py --never runs/never-0 --never runs/never-0b [--pairs 0-1] [--seeds 0] [--budget standard] [--jobs 2]
+
+Every arm is one `pecker-fast train digits ...` and one `pecker-fast audit` of it; what is finished is kept, so the
+command goes on where it was stopped. Writes bench/results/audit_study.json and its table between the marks of
+docs/evidence.md. A pair whose forgotten class no `--never` was made without has no floor: its rows say so.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pecker_fast.audit import PROBES
+from pecker_fast.machine.hardware import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "audit_study.json"
+PAGE, MARKS = ROOT / "docs" / "evidence.md", ("<!-- audit:table -->", "<!-- /audit:table -->")
+OFF = ["adversary.conditions=0", "audit.budget=none"]
+OLD = ["steps=200", "lr.generator=1.5e-3", "mask.density=0.03", "mask.exclude=[]", "weights.retain=1", "ema=0.99"]
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "SFD": ("digits_sfd", []),
+    "PECKER, the paper's rule": (
+        "digits",
+        [*OFF, *OLD, "update_rule=differentiated", "lr.generator=4e-5", "steps=550"],
+    ),
+    "ours, no adversary": ("digits", [*OFF, *OLD]),
+    "ours, no adversary, its own rates": ("digits", OFF),
+    "ours": ("digits", ["audit.budget=none"]),
+    "ours, embedding in the mask": ("digits", ["audit.budget=none", "mask.exclude=[]"]),
+    "adversary, dense": (
+        "digits_sfd",
+        ["adversary.conditions=12", "adversary.starts=[forget,kept,random]", "steps=400"],
+    ),
+}
+FIGURES = ("ua", "cover_rate", "retain_accuracy", "fid")
+
+
+def execute(arm: str, pair: tuple[int, int], seed: int, options: argparse.Namespace, threads: int) -> dict:
+    """Train and audit one arm (or find it done) and return its figures."""
+    recipe, keys = ARMS[arm]
+    forget, cover = pair
+    folder = options.runs / f"{arm.replace(' ', '_').replace(',', '').replace(chr(39), '')}-{forget}-{cover}-{seed}"
+    command = [sys.executable, "-m", "pecker_fast"]
+    words = [f"forget={forget}", f"cover={cover}", f"seed={seed}", f"output={folder}", "evaluate.every=0", *keys]
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([*command, "train", recipe, *words, "--quiet"], check=True, env=environ)
+    against = [word for name in fitting(options.never, forget) for word in ("--against", name)]
+    audit = [*command, "audit", str(folder), "--budget", options.budget, *against, "--quiet"]
+    subprocess.run(audit, check=True, env=environ)
+    metrics, record = (json.loads((folder / name).read_text()) for name in ("metrics.json", "audit.json"))
+    row = {"arm": arm, "pair": f"{forget} → {cover}", "seed": seed, "training_s": metrics["cost"]["training_s"]}
+    row |= {key: metrics["after"][key] for key in FIGURES} | {"teacher_fid": metrics["teacher"]["fid"]}
+    print(f"{arm} {forget} → {cover}, seed {seed}: {record['verdict']}", flush=True)
+    return row | {"audit": record}
+
+
+def fitting(names: list[str], forget: int) -> list[str]:
+    """The models that never knew this class."""
+    cards = {name: json.loads((Path(name) / "model.json").read_text()) for name in names}
+    return [name for name, card in cards.items() if forget in card.get("without", [])]
+
+
+def cell(found: dict, probe: str, role: str) -> str:
+    one = found["probes"].get(probe, {}).get("figures", {}).get(role)
+    return "–" if one is None or one["recovery"] is None else f"{100 * one['recovery']:.1f}"
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each arm, and for the controls of each pair."""
+    names = [
+        "arm",
+        "pair",
+        "seed",
+        "UA",
+        "cover",
+        "kept",
+        "FID ÷ teacher's",
+        *PROBES,
+        "half back after (condition / relearn)",
+        "s",
+    ]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        found = row["audit"]
+        figures = [f"{100 * row[key]:.1f}" for key in FIGURES[:3]] + [f"{row['fid'] / row['teacher_fid']:.2f}"]
+        probes = [f"{cell(found, probe, 'result')} {MARK[found['probes'][probe]['verdict']]}" for probe in PROBES]
+        half = " / ".join(_half(found, probe, "result") for probe in ("condition", "relearn"))
+        cells = [row["arm"], row["pair"], str(row["seed"]), *figures, *probes, half, f"{row['training_s']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        found = next(row["audit"] for row in rows if row["pair"] == pair)
+        for role in [role for role in found["identity"]["subjects"] if role != "result"]:
+            half = " / ".join(_half(found, probe, role) for probe in ("condition", "relearn"))
+            probes = [cell(found, probe, role) for probe in PROBES]
+            lines.append(f"| {' | '.join([f'*{role}*', pair, '', '', '', '', '', *probes, half, ''])} |")
+    return "\n".join(lines)
+
+
+MARK = {
+    "holds": "✓",
+    "as if never known": "=",
+    "hides": "✗",
+    "cannot tell": "?",
+    "kept": "",
+    "lost": "(lost)",
+    None: "",
+}
+
+
+def _half(found: dict, probe: str, role: str) -> str:
+    one = found["probes"].get(probe, {}).get("figures", {}).get(role, {})
+    return "–" if one.get("to_half") is None else str(one["to_half"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--never", action="append", default=[], help="folder of a model that never knew, may be given again"
+    )
+    parser.add_argument("--pairs", default="0-1", help="forget-cover, as 0-1,3-8")
+    parser.add_argument("--seeds", default="0", help="as 0,1,2")
+    parser.add_argument("--arms", default="", help="some of the arms, by their numbers, as 0,2,4; default: all")
+    parser.add_argument("--budget", default="standard")
+    parser.add_argument("--jobs", type=int, default=2, help="arms at a time, one thread each (1: all threads)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/audit-study"), help="where the run folders go")
+    options = parser.parse_args()
+    options.never = [
+        name if Path(name).is_dir() else str(ROOT / "pecker_fast" / "assets" / name) for name in options.never
+    ]
+    pairs = [tuple(map(int, pair.split("-"))) for pair in options.pairs.split(",")]
+    arms = [list(ARMS)[int(n)] for n in options.arms.split(",")] if options.arms else list(ARMS)
+    plan = [(arm, pair, int(seed)) for pair in pairs for seed in options.seeds.split(",") for arm in arms]
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda one: execute(*one, options, threads), plan))
+    command = f"python bench/audit_study.py {' '.join(sys.argv[1:])}"
+    RESULTS.write_text(
+        json.dumps({"command": command, "threads": threads, **environment(), "rows": rows}, indent=1) + "\n"
+    )
+    page = PAGE.read_text()
+    if MARKS[0] in page:
+        before, rest = page.split(MARKS[0])
+        PAGE.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
