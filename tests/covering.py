@@ -69,6 +69,15 @@ class Space:
             all(row.get(other) in chosen for other, chosen in one.items()) for one in self.refused.get(key, ())
         )
 
+    def possible(self, pair: Pair) -> bool:
+        """Whether nothing refuses a pair beside what its keys do nothing without, where that is one value."""
+        row = dict(pair)
+        for key, _ in pair:
+            for other, (first, *more) in ((other, sorted(found)) for other, found in self.needs.get(key, {}).items()):
+                if not more:
+                    row.setdefault(other, first)
+        return all(self.allows(row, key) for key in row)
+
     def live(self, row: Row, key: str, beside: str) -> bool:
         """Whether a key does something in a row, as far as the row goes; but for what `beside` says, its partner in a pair."""
         needs = self.needs.get(key, {})

@@ -84,12 +84,13 @@ class Attacks:
 
     def restart(self, state: TrainState) -> None:
         """Before an iteration: the vector whose turn it is starts afresh."""
-        turn = restarting(self.recipe, state.step)
-        if state.adversary is None or turn is None:
+        adversary = state.adversary
+        turn = None if adversary is None else restarting(self.recipe, state.step)
+        if adversary is None or turn is None:
             return
-        network, device = self.network(state), state.adversary.c.device
+        network, device = self.network(state), adversary.c.device
         value = start_of(self.recipe, self.conditions, lambda c: self.host.own_vectors(network, c), *turn, device)
-        state.adversary.vectors.restart_(turn[0], value[0])
+        adversary.vectors.restart_(turn[0], value[0])
 
     @part("draws")
     def draw(self, state: TrainState) -> tuple[Attack, ...]:

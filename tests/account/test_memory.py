@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import full_size
 
 DIGITS = files.read_json(files.resolve_model("digits") / "unet" / "config.json")
-STEPS = ("score step", "generator step", "average")
+STEPS = ("adversary's step", "score step", "generator step", "average")
 TEXT = {
     "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
     "block_out_channels": [16, 32], "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 2,
@@ -56,6 +56,8 @@ def slow(*values):
     [
         "batch_size=8 mask.structure=element",
         "batch_size=2 mask.structure=row mask.density=0.1 update_rule=salient_only",
+        slow("batch_size=4 mask.exclude=[class_embedding.*] adversary.conditions=4"),
+        slow("batch_size=2 adversary.conditions=4 adversary.batch=32 adversary.steps=2 mask.density=0.1"),
         slow("batch_size=2 mask.structure=row mask.density=0.2"),
         slow("batch_size=4 mask.structure=element mask.density=0.3 update_rule=alternating"),
         slow("batch_size=4 mask.structure=tensor mask.density=0.1 update_rule=salient_only ema=0"),
@@ -77,6 +79,7 @@ def test_prediction_is_what_the_digits_take(keys):
         (XL, "mask.density=0.1 update_rule=salient_only guidance.teacher=2", True),
         slow(TEXT, "mask.density=0.1 guidance.score=2 guidance.teacher=2", True),
         slow(XL, "method=sfd", False),
+        slow(TEXT, "mask.density=0.1 adversary.conditions=2 adversary.tokens=3 adversary.batch=8", False),
     ],
 )
 def test_prediction_is_what_a_text_network_takes(config, keys, checkpointing):
