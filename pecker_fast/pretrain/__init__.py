@@ -19,7 +19,7 @@ from pecker_fast.errors import RecipeError, memory_errors
 from pecker_fast.pretrain import memory, taken
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.fit import resumable
-from pecker_fast.pretrain.judge import first, second, train_judge
+from pecker_fast.pretrain.judge import check_fit, first, second, train_judge
 from pecker_fast.pretrain.progress import say_classes
 from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import SETTINGS, Settings, fitted, options, settings_for, unet_config
@@ -80,7 +80,7 @@ def pretrain(
             batch_size=batch_size,
             channels=channels,
             without=without,
-            taken=parts_of,
+            parts_of=parts_of,
         )
     given = {"steps": steps, "batch_size": batch_size, "channels": channels}
     fixed = frozenset(key for key, value in given.items() if value is not None)
@@ -109,6 +109,8 @@ def pretrain(
             _tell(dataset, settings, config_of(settings), prediction)
         missing = missing_classes(without, dataset)
         others = None if parts_of is None else taken.parts_of(parts_of, taken.JUDGES)
+        for part in others.sha256 if others else ():
+            check_fit(others.folder / part, dataset)
         identity: dict[str, Any] = {
             "name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()
         }  # fmt: skip

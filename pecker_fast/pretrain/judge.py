@@ -84,15 +84,14 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, plan: Plan, dev
 
     Returns what is stored as the judge's `info`: its accuracy on the part it was not trained on, and how it was made.
     """
-    sizes = (data.channels, data.sample_size, data.num_classes)
-    if (found := _finished(folder / plan.part, plan, sizes)) is not None:
+    if (found := _finished(folder / plan.part, plan)) is not None:
         return found.info
     train, test = data.held_out(settings.held_out, plan.split)
     if not len(train) or not len(test):
         raise DataError(f"{data.name}: {len(data)} images are too few to train a judge and to hold some out")
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(plan.seed, f"{plan.part}-init").initial_seed())
-        network = plan.kind(*sizes, plan.width, settings.judge_features)
+        network = plan.kind(*_sizes(data), plan.width, settings.judge_features)
     network.to(device)
     _fit(folder, network, data, train, settings, plan, device)
 
@@ -118,19 +117,27 @@ def train_judge(folder: Path, data: Dataset, settings: Settings, plan: Plan, dev
     return info
 
 
-def _finished(folder: Path, plan: Plan, sizes: tuple[int, int, int]) -> Judge | None:
-    """A judge that is there with all that belongs to it. Raises ModelError where it was made for other images or classes."""
+def _finished(folder: Path, plan: Plan) -> Judge | None:
+    """A judge that is there with all that belongs to it."""
     if not (folder / (REFERENCE if plan.part == "judge" else WEIGHTS)).is_file():
         return None
     judge, _ = load_judge(folder)
-    if not judge.info:  # written before it was measured
-        return None
+    return judge if judge.info else None  # else it was written before it was measured
+
+
+def check_fit(folder: Path, data: Dataset) -> None:
+    """Raises ModelError where the judge of another model was made for other images or classes."""
+    judge, _ = load_judge(folder)
     config = getattr(judge.network, "config", {})
     found = tuple(config.get(key) for key in ("in_channels", "sample_size", "num_classes"))
+    sizes = _sizes(data)
     if found != sizes:
         theirs, ours = (f"{size}×{size} pixels in {c} channels, {k} classes" for c, size, k in (found, sizes))
         raise ModelError(f"parts_of: its {folder.name} was made for {theirs}, this data set has {ours}; leave it out")
-    return judge
+
+
+def _sizes(data: Dataset) -> tuple[int, int, int]:
+    return data.channels, data.sample_size, data.num_classes
 
 
 def _fit(

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pecker_fast.errors import PeckerError
-from pecker_fast.evaluate import load_detector
-from pecker_fast.evaluate.classifiers import SmallClassifier
+from pecker_fast.evaluate import load_detector, load_second_judge
+from pecker_fast.evaluate.classifiers import PatchMixer, SmallClassifier
 from pecker_fast.evaluate.judge import Reference, load_judge, save_judge
 from pecker_fast.evaluate.words import load_word_judge, save_word_judge
 
@@ -77,11 +77,13 @@ def test_a_judge_by_every_way_in(tmp_path, name):
         tmp_path / "classes", network, Reference(torch.rand(3, 6), torch.tensor([0, 1, 3])), {"held_out_accuracy": 0.5}
     )
     save_word_judge(tmp_path / "words", network, {"shape": ["circle", "square"], "tone": ["red", "blue"]})
+    save_judge(tmp_path / "second_judge", PatchMixer(3, 8, 4, 4, 6), None, {"held_out_accuracy": 0.5})
     ways = [
         (load_judge, "classes", ""),
         (load_detector, "classes", ":1"),
         (load_word_judge, "words", ""),
         (load_detector, "words", ":red"),
+        (lambda folder: load_second_judge(Path(folder).parent), "second_judge", ""),
     ]
     for load, kind, _ in ways[::2]:
         assert load(tmp_path / kind)

@@ -65,7 +65,7 @@ def test_the_shipped_models_fit(model):
     folder = files.resolve_model(model)
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
-        kind = config.get("_class_name") or ("judge" if path.parent.name == "judge" else "text encoder")
+        kind = config.get("_class_name") or ("judge" if path.parent.name in files.JUDGES else "text encoder")
         check_config(path, config, kind)
         if kind != "judge":
             name = "model.safetensors" if kind == "text encoder" else files.WEIGHTS_NAME

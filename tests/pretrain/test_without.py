@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from least_runs import replace_by
 from test_interrupted import LEAST, few_pictures
 from test_pretrain_shapes import DEFAULT, SHORT
 
@@ -12,7 +13,7 @@ from pecker_fast import files
 from pecker_fast.data.datasets import Dataset
 from pecker_fast.data.shapes import ATTRIBUTES, random_words
 from pecker_fast.engine import inputs
-from pecker_fast.errors import OutputError, RecipeError
+from pecker_fast.errors import ModelError, OutputError, RecipeError
 from pecker_fast.evaluate import load_judge, load_second_judge
 from pecker_fast.networks import Denoiser, load_unet
 from pecker_fast.pretrain import output as folders
@@ -98,6 +99,7 @@ def seen(tmp_path_factory):
     """A model without 0 and 3, and by stage the labels that its networks and optimizers got to see."""
     stages, now = {}, []
     with pytest.MonkeyPatch.context() as patch:
+        replace_by(patch.setattr)
         patch.setattr("pecker_fast.data.datasets.open_data", few_pictures)
 
         def staged(name, target):
@@ -182,6 +184,41 @@ def test_an_interrupted_run_without_something_else_is_another(tmp_path, monkeypa
     assert files.read_json(tmp_path / "m" / folders.PARTIAL)["without"] == [0]
 
 
+# -- parts of another model ------------------------------------------------------------------------------------------------
+
+
+def test_judges_are_taken_over_and_not_trained(seen, tmp_path, monkeypatch):
+    monkeypatch.setattr("pecker_fast.data.datasets.open_data", few_pictures)
+    monkeypatch.setattr("pecker_fast.pretrain.judge._fit", None)
+    model, _ = seen
+    twin = pretrain("digits", output=tmp_path / "m", settings=LEAST, seed=5, distill_steps=0, parts_of=model)
+    card = files.read_json(twin / "model.json")
+    assert card["command"].endswith(f"--parts-of {model}")
+    assert set(card["parts_of"]["sha256"]) == {"judge", "second_judge"}
+    for part in ("judge", "second_judge"):
+        mine, theirs = ({f.name: files.sha256_file(f) for f in (m / part).iterdir()} for m in (twin, model))
+        assert mine == theirs
+        assert card["parts_of"]["sha256"][part] == files.sha256_value(theirs)
+    assert card["figures"]["judge"] == files.read_json(model / "model.json")["figures"]["judge"]
+
+
+def test_parts_that_do_not_fit(seen, tmp_path, monkeypatch):
+    model, _ = seen
+    monkeypatch.setattr("pecker_fast.data.datasets.open_data", few_pictures)
+    refusals = {
+        "nothing": "no such model folder",
+        str(tmp_path): "has no judge/ or second_judge/; name a model that has",
+        "shapes": "was made for 32×32 pixels in 3 channels, 18 classes, this data set has 8×8 pixels in 1 channels, 10 classes",
+    }
+    for at, (name, said) in enumerate(refusals.items()):
+        with pytest.raises(ModelError) as refused:
+            pretrain("digits", output=tmp_path / f"m{at}", settings=LEAST, parts_of=name)
+        assert said in str(refused.value)
+        assert list((tmp_path / f"m{at}").iterdir()) == []
+    with pytest.raises(ModelError, match="is no judge of the words of shapes"):
+        pretrain_shapes(tmp_path / "s", settings=SHORT, parts_of=model)
+
+
 # -- shapes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +233,11 @@ def captions_seen(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         from pecker_fast.pretrain.shapes import unet
 
+        replace_by(patch.setattr)
         patch.setattr("pecker_fast.pretrain.shapes.judge.FRESH", 20)
+        patch.setattr(
+            "pecker_fast.pretrain.shapes.draw", lambda folder, prompts, *_, **__: torch.zeros(len(prompts), 3, 32, 32)
+        )
         batch, draw = unet.Captioned.batch, inputs.draw
         made = unet.Captioned.__init__
 

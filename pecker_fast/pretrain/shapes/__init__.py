@@ -16,17 +16,16 @@ from pecker_fast.data import captions, random_words, render
 from pecker_fast.errors import RecipeError, memory_errors
 from pecker_fast.evaluate import WordJudge, disagreement, fid, fid_floor, load_second_judge
 from pecker_fast.networks import load_schedule
-from pecker_fast.pretrain import memory
+from pecker_fast.pretrain import memory, taken
 from pecker_fast.pretrain import output as folders
 from pecker_fast.pretrain.rounds import distil
 from pecker_fast.pretrain.settings import Settings, options, with_size
-from pecker_fast.pretrain.shapes.folder import write_pipeline
-from pecker_fast.pretrain.shapes.judge import first, quantise, second, train_judge
+from pecker_fast.pretrain.shapes.folder import read_network, write_pipeline
+from pecker_fast.pretrain.shapes.judge import check_fit, first, quantise, second, train_judge
 from pecker_fast.pretrain.shapes.settings import LENGTH, SIZE, ShapesSettings
 from pecker_fast.pretrain.shapes.tokenizer import build_tokenizer, caption_words
 from pecker_fast.pretrain.shapes.unet import Captioned, train_teacher, unet_config
-from pecker_fast.pretrain.shapes.vae import encode, psnr_db, train_vae
-from pecker_fast.pretrain.taken import JUDGES, VAE, parts_of
+from pecker_fast.pretrain.shapes.vae import build_vae, encode, psnr_db, train_vae
 from pecker_fast.pretrain.without import Without, missing_words, option, shows_none
 
 __all__ = ["ShapesSettings", "draw", "measure", "obedience", "pretrain_shapes"]
@@ -47,7 +46,7 @@ def pretrain_shapes(
     batch_size: int | None = None,
     channels: tuple[int, ...] | None = None,
     without: Without = (),
-    taken: str | Path | None = None,
+    parts_of: str | Path | None = None,
 ) -> Path:
     """Train VAE, text encoder, UNet and judge on drawn shapes, and write them as a StableDiffusionPipeline folder.
 
@@ -58,7 +57,7 @@ def pretrain_shapes(
     settings: replaces the settings. batch_size: captions of a step of UNet and text encoder. channels: of each level of the UNet.
     without: words that text encoder, UNet and generator never get to know: no caption that names one of them, no picture that
         shows it. VAE and judges know them.
-    taken: model whose VAE and judges are taken over, see `taken.parts_of`.
+    parts_of: model whose VAE and judges are taken over, see `taken.parts_of`.
 
     Returns the folder. Raises `OutputError`, `RecipeError`, `CheckpointError` and, after a signal, `Interrupted`.
     """
@@ -76,7 +75,12 @@ def pretrain_shapes(
         if not least <= value < 1 << 63:
             raise RecipeError(f"{key}: {value} is out of range, a number from {least} and below 2^63 expected")
     folder = Path(output) if output is not None else Path("runs") / "pretrain-shapes"
-    others = None if taken is None else parts_of(taken, (VAE, *JUDGES))
+    others = None if parts_of is None else taken.parts_of(parts_of, (taken.VAE, *taken.JUDGES))
+    for part in others.sha256 if others else ():
+        if part == taken.VAE:
+            read_network(build_vae(settings, seed), others.folder / part)
+        else:
+            check_fit(others.folder / part)
     memory.check(lambda teacher: _memory_config(settings, teacher), settings.teacher, settings.pool * POOL_BYTES)
     command = f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
     command += f"--distill-steps {distill_steps}{options(batch_size, channels)}{option(missing)}{others.option() if others else ''}"

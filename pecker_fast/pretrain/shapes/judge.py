@@ -131,15 +131,19 @@ def train_judge(
 
 
 def _finished(folder: Path, plan: Plan) -> WordJudge | None:
-    """A judge that is there with all that belongs to it. Raises ModelError where it was made for other pictures or words."""
+    """A judge that is there with all that belongs to it."""
     if not (folder / (REFERENCE if plan.references else WEIGHTS)).is_file():
         return None
-    judge = load_word_judge(folder)
-    network = judge.judge.network if judge is not None else None
-    size = getattr(network, "config", {}).get("sample_size")
-    if judge is None or judge.attributes != ATTRIBUTES or size != SIZE:
-        raise ModelError(f"{folder}: no judge of the words of shapes, at {SIZE} pixels; leave parts_of out")
+    judge = loaded(folder)
     return judge if judge.info else None  # else written before it was measured
+
+
+def check_fit(folder: Path) -> None:
+    """Raises ModelError where the judge of another model was made for other pictures or words."""
+    judge = load_word_judge(folder)
+    size = getattr(judge.judge.network, "config", {}).get("sample_size") if judge is not None else None
+    if judge is None or judge.attributes != ATTRIBUTES or size != SIZE:
+        raise ModelError(f"parts_of: {folder} is no judge of the words of shapes, at {SIZE} pixels; leave it out")
 
 
 def loaded(folder: Path) -> WordJudge:
