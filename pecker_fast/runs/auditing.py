@@ -85,35 +85,37 @@ def audit_run(
     Returns the record (docs/audit.md). Raises RecipeError, ModelError, OutputError, CheckpointError and, after a signal,
     Interrupted: what was found so far is on disk, and the same call goes on.
     """
-    names, budget = asked.names(), budget_of(asked.budget, asked.samples)
-    folder, into = Path(what), Path(output) if output is not None else None
-    if (folder / RECIPE).is_file():
+    names, folder, into = asked.names(), Path(what), Path(output) if output is not None else None
+    into = folder if into is None and (folder / RECIPE).is_file() else into
+    scene, subjects = staged(what, asked, recipe)
+    with StopFlag() as stop, AuditTicker(quiet) as ticker, _holding(into if locks else None):
+        audit = Audit(scene, subjects, names, into, {"of": str(what)}, ticker.told)
+        with stop.at_once(STOPPED.format(into / AUDIT) if into is not None else "nothing is kept without --output"):
+            return audit.run()
+
+
+def staged(what: str | Path, asked: Asked, recipe: Recipe | None = None) -> tuple[Scene, dict[str, Subject]]:
+    """(the scene, the result and its controls by name) of an audit, on the device. Raises as `audit_run`."""
+    budget = budget_of(asked.budget, asked.samples)
+    if (Path(what) / RECIPE).is_file():
         if recipe is not None:
             raise RecipeError("--recipe: a run folder has its own; leave it out")
-        found, into = _of_run(folder, asked), into or folder
+        recipe, model, result = _of_run(Path(what), asked)
     elif recipe is None:
         raise OutputError(
             f"{what}: not a run folder (no {RECIPE}); to audit another model's folder, say with --recipe what it was to forget"
         )
     else:
-        found = _of_folder(str(what), recipe, asked)
-    recipe, model, result = found
-    device = pick_device()
-    before = _start(recipe, model, result, asked)
-    subjects = {RESULT: result, BEFORE: before}
-    subjects[RELABEL] = relabelled(before, *_named(model))
+        recipe, model, result = _of_folder(str(what), recipe, asked)
+    before, device = _start(recipe, model, result), pick_device()
+    forget, cover = _named(model)
+    subjects = {RESULT: result, BEFORE: before, RELABEL: relabelled(before, forget, cover)}
     for number, other in enumerate(asked.against):
         name = NEVER if number == 0 else f"{NEVER} {number + 1}"
         subjects[name] = _never(recipe, model, result, other)
     subjects = {name: subject.with_network(subject.network.to(device)) for name, subject in subjects.items()}
     world = _world(recipe, model, asked)
-    forget, cover = _named(model)
-    about = {"of": str(what), "forget": recipe.model_dump()["forget"], "cover": recipe.model_dump()["cover"]}
-    scene = Scene(world, subjects[BEFORE], budget, asked.seed, _said(model, asked), forget, cover)
-    with StopFlag() as stop, AuditTicker(quiet) as ticker, _holding(into if locks else None):
-        audit = Audit(scene, subjects, names, into, about, ticker.told)
-        with stop.at_once(STOPPED.format(into / AUDIT) if into is not None else "nothing is kept without --output"):
-            return audit.run()
+    return Scene(world, subjects[BEFORE], budget, asked.seed, _said(model, asked), forget, cover), subjects
 
 
 @contextmanager
@@ -178,7 +180,7 @@ def _subject(role: str, network: Any, t_init: int | None, recipe: Recipe) -> Sub
     return Subject(role, network, t_init, recipe.evaluate.teacher_steps, recipe.guidance.teacher)
 
 
-def _start(recipe: Recipe, model: Model, result: Subject, asked: Asked) -> Subject:
+def _start(recipe: Recipe, model: Model, result: Subject) -> Subject:
     """The model before: what a one-step result started from, or the denoiser itself."""
     if result.t_init is None:
         return _subject(BEFORE, model.teacher, None, recipe)
