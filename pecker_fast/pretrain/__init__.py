@@ -109,8 +109,9 @@ def pretrain(
             _tell(dataset, settings, config_of(settings), prediction)
         missing = missing_classes(without, dataset)
         others = None if parts_of is None else taken.parts_of(parts_of, taken.JUDGES)
-        for part in others.sha256 if others else ():
-            check_fit(others.folder / part, dataset)
+        if others:
+            for part in others.sha256:
+                check_fit(others.folder / part, dataset)
         identity: dict[str, Any] = {
             "name": name, "seed": seed, "settings": _plain(asdict(settings)), "data_sha256": dataset.sha256()
         }  # fmt: skip

@@ -76,11 +76,8 @@ def pretrain_shapes(
             raise RecipeError(f"{key}: {value} is out of range, a number from {least} and below 2^63 expected")
     folder = Path(output) if output is not None else Path("runs") / "pretrain-shapes"
     others = None if parts_of is None else taken.parts_of(parts_of, (taken.VAE, *taken.JUDGES))
-    for part in others.sha256 if others else ():
-        if part == taken.VAE:
-            read_network(build_vae(settings, seed), others.folder / part)
-        else:
-            check_fit(others.folder / part)
+    if others:
+        _check_fit(others, settings, seed)
     memory.check(lambda teacher: _memory_config(settings, teacher), settings.teacher, settings.pool * POOL_BYTES)
     command = f"pecker-fast pretrain shapes --steps {settings.teacher.steps} --seed {seed} "
     command += f"--distill-steps {distill_steps}{options(batch_size, channels)}{option(missing)}{others.option() if others else ''}"
@@ -143,6 +140,15 @@ def _make(folder: Path, settings: ShapesSettings, seed: int, distill_steps: int,
     }
     card |= {"figures": figures, "time_s": round(time.monotonic() - begun, 1), "resumed_from": resumed_from}
     files.write_json(folder / folders.MODEL, card)
+
+
+def _check_fit(others: taken.Taken, settings: ShapesSettings, seed: int) -> None:
+    """Raises ModelError where VAE or judges of another model are not those of shapes."""
+    for part in others.sha256:
+        if part == taken.VAE:
+            read_network(build_vae(settings, seed), others.folder / part)
+        else:
+            check_fit(others.folder / part)
 
 
 def _resized(settings: ShapesSettings, batch_size: int | None, channels: tuple[int, ...] | None) -> ShapesSettings:
