@@ -153,11 +153,12 @@ def random_table(config: Config, device: torch.device) -> TextTable:
     """Embeddings of `PROMPTS` prompts that nobody wrote."""
     embeds = torch.randn(PROMPTS, TOKENS, config["cross_attention_dim"], device=device)
     names = tuple(map(str, range(PROMPTS)))
+    ids = torch.arange(PROMPTS * TOKENS).view(PROMPTS, TOKENS)
     if config.get("addition_embed_type") != "text_time":
-        return TextTable(names, embeds)
+        return TextTable(names, embeds, ids=ids)
     pixels = float(8 * config["sample_size"])
-    ids = torch.tensor([pixels, pixels, 0.0, 0.0, pixels, pixels], device=device)
-    return TextTable(names, embeds, torch.randn(PROMPTS, pooled_width(config), device=device), ids)
+    time_ids = torch.tensor([pixels, pixels, 0.0, 0.0, pixels, pixels], device=device)
+    return TextTable(names, embeds, torch.randn(PROMPTS, pooled_width(config), device=device), time_ids, ids)
 
 
 def released_schedule(prediction_type: str, device: torch.device) -> Schedule:
@@ -196,7 +197,9 @@ def set_up(
         teacher, score, generator, adam(recipe, score.named_parameters(), recipe.lr.score),
         get_method(recipe.method).updates(recipe, named, mask), start_ema(generator, recipe.ema),
     )  # fmt: skip
-    return LocalEngine(recipe, conditions, device), state
+    engine = LocalEngine(recipe, conditions, device)
+    engine.attacks.begin(state)
+    return engine, state
 
 
 def measure(

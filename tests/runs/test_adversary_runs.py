@@ -59,6 +59,22 @@ def test_from_every_step_to_the_same_bits(made, tmp_path):
     assert all("adversary_error" not in event for event in steps_of(tmp_path / "none"))
 
 
+def test_without_one_nothing_starts_afresh(setup):
+    recipe, engine, state, _ = setup()
+    state.step = recipe.adversary.restart
+    assert "adversary_error" not in iteration(engine, state)
+
+
+def test_the_codes_stand_in_the_forget_branch_alone(setup):
+    _, engine, state, _ = setup(adversary=ON, batch_size=8)
+    engine.attacks.begin(state)
+    own = state.generator.num_class_embeds
+    for role in ("score", "generator"):
+        forget, retain = (engine.draw(state, role, branch) for branch in ("forget", "retain"))
+        assert int((forget.c_g >= own).sum()) == 4
+        assert int(max(retain.c_g.max(), retain.c_s.max(), forget.c_s.max(), forget.c_p.max())) < own
+
+
 def test_in_pieces_the_same_vectors(setup):
     found = {}
     for micro in (0, 3):
