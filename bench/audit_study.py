@@ -52,6 +52,8 @@ def execute(arm: str, pair: tuple[int, int], seed: int, options: argparse.Namesp
     subprocess.run([*command, "train", recipe, *words, "--quiet"], check=True, env=environ)
     against = [word for name in fitting(options.never, forget) for word in ("--against", name)]
     audit = [*command, "audit", str(folder), "--budget", options.budget, *against, "--quiet"]
+    first = options.controls.setdefault(pair, folder)  # the controls of a pair are the same for all its arms
+    audit += ["--controls-of", str(first)] if first != folder else []
     subprocess.run(audit, check=True, env=environ)
     metrics, record = (json.loads((folder / name).read_text()) for name in ("metrics.json", "audit.json"))
     row = {"arm": arm, "pair": f"{forget} → {cover}", "seed": seed, "training_s": metrics["cost"]["training_s"]}
@@ -137,8 +139,13 @@ def main() -> int:
     arms = [list(ARMS)[int(n)] for n in options.arms.split(",")] if options.arms else list(ARMS)
     plan = [(arm, pair, int(seed)) for pair in pairs for seed in options.seeds.split(",") for arm in arms]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    options.controls = {}
+    firsts = [next(one for one in plan if one[1] == pair) for pair in pairs]
+    rows = {one: execute(*one, options, threads) for one in firsts}
+    rest = [one for one in plan if one not in rows]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda one: execute(*one, options, threads), plan))
+        rows |= dict(zip(rest, pool.map(lambda one: execute(*one, options, threads), rest)))
+    rows = [rows[one] for one in plan]
     command = f"python bench/audit_study.py {' '.join(sys.argv[1:])}"
     RESULTS.write_text(
         json.dumps({"command": command, "threads": threads, **environment(), "rows": rows}, indent=1) + "\n"

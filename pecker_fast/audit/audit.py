@@ -30,6 +30,7 @@ class Audit:
     folder: Path | None = None  # audit.json and audit/ go there; None = nowhere
     about: dict[str, Any] = field(default_factory=dict)  # what else the record says
     told: Told = lambda probe, subject, done, total: None
+    controls: Path | None = None  # audit.json of another run, see `Record.open`
 
     def identity(self) -> dict[str, Any]:
         """What a finding depends on: an audit of the same is taken up, another one begins anew."""
@@ -47,7 +48,7 @@ class Audit:
 
     def run(self) -> dict[str, Any]:
         """All that is not on record yet, then the verdicts. Returns the record."""
-        record = Record.open(self.folder, self.identity(), self.about)
+        record = Record.open(self.folder, self.identity(), self.about, self.controls)
         units = [(PROBES[name], role) for name in self.probes for role in self.subjects]
         for done, (probe, role) in enumerate(units):
             self.told(probe.name, role, done, len(units))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
+from pecker_fast.audit.subjects import RESULT
 from pecker_fast.errors import DataError, PeckerError
 from pecker_fast.terminal import warn
 
@@ -23,10 +24,15 @@ class Record:
     content: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path | None, identity: dict[str, Any], about: dict[str, Any]) -> Record:
-        """The record in `folder` where it is of the same audit, else a fresh one. Raises OutputError."""
+    def open(
+        cls, folder: Path | None, identity: dict[str, Any], about: dict[str, Any], controls: Path | None = None
+    ) -> Record:
+        """The record in `folder` where it is of the same audit, else a fresh one. controls: another audit's file, whose controls
+        are taken over where they are the very same. Raises DataError where they are not, OutputError."""
         path = None if folder is None else folder / AUDIT
         fresh = cls(path, {"version": VERSION, **about, "identity": identity, "probes": {}, "complete": False})
+        if controls is not None:
+            fresh.take_controls(controls, identity)
         if path is None or not path.is_file():
             return fresh
         try:
@@ -36,8 +42,21 @@ class Record:
             return fresh
         if found.get("identity") != identity:
             return fresh
-        fresh.content["probes"] = found.get("probes", {})
+        for probe, one in found.get("probes", {}).items():
+            kept = fresh.content["probes"].setdefault(probe, {"says": one["says"], "figures": {}})
+            kept["figures"] |= one["figures"]
         return fresh
+
+    def take_controls(self, path: Path, identity: dict[str, Any]) -> None:
+        """The figures of all but the result."""
+        found = read_audit(path)
+        if _of_controls(found.get("identity", {})) != _of_controls(identity):
+            raise DataError(
+                f"{path}: an audit with other controls, seed, budget or judges; nothing of it can be taken over"
+            )
+        for probe, one in found["probes"].items():
+            figures = {role: figures for role, figures in one["figures"].items() if role != RESULT}
+            self.content["probes"][probe] = {"says": one["says"], "figures": figures}
 
     def has(self, probe: str, role: str) -> bool:
         return role in self.figures(probe)
@@ -57,7 +76,7 @@ class Record:
 
     def finish(self, probes: Sequence[str], overall: Callable[[Sequence[str]], str]) -> dict[str, Any]:
         """Write and return the whole record; probes: those of this audit, in order."""
-        known = self.content["probes"]
+        known = {name: one for name, one in self.content["probes"].items() if RESULT in one["figures"]}
         self.content["probes"] = {name: known[name] for name in [*probes, *(n for n in known if n not in probes)]}
         kinds = [one["verdict"] for one in known.values() if one.get("verdict")]
         self.content |= {"verdict": overall(kinds), "complete": True}
@@ -67,6 +86,11 @@ class Record:
     def _write(self) -> None:
         if self.path is not None:
             files.write_sealed(self.path, self.content)
+
+
+def _of_controls(identity: dict[str, Any]) -> dict[str, Any]:
+    subjects = {name: one for name, one in identity.get("subjects", {}).items() if name != RESULT}
+    return {**identity, "subjects": subjects}
 
 
 def read_audit(path: Path) -> dict[str, Any]:

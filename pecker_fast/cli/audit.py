@@ -49,6 +49,14 @@ def audit(
             callback=at_home,
         ),
     ] = None,
+    controls_of: Annotated[
+        Path | None,
+        typer.Option(
+            "--controls-of",
+            help="Run whose audit had the very same controls: they are not run again.",
+            callback=at_home,
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="Of a model's folder: what of which model it was to forget.", callback=at_home),
@@ -70,6 +78,7 @@ def audit(
     asked = Asked(
         tuple(name.strip() for name in probes.split(",")) if probes else (), budget, tuple(against or ()), samples, seed,
         str(prompts) if prompts is not None else None, str(second_judge) if second_judge is not None else None,
+        str(controls_of) if controls_of is not None else None,
     )  # fmt: skip
     found = audit_run(run, asked, load_recipe(recipe) if recipe is not None else None, output, quiet)
     if json is not None:

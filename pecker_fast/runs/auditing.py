@@ -47,7 +47,7 @@ STOPPED = "what is found so far is in {}; the same command goes on"
 @dataclass(frozen=True)
 class Asked:
     """What an audit is asked for. against: runs or models that never knew the concept. prompts: a file that says the concept
-    in other words. seed: of all its draws."""
+    in other words. seed: of all its draws. controls_of: a run whose audit had the very same controls, which are taken over."""
 
     probes: Sequence[str] = ()
     budget: str = "standard"
@@ -56,6 +56,7 @@ class Asked:
     seed: int = 0
     prompts: str | None = None
     second_judge: str | None = None
+    controls_of: str | None = None
 
     def names(self) -> list[str]:
         """The probes in their order, all of them where none is named. Raises RecipeError."""
@@ -66,6 +67,15 @@ class Asked:
                     f"probes: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(PROBES)})"
                 )
         return [name for name in PROBES if name in self.probes or not self.probes]
+
+    def controls(self) -> Path | None:
+        """The audit.json of `controls_of`. Raises OutputError where it has none."""
+        if self.controls_of is None:
+            return None
+        path = Path(self.controls_of) / AUDIT
+        if not path.is_file():
+            raise OutputError(f"--controls-of: {path} is not there; audit that run first")
+        return path
 
 
 @memory_errors("use a smaller --budget, or free memory")
@@ -89,7 +99,7 @@ def audit_run(
     into = folder if into is None and (folder / RECIPE).is_file() else into
     scene, subjects = staged(what, asked, recipe)
     with StopFlag() as stop, AuditTicker(quiet) as ticker, _holding(into if locks else None):
-        audit = Audit(scene, subjects, names, into, {"of": str(what)}, ticker.told)
+        audit = Audit(scene, subjects, names, into, {"of": str(what)}, ticker.told, asked.controls())
         with stop.at_once(STOPPED.format(into / AUDIT) if into is not None else "nothing is kept without --output"):
             return audit.run()
 

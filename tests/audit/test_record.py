@@ -59,3 +59,23 @@ def test_a_damaged_record_is_not_believed(tmp_path, capsys):
         read_audit(tmp_path / AUDIT)
     assert audit(tmp_path, probes=("neighbours",)).run()["probes"]["neighbours"]["verdict"] == "kept"
     assert "begins anew" in capsys.readouterr().err
+
+
+def test_controls_of_another_audit_are_taken_over_where_they_are_the_same(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    first = audit(one).run()
+    second = audit(two)
+    second.controls = one / AUDIT
+    second.subjects = {**second.subjects, RESULT: replace(second.subjects["never knew"], role=RESULT)}
+    ran, unit = [], second.unit
+    second.unit = lambda probe, role: ran.append(role) or unit(probe, role)
+    found = second.run()
+    assert ran == [RESULT] * len(PROBES)
+    for name in PROBES:
+        for role in ("before", "relabel", "never knew"):
+            assert found["probes"][name]["figures"][role] == first["probes"][name]["figures"][role]
+    other = audit(two, seed=1)
+    other.controls = one / AUDIT
+    with pytest.raises(DataError, match="other controls"):
+        other.run()

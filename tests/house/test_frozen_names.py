@@ -105,6 +105,7 @@ COMMANDS = {
         "--seed",
         "--prompts",
         "--second-judge",
+        "--controls-of",
         "--recipe",
         "--output",
         "-o",
