@@ -187,7 +187,9 @@ def _of_folder(what: str, recipe: Recipe, asked: Asked) -> Found:
 
 
 def _subject(role: str, network: Any, t_init: int | None, recipe: Recipe) -> Subject:
-    return Subject(role, network, t_init, recipe.evaluate.teacher_steps, recipe.guidance.teacher)
+    if t_init is not None:
+        return Subject(role, network, t_init)
+    return Subject(role, network, None, recipe.evaluate.teacher_steps, recipe.guidance.teacher)
 
 
 def _start(recipe: Recipe, model: Model, result: Subject) -> Subject:
