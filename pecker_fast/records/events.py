@@ -172,6 +172,8 @@ class Tracker:
         parts += [f"ETA {eta}" for eta in [self._eta(step)] if eta]
         losses = [f"{key[:-5]} {_text(key, values[key])}" for key in _LOSSES if values.get(key) is not None]
         parts += ["loss " + " ".join(losses)] if losses else []
+        attack = values.get("adversary_error")
+        parts += [] if attack is None else [f"attack {_text('adversary_error', attack)}"]
         parts += [] if self._ua is None else [f"UA {_text('ua', self._ua)}"]
         text, done = " · ".join(parts), step - self._first
         if self._progress is not None:

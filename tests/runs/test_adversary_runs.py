@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pecker_fast import cli
 from pecker_fast.account.iteration import counted
-from pecker_fast.recipe import recipe_from
+from pecker_fast.recipe import idle_keys, recipe_from
 from pecker_fast.records import checkpoint
 from pecker_fast.records.run_folder import trajectory
 from pecker_fast.runs.loop import iteration
@@ -129,7 +129,9 @@ def test_a_recipe_without_one_is_the_run_it_was():
     there = trajectory(recipe_from({}))
     assert "adversary" not in there
     assert "exclude" not in there["mask"]
-    assert trajectory(recipe_from({"adversary": {"rate": 0.5}})) == there  # idle
+    idle = recipe_from({"adversary": {"rate": 0.5}})
+    assert trajectory(idle) == there
+    assert idle_keys(idle) == ["adversary.rate has no effect with adversary.conditions=0"]
     assert trajectory(recipe_from({"adversary": {"conditions": 1}}))["adversary"]["conditions"] == 1
 
 
