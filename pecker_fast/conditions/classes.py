@@ -33,6 +33,10 @@ class Conditions:
         """`forget` and `cover`, int64 each."""
         return _table(self.forget, device), _table(self.cover, device)
 
+    def kept(self, device: torch.device) -> Tensor:
+        """`retain`, int64."""
+        return _table(self.retain, device)
+
 
 @functools.lru_cache(maxsize=64)
 def _table(classes: tuple[int, ...], device: torch.device) -> Tensor:

@@ -113,14 +113,14 @@ def start_of(
     """Where vector k begins its life number `life` (the first is 0), [1, …]: its starts take turns."""
     starts = recipe.adversary.starts
     kind = starts[(k + life) % len(starts)]
-    rng = draws.generator(recipe.seed, f"adversary-start-{k}", life)
-    choices = conditions.retain if kind == "kept" else conditions.forget
-    chosen = int(torch.randint(len(choices), (1,), generator=rng))
+    rng = draws.generator(recipe.seed, f"adversary-start-{k}", life, device)
+    choices = conditions.kept(device) if kind == "kept" else conditions.pairs(device)[0]
+    chosen = torch.randint(len(choices), (1,), generator=rng, device=device)
     if kind == "forget" and not recipe.uses_prompts:
-        chosen = k % len(choices)  # the class it is fitted to
-    value = own(torch.tensor([choices[chosen]], device=device))
+        chosen = torch.full_like(chosen, k % len(choices))  # the class it is fitted to
+    value = own(choices[chosen])
     if kind == "random":
-        noise = torch.randn(value.shape, generator=rng).to(value)
+        noise = torch.randn(value.shape, generator=rng, device=device).to(value)
         return noise * value.square().mean().sqrt()
     return near(value, NEAR, [rng])
 

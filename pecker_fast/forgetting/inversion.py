@@ -91,6 +91,6 @@ def fit_step(vectors: Vectors, network: Denoiser, error: Callable[[Denoiser], Te
 
 def near(values: Tensor, share: float, generators: Sequence[torch.Generator]) -> Tensor:
     """Each of `values` [K, ...] moved by noise of `share` of its own size, a generator for each."""
-    noise = torch.stack([torch.randn(values.shape[1:], generator=g) for g in generators]).to(values)
+    noise = torch.stack([torch.randn(values.shape[1:], generator=g, device=g.device) for g in generators]).to(values)
     size = values.square().flatten(1).mean(1).sqrt().view(-1, *(1 for _ in values.shape[1:]))
     return values + share * size * noise

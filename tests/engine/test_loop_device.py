@@ -74,13 +74,21 @@ def values(state):
     return {name: value.detach().clone() for name, value in named.items()}
 
 
-@pytest.mark.parametrize("rule", RULES)
+ATTACKED = {"conditions": 3, "restart": 1, "starts": ["forget", "kept", "random"], "samples": 4, "share": 1.0}
+
+
+@pytest.mark.parametrize("rule", [*RULES, "attacked"])
 def test_nothing_in_an_iteration_waits_for_the_device(setup, rule):
-    _, engine, state, _ = setup(update_rule=rule, guidance={"text_dropout": 0.5, "score": 1.5})
+    keys = {"adversary": ATTACKED} if rule == "attacked" else {"update_rule": rule}
+    _, engine, state, _ = setup(guidance={"text_dropout": 0.5, "score": 1.5}, **keys)
     engine = late(engine)
+    engine.attacks.begin(state)
     iteration(engine, state)  # class tables and optimizer state are made here
     with NoWaiting() as mode:
         iteration(engine, state)
+        if rule == "attacked":  # each start once
+            iteration(engine, state)
+            iteration(engine, state)
     assert mode.found == []
 
 
