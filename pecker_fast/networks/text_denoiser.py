@@ -72,6 +72,7 @@ class TextDenoiser(Denoiser):
         self.vae = vae
         self.latent_size = latent_size  # (height, width); None = the size the network was trained on
         self.places: Tensor | None = None  # [P, L], where free tokens stand, see `with_places`
+        self.tokens = 0  # free tokens of a vector
 
     @property
     def classes(self) -> list[int]:
@@ -94,6 +95,7 @@ class TextDenoiser(Denoiser):
         for row, other_row in zip(forget, cover):
             spans[row] = named_span(ids[row], ids[other_row])
         other = copy.copy(self)
+        other.tokens = tokens
         other.places = token_places(ids, spans, tokens).to(self.table.embeds.device)
         return other
 
@@ -104,8 +106,7 @@ class TextDenoiser(Denoiser):
     def own_vectors(self, c: Tensor) -> Tensor:
         """[N, k, D]: the prompts' embeddings at the places of the k free tokens (of several places of one, the first)."""
         assert self.places is not None
-        tokens = int(self.places.max()) + 1
-        found = torch.stack([(self.places[c] == j).int().argmax(1) for j in range(tokens)], 1)  # [N, k]
+        found = torch.stack([(self.places[c] == j).int().argmax(1) for j in range(self.tokens)], 1)  # [N, k]
         return self.table.embeds[c.unsqueeze(1), found].float().clone()
 
     def to(self, device: torch.device | str) -> Self:
