@@ -32,7 +32,7 @@ from pecker_fast.errors import ModelError, OutputError, RecipeError, memory_erro
 from pecker_fast.evaluate import Judge, WordJudge, load_second_judge
 from pecker_fast.loading import Model, fit_timesteps, load_model, pick_device, plan_of, start_generator
 from pecker_fast.machine import StopFlag
-from pecker_fast.networks import TextDenoiser, load_unet, one_step_start
+from pecker_fast.networks import TextDenoiser, one_step_start
 from pecker_fast.recipe import Recipe, closest
 from pecker_fast.records import RECIPE, locked
 from pecker_fast.report import write_report
@@ -180,9 +180,9 @@ def _of_folder(what: str, recipe: Recipe, asked: Asked) -> Found:
     model = load_model(recipe, more)
     recipe = fit_timesteps(recipe, model.teacher.schedule.num_timesteps)
     folder = files.resolve_model(what)
-    t_init = one_step_start(folder, recipe.timesteps.init)
-    unet = load_unet(files.check_model_folder(folder))
-    network = model.teacher.with_network(unet).freeze()
+    distilled = (folder / "generator").is_dir()
+    t_init = recipe.timesteps.init if distilled else one_step_start(folder, recipe.timesteps.init)
+    network = start_generator(recipe.model_copy(update={"generator": what}), model.teacher).freeze()
     return recipe, model, _subject(RESULT, network, t_init, recipe)
 
 

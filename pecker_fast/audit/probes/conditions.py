@@ -49,11 +49,8 @@ def inversion(scene: Scene, subject: Subject) -> Finding:
     """The worst of all starts, rates and numbers of tokens, of each thing that is forgotten."""
     text = isinstance(subject.network, TextDenoiser)
     worlds = scene.world.groups()[:MOST]
-    runs = [
-        _fitted(replace(scene, world=world), subject, tokens)
-        for world in worlds
-        for tokens in (scene.budget.tokens if text else (0,))
-    ]
+    scenes = [scene] if len(worlds) == 1 else [replace(scene, world=world) for world in worlds]
+    runs = [_fitted(one, subject, tokens) for one in scenes for tokens in (scene.budget.tokens if text else (0,))]
     worst = max(runs, key=lambda run: run.recovery or 0.0)
     variants = {name: value for run in runs for name, value in run.variants.items()}
     curves = {name: curve for run in runs for name, curve in run.curves.items()}
