@@ -65,7 +65,7 @@ bench: setup
 	@echo "== bench iteration"
 	@$(BIN)/python -m pytest bench/test_bench_iteration.py --benchmark-json=bench/results/iteration.json
 	@echo "== bench account, floor"
-	@$(BIN)/pecker-fast bench digits --iterations 30 --json bench/results/account_digits.json
+	@$(BIN)/pecker-fast bench digits_plain --iterations 30 --json bench/results/account_digits.json
 	@$(BIN)/python bench/floor.py
 	@$(BIN)/python bench/tables.py --write docs/performance.md
 

@@ -119,7 +119,7 @@ def layer_times(entry: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 def measure(quick: bool) -> dict[str, Any]:
     keys = ["mask.samples=4" if quick else "mask.samples=256", *(["batch_size=2"] if quick else [])]
-    recipe = load_recipe("digits", keys)
+    recipe = load_recipe("digits_plain", keys)
     ours, plain = set_up(recipe), set_up(recipe)
     loop, rounds = PlainLoop(plain, recipe.update_rule), 1 if quick else 30
     times: dict[str, list[float]] = {"engine": [], "plain loop": []}

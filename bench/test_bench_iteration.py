@@ -25,7 +25,7 @@ ROUNDS, WARM_UP = (1, 1) if TINY else (30, 5)
 
 def start(rule: str, *overrides: str) -> Setup:
     keys = ["mask.source=none"] if rule == "dense" else [f"update_rule={rule}"]
-    return set_up(load_recipe("digits", [*KEYS, *keys, *overrides]))
+    return set_up(load_recipe("digits_plain", [*KEYS, *keys, *overrides]))
 
 
 @pytest.mark.parametrize("rule", ENGINE)

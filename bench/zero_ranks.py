@@ -119,7 +119,7 @@ class Iteration:
             if plan.rule != "dense"
             else ["mask.source=none"]
         )
-        recipe = load_recipe("digits", keys)
+        recipe = load_recipe("digits_plain", keys)
         parts = load_parts(recipe)
         self.engine = engine_of(recipe, parts, torch.device("cpu"), Group(600.0))
         self.state = self.engine.start(parts.teacher, parts.score, parts.generator)

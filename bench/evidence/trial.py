@@ -47,7 +47,7 @@ def recipe_of(arm: Arm, config: Config, pair: tuple[int, int], seed: int) -> Rec
         keys += (
             [f"mask.score={arm.loss}", f"mask.contrast={str(arm.contrast).lower()}"] if arm.score != "random" else []
         )
-    return load_recipe("digits", keys)
+    return load_recipe("digits_plain", keys)
 
 
 @lru_cache(maxsize=10)

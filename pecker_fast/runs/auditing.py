@@ -141,22 +141,43 @@ def _holding(folder: Path | None) -> Iterator[None]:
             yield
 
 
+def check_audit(recipe: Recipe, model: Model) -> None:
+    """Raise RecipeError or ModelError, before anything is trained, where the audit that the recipe asks for could not be made."""
+    if recipe.audit.budget == "none":
+        return
+    if recipe.distill_steps:
+        raise RecipeError(
+            "audit.budget: a run that distils its own start keeps nothing to compare with; use audit.budget=none, or a generator"
+        )
+    asked = _asked_by(recipe, model)
+    asked.names()
+    _world(recipe, model, asked)
+    for name in asked.against:
+        if not (Path(name) / RECIPE).is_file():
+            _check_like(model, files.resolve_model(name), name, one_step=True)
+
+
 def with_audit(recipe: Recipe, model: Model, result: RunResult, quiet: bool) -> RunResult:
     """The result of a run on this model, whose folder is held, with the audit that its recipe asks for, taken up where it was
     left. Raises Interrupted."""
-    options = recipe.audit
-    if options.budget == "none" or result.metrics is None:
+    if recipe.audit.budget == "none" or result.metrics is None:
         return result
-    fitting = []
-    for name in options.against:  # a recipe's own, whatever is given it to forget
+    asked = _asked_by(recipe, model, told=True)
+    found = audit_run(result.run_dir, asked, quiet=quiet, locks=False)
+    return replace(result, audit=found, report=write_report(result.run_dir))
+
+
+def _asked_by(recipe: Recipe, model: Model, told: bool = False) -> Asked:
+    """What a recipe asks for. Of its models those are left out that knew what is forgotten here: a shipped recipe names one, and
+    may be given anything to forget."""
+    options, fitting = recipe.audit, []
+    for name in options.against:
         doubt = None if (Path(name) / RECIPE).is_file() else _knows(model, files.resolve_model(name))
         if doubt is None:
             fitting.append(name)
-        else:
+        elif told:
             note([f"audit.against: {name} is left out: {doubt}"])
-    asked = Asked(tuple(options.probes), options.budget, tuple(fitting), options.samples or None)
-    found = audit_run(result.run_dir, asked, quiet=quiet, locks=False)
-    return replace(result, audit=found, report=write_report(result.run_dir))
+    return Asked(tuple(options.probes), options.budget, tuple(fitting), options.samples or None)
 
 
 Found = tuple[Recipe, Model, Subject]
@@ -227,6 +248,19 @@ def _never(recipe: Recipe, model: Model, result: Subject, name: str) -> Subject:
             f"against {name}: its samples are {network.sample_shape}, the model's {model.teacher.sample_shape}"
         )
     return _subject(NEVER, network.freeze(), result.t_init, recipe)
+
+
+def _check_like(model: Model, folder: Path, name: str, one_step: bool) -> None:
+    """Raise ModelError where a folder's network is no twin of the model's, by the headers of its weights."""
+    distilled = (folder / "generator").is_dir()
+    if one_step and not distilled and one_step_start(folder, 0) is None:
+        raise ModelError(
+            f"against {name}: it has no one-step generator (generator/), and the result is one; distil it first"
+        )
+    found = files.empty_weights(folder / "generator" if distilled and one_step else files.check_model_folder(folder))
+    for key, p in model.teacher.named_parameters():
+        if key not in found or found[key].shape != p.shape:
+            raise ModelError(f"against {name}: its network is another model's (tensor {key}); give a twin of this one")
 
 
 def _knows(model: Model, folder: Path) -> str | None:

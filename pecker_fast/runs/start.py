@@ -47,7 +47,7 @@ from pecker_fast.records import (
     take_inputs,
     trajectory_sha256,
 )
-from pecker_fast.runs.auditing import with_audit
+from pecker_fast.runs.auditing import check_audit, with_audit
 from pecker_fast.runs.forecast import check_memory, lighter, surely_fits
 from pecker_fast.runs.planning import found_rows, planned, prompt_rows, run_rows
 from pecker_fast.runs.result import RunResult
@@ -95,6 +95,7 @@ def train(
                 prediction = check_memory(located)
         if (commit := revision_of(parts.folder)) is not None:  # what a later resume is to find
             recipe, located = (one.model_copy(update={"revision": commit}) for one in (recipe, located))
+        ranks.agree(lambda: check_audit(located, parts))
         forget_images = ranks.agree(lambda: _forget_images(located, parts))
         identity = identity_of(recipe, parts)
         alike(ranks, identity["start_sha256"], "model: the ranks have loaded different models")

@@ -1,5 +1,6 @@
 """`audit` from the command line and from Python, over a tiny run: what it writes, takes up, and refuses."""
 
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_models import TINY_KEYS, write_tiny_model
 
 from pecker_fast import cli, unlearn
 from pecker_fast.audit import AUDIT, BUDGETS, PROBES, Budget, read_audit
+from pecker_fast.errors import PeckerError
 from pecker_fast.recipe import recipe_to_yaml
 from pecker_fast.runs import train
 
@@ -97,6 +99,20 @@ def test_a_model_that_knew_what_is_forgotten_is_no_floor(made, tmp_path, capsys)
     assert set(result.audit["identity"]["subjects"]) == {"result", "before", "relabel"}
     (twin / "model.json").write_text('{"null_class": 3, "without": [0]}')
     assert audit(copied(run, tmp_path / "again"), "--against", twin, "--probes", "neighbours", "-q") == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"audit": {"budget": "quick", "probes": ["relern"]}}, "did you mean relearn?"),
+        ({"audit": {"budget": "quick", "against": ["digits"]}}, "its network is another model's"),
+        ({"audit": {"budget": "quick"}, "distill_steps": 1}, "distils its own start"),
+    ],
+)
+def test_an_audit_that_could_not_be_made_is_refused_before_training(made, tmp_path, keys, said):
+    with pytest.raises(PeckerError, match=re.escape(said)):
+        train(small_recipe(made[0], tmp_path / "run", **keys), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
