@@ -6,10 +6,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 NARROWEST = 60  # columns; on a narrower terminal tables break at its edge, and stay whole
 
@@ -145,3 +147,20 @@ def table_console() -> Console:
 def takes_a_bar() -> bool:
     """Whether stderr is a terminal that can draw a line anew."""
     return Tolerant(sys.stderr).isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+class LiveBar(contextlib.AbstractContextManager["LiveBar"]):
+    """Shows a progress bar, where there is one, while it is entered."""
+
+    bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()

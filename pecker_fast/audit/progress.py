@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
-from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pecker_fast.terminal import rich_console, say, takes_a_bar
+from pecker_fast.terminal import LiveBar, rich_console, say, takes_a_bar
 
 
-class AuditTicker(AbstractContextManager["AuditTicker"]):
+class AuditTicker(LiveBar):
     """A progress bar on a terminal, a plain line for each unit elsewhere (on standard error); nothing where `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.begun = time.monotonic()
-        self.bar: Progress | None = None
         if takes_a_bar() and not quiet:
             columns = (TextColumn("audit"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self.bar = Progress(*columns, TextColumn("{task.description}"), console=rich_console(stderr=True))
             self.task = self.bar.add_task("")
-
-    def __enter__(self) -> AuditTicker:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar:
-            self.bar.stop()
 
     def told(self, probe: str, subject: str, done: int, total: int) -> None:
         """A unit begins, `done` of `total` are over."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pecker_fast.terminal import rich_console, say, takes_a_bar
+from pecker_fast.terminal import LiveBar, rich_console, say, takes_a_bar
 
 LINE_EVERY_S = 5.0
 SHOWN = 20  # classes of a line
@@ -22,28 +20,16 @@ def say_classes(names: Sequence[str]) -> None:
     say(f"classes: {shown}{more}")
 
 
-class Ticker(AbstractContextManager["Ticker"]):
+class Ticker(LiveBar):
     """A progress bar on a terminal, one plain line every few seconds elsewhere (on standard error)."""
 
     def __init__(self, what: str, total: int, start: int = 0) -> None:
         self.what, self.total, self.start = what, total, start
         self.begun = self.last = time.monotonic()
-        self.bar: Progress | None = None
         if takes_a_bar():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=rich_console(stderr=True))
             self.task = self.bar.add_task(what, total=total, completed=start, note="")
-
-    def __enter__(self) -> Ticker:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar:
-            self.bar.stop()
 
     def due(self, step: int) -> bool:
         """Whether it is time for a `note`: asked first, because reading a loss may wait for the device."""
