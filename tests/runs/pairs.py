@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 from tiny_text_models import tiny_pipeline
 
-# Other machinery: many processes, a GPU, a compiler, the hub. These keys have suites of their own, the slow test takes some in.
+# Other machinery: many processes, a GPU, a compiler, the hub, an audit once a run is done. These keys have suites of their own,
+# the slow test takes some in.
 ELSEWHERE = ("revision", "engine.zero", "engine.offload", "engine.shard_teacher", "engine.deepspeed", "engine.stall_s",
-             "engine.compile", "engine.cuda_graph")  # fmt: skip
+             "engine.compile", "engine.cuda_graph", "audit.budget", "audit.probes", "audit.against",
+             "audit.samples")  # fmt: skip
 SALIENCY = {"method": ["pecker"], "mask.source": ["saliency"]}
 CUT = {"method": ["pecker"], "mask.source": ["saliency", "random"]}
 NEEDS: dict[str, Choice] = {
