@@ -39,7 +39,7 @@ class Vectors:
         """Vector k begins again at `value`."""
         self.values[k].copy_(value)
         for tensor in (self.first, self.second, self.steps):
-            tensor[k] = 0
+            tensor[k].zero_()
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, rate: float | Tensor) -> None:
