@@ -34,13 +34,11 @@ def test_a_twin_is_small_and_built_as_the_whole_model_is(name):
 def test_the_row_of_the_digit_that_was_never_seen_is_where_it_began():
     """Weight decay alone has been at it; every other row has learnt."""
     folder = files.resolve_model("digits_without_0")
+    networks = [load_unet(folder / part) for part in ("unet", "generator")]
     with torch.random.fork_rng([]):
         torch.manual_seed(draws.generator(0, "init").initial_seed())
-        fresh = type(load_unet(folder / "unet"))(**load_unet(folder / "unet").config)
-    began, teacher, generator = (
-        network.class_embedding.weight.detach()
-        for network in (fresh, load_unet(folder / "unet"), load_unet(folder / "generator"))
-    )
+        fresh = type(networks[0])(**networks[0].config)
+    began, teacher, generator = (network.class_embedding.weight.detach() for network in (fresh, *networks))
     alike = cosine_similarity(began, teacher)
     assert alike[0] > 0.99999
     assert alike[1:].max() < 0.9999
