@@ -212,7 +212,7 @@ def test_the_verbs_hand_their_options_on(capsys, monkeypatch):
     assert export.calls == [((run,), {"output": Path("out"), "weights": "raw", "form": "diffusers"})]
     assert report.calls == [((run,), {})]
     keys = {"data": Path("d"), "output": None, "steps": 9, "seed": 1, "distill_steps": 0, "size": 32}
-    keys |= {"batch_size": None, "channels": None}
+    keys |= {"batch_size": None, "channels": None, "without": (), "parts_of": None}
     assert pretrain.calls == [(("images",), keys)]
     assert capsys.readouterr().out == "images: a.png\nthe table\npipeline: p\nreport: r.html\nmodel folder: m\n"
 

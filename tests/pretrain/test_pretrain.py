@@ -475,7 +475,7 @@ def test_state_is_saved_by_the_clock_and_the_judge_goes_on_where_it_was(
 
     monkeypatch.setattr("pecker_fast.pretrain.fit.save_partial", noted)
     run(tmp_path / "whole", settings)
-    assert saved == [("teacher", 4), ("judge", 4)]
+    assert saved == [("teacher", 4), ("judge", 4), ("second_judge", 4)]
     monkeypatch.setattr("pecker_fast.pretrain.fit.SAVE_S", 0.0)
     saved.clear()
 
@@ -491,6 +491,6 @@ def test_state_is_saved_by_the_clock_and_the_judge_goes_on_where_it_was(
     monkeypatch.setattr("pecker_fast.pretrain.fit.save_partial", noted)
     saved.clear()
     run(tmp_path / "cut", settings)
-    assert saved == [("judge", 4)]
+    assert saved == [("judge", 4), *(("second_judge", i) for i in (1, 2, 3, 4))]
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert not list((tmp_path / "cut").glob("partial*"))
