@@ -153,6 +153,8 @@ def _read_images(run: RunData, folder: str) -> dict[str, bytes]:
             continue
         if data.startswith(_PNG):
             found[path.stem] = data
+        else:
+            run.notes.append(f"{folder}/{path.name}: left out, not a PNG of at most {_MAX_PNG_BYTES >> 20} MiB")
     return found
 
 

@@ -15,6 +15,7 @@ from pecker_fast import cli
 from pecker_fast.cli import verb
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError
 from pecker_fast.recipe import load_recipe
+from pecker_fast.runs.result import RunResult
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "pretrain", "sample", "evaluate", "report", "mask", "export", "doctor", "bench", "recipes"]
@@ -108,10 +109,11 @@ def test_train_resolves_the_recipe_and_prints_what_came_of_it(capsys, monkeypatc
 
     table = Table("", "before", "after")
     table.add_row("UA", "1 %", "99 %")
-    result = types.SimpleNamespace(run_dir=tmp_path, metrics={"after": {}}, report=tmp_path / "report.html")
+    audit = {"verdict": "as if never known by all 2 probes"}
+    result = RunResult(tmp_path, {"after": {}}, tmp_path / "report.html", audit=audit)
     train = recorder(result)
     stand_in(monkeypatch, "pecker_fast.runs", train=train)
-    stand_in(monkeypatch, "pecker_fast.report", metrics_table=recorder(table))
+    stand_in(monkeypatch, "pecker_fast.report", metrics_table=recorder(table), audit_table=recorder("comes back"))
     assert cli.main(["train", "digits", "steps=3", "--tensorboard", "lr=1e-5"]) == 0
     (recipe,), keys = train.calls[0]
     assert recipe == load_recipe("digits", ["steps=3", "lr=1e-5"])
@@ -119,6 +121,8 @@ def test_train_resolves_the_recipe_and_prints_what_came_of_it(capsys, monkeypatc
     assert keys == {"tensorboard": True, "quiet": False, "dry_run": False}
     out = capsys.readouterr().out
     assert "99 %" in out
+    assert "comes back" in out
+    assert "as if never known by all 2 probes" in out
     assert f"run folder: {tmp_path}\nreport: {tmp_path}/report.html\n" in out
 
     assert cli.main(["train", "digits", "--quiet"]) == 0
