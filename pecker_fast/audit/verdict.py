@@ -41,14 +41,15 @@ def verdict_on(result: Interval, ceiling: Interval | None, floor: Interval | Non
     """ceiling: of the control that only hides. floor: of models that never knew; None = there is none."""
     if floor is not None and result.high < floor.low:
         return Verdict("holds", "less comes back than from a model that never knew it")
-    nothing = result.high <= NOTHING
-    if nothing and ceiling is not None and ceiling.low > result.high:
-        return Verdict("holds", "nothing comes back, and it does where the concept is only hidden")
     if floor is None:
+        if result.high <= NOTHING and ceiling is not None and ceiling.low > result.high:
+            return Verdict("holds", "nothing comes back, and it does where the concept is only hidden")
         return Verdict("cannot tell", "there is no model that never knew to compare with")
     if ceiling is not None and floor.high >= ceiling.low:
         return Verdict("cannot tell", "a model that never knew gives back as much as one that only hides")
     if result.low > floor.high:
+        if result.high <= NOTHING:
+            return Verdict("holds", "next to nothing comes back, and it does where the concept is only hidden")
         return Verdict("hides", "more comes back than from a model that never knew it")
     return Verdict("as if never known", "not told apart from a model that never knew it")
 

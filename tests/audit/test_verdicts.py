@@ -17,7 +17,8 @@ def of(result, relabel, never, n=400):
         (0.98, 0.99, 0.30, "hides"),
         (0.31, 0.99, 0.30, "as if never known"),
         (0.02, 0.99, 0.30, "holds"),
-        (0.00, 0.99, 0.00, "holds"),  # nothing comes back
+        (0.00, 0.99, 0.00, "as if never known"),  # a twin of the model that never knew is told to be one
+        (0.025, 0.99, 0.00, "holds"),  # next to nothing comes back
         (0.02, 0.98, 0.98, "holds"),  # below the floor, though the floor is as high as the ceiling
         (0.98, 0.98, 0.97, "cannot tell"),  # an attack that brings back what never was
         (0.00, 0.00, 0.00, "cannot tell"),  # one that brings back nothing from anybody
