@@ -152,9 +152,6 @@ def check_audit(recipe: Recipe, model: Model) -> None:
     asked = _asked_by(recipe, model)
     asked.names()
     _world(recipe, model, asked)
-    for name in asked.against:
-        if not (Path(name) / RECIPE).is_file():
-            _check_like(model, files.resolve_model(name), name, one_step=True)
 
 
 def with_audit(recipe: Recipe, model: Model, result: RunResult, quiet: bool) -> RunResult:
@@ -168,16 +165,25 @@ def with_audit(recipe: Recipe, model: Model, result: RunResult, quiet: bool) -> 
 
 
 def _asked_by(recipe: Recipe, model: Model, told: bool = False) -> Asked:
-    """What a recipe asks for. Of its models those are left out that knew what is forgotten here: a shipped recipe names one, and
-    may be given anything to forget."""
+    """What a recipe asks for. Of its models those are left out, and told, that knew what is forgotten here or are no twins of this
+    model: a shipped recipe names one, and may be given any model and anything to forget."""
     options, fitting = recipe.audit, []
     for name in options.against:
-        doubt = None if (Path(name) / RECIPE).is_file() else _knows(model, files.resolve_model(name))
+        doubt = None if (Path(name) / RECIPE).is_file() else _doubt(model, files.resolve_model(name), name)
         if doubt is None:
             fitting.append(name)
         elif told:
             note([f"audit.against: {name} is left out: {doubt}"])
     return Asked(tuple(options.probes), options.budget, tuple(fitting), options.samples or None)
+
+
+def _doubt(model: Model, folder: Path, name: str) -> str | None:
+    """Why a folder's model cannot be compared with; None where it can."""
+    try:
+        _check_like(model, folder, name, one_step=True)
+    except ModelError as error:
+        return str(error)
+    return _knows(model, folder)
 
 
 Found = tuple[Recipe, Model, Subject]

@@ -141,7 +141,7 @@ def test_an_account_becomes_a_table(tmp_path, capsys):
     from pecker_fast import cli
 
     keys = ["batch_size=2", "mask.samples=4", "--iterations", "1", "--json", str(tmp_path / "account_digits.json")]
-    assert cli.main(["bench", "digits", *keys]) == 0
+    assert cli.main(["bench", "digits_plain", *keys]) == 0
     capsys.readouterr()
     table = tables.load(tmp_path)["account"]
     assert "| part | GFLOP, dense | GFLOP, masked | ratio |" in table

@@ -97,6 +97,9 @@ def test_a_model_that_knew_what_is_forgotten_is_no_floor(made, tmp_path, capsys)
     result = train(small_recipe(model, tmp_path / "run", audit=given), quiet=True)
     assert "is left out: it was made without 2" in capsys.readouterr().err
     assert set(result.audit["identity"]["subjects"]) == {"result", "before", "relabel"}
+    given["against"] = ["digits_without_0"]  # as a shipped recipe has it that is given another model
+    train(small_recipe(model, tmp_path / "own", audit=given), quiet=True)
+    assert "is left out: against digits_without_0: its network is another model's" in capsys.readouterr().err
     (twin / "model.json").write_text('{"null_class": 3, "without": [0]}')
     assert audit(copied(run, tmp_path / "again"), "--against", twin, "--probes", "neighbours", "-q") == 0
 
@@ -105,7 +108,7 @@ def test_a_model_that_knew_what_is_forgotten_is_no_floor(made, tmp_path, capsys)
     ("keys", "said"),
     [
         ({"audit": {"budget": "quick", "probes": ["relern"]}}, "did you mean relearn?"),
-        ({"audit": {"budget": "quick", "against": ["digits"]}}, "its network is another model's"),
+        ({"audit": {"budget": "quick", "against": ["runs/at-all"]}}, "no such model folder"),
         ({"audit": {"budget": "quick"}, "distill_steps": 1}, "distils its own start"),
     ],
 )

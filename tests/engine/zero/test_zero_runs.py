@@ -18,7 +18,7 @@ WEIGHTS = Path("pipeline/unet/diffusion_pytorch_model.safetensors")
 
 
 def keys(model, output, *more):
-    return ["digits", f"model={model}", f"output={output}", "engine.stall_s=600", *COMMON, *more]
+    return ["digits_plain", f"model={model}", f"output={output}", "engine.stall_s=600", *COMMON, *more]
 
 
 def steps_logged(output):
