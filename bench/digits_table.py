@@ -42,14 +42,15 @@ def rows() -> dict[str, list[Row]]:
 def execute(row: Row, runs: Path, threads: int) -> dict[str, object]:
     """Train one row (or find it finished) and return its figures."""
     name, keys = row
-    command = [sys.executable, "-m", "pecker_fast", "train", "digits", "audit.budget=none", *keys, f"output={runs / name}", "--quiet"]
+    keys = ["audit.budget=none", *keys, f"output={runs / name}"]
+    command = [sys.executable, "-m", "pecker_fast", "train", "digits", *keys, "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     metrics = json.loads((runs / name / "metrics.json").read_text())
     print(
         f"{name}: UA {metrics['after']['ua']:.4f}, cover {metrics['after']['cover_rate']:.4f}, FID {metrics['after']['fid']:.3f}",
         flush=True,
     )
-    return {"name": name, "overrides": keys, **{key: metrics[key] for key in ("before", "after", "teacher", "cost")}}
+    return {"name": name, "overrides": row[1], **{key: metrics[key] for key in ("before", "after", "teacher", "cost")}}
 
 
 def table(sections: dict[str, list[dict]], head: str) -> str:
