@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass
 class Scene:
-    """One audit. before: the model that knew, which draws what probes fit to. poll: called between steps; may raise."""
+    """One audit. before: the model that knew, which draws what probes fit to."""
 
     world: World
     before: Subject
@@ -62,7 +62,6 @@ class Scene:
     prompts: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (how the concept is said, rows of the table)
     named: tuple[int, ...] = ()  # all rows that name the concept, and what stands in their place
     covers: tuple[int, ...] = ()
-    poll: Callable[[], object] = lambda: None
 
     def generator(self, what: str, step: int = 0) -> torch.Generator:
         """Randomness of the audit alone: no stream of training begins with its name."""
@@ -111,6 +110,11 @@ class Scene:
             images = subject.network.to_images(drawn(part))
             parts.append(look(images, rows[part]))
         return join(parts)
+
+
+def always(row: int) -> Callable[[Tensor], Tensor]:
+    """Conditions to draw under, whatever is looked for: this one."""
+    return lambda rows: torch.full_like(rows, row)
 
 
 def join(parts: Sequence[Look]) -> Look:

@@ -131,10 +131,8 @@ class Attacks:
         """FLOPs of `begin`: some of its samples are drawn again and counted, all cost the same."""
         if state.adversary is None:
             return 0.0
-        one, count = (
-            self.recipe.model_copy(update={"adversary": self.recipe.adversary.model_copy(update={"samples": 1})}),
-            0,
-        )
+        fewest = self.recipe.adversary.model_copy(update={"samples": 1})
+        one = self.recipe.model_copy(update={"adversary": fewest})
         with self.host.autocast(), FlopCounterMode(display=False) as counter:
             count = len(draw_pool(one, self.conditions, self.network(state))[1])
         return float(counter.get_total_flops()) / count * len(state.adversary.c)

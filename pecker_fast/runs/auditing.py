@@ -234,11 +234,8 @@ def _never(recipe: Recipe, model: Model, result: Subject, name: str) -> Subject:
     folder = files.resolve_model(name)
     if (doubt := _knows(model, folder)) is not None:
         raise RecipeError(f"against {name}: {doubt}")
+    _check_like(model, folder, name, result.t_init is not None)
     distilled = (folder / "generator").is_dir()
-    if result.t_init is not None and not distilled and one_step_start(folder, 0) is None:
-        raise ModelError(
-            f"against {name}: it has no one-step generator (generator/), and the result is one; distil it first"
-        )
     given: dict[str, Any] = {"model": name, "generator": name if distilled and result.t_init is not None else None}
     given |= {"config_folder": None, "revision": None, "null_class": model.teacher.null_class}
     if model.text is not None:

@@ -72,7 +72,6 @@ def _fitted(scene: Scene, subject: Subject, tokens: int) -> Finding:
     rows = scene.dealt(world.judged, budget.samples, "judged")
     free = subject.with_network(network.with_free(vectors.values))  # vectors move in place
     for step in range(budget.steps + 1):
-        scene.poll()
         if step in marks:
             for k, name in enumerate(names):
                 looks[name] = scene.judged(free, partial(_codes, network, k), rows)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pecker_fast.audit.probes.relearn import error_on
-from pecker_fast.audit.scene import Finding, Scene, found_of
+from pecker_fast.audit.probes.relearn import trained
+from pecker_fast.audit.scene import Finding, Pool, Scene, found_of
 from pecker_fast.audit.subjects import Subject
 
 Change = Callable[[Tensor, torch.Generator], Tensor]
@@ -18,7 +18,6 @@ def disturbed(scene: Scene, subject: Subject) -> Finding:
     """Every change of `CHANGES` to all weights, and a short fine-tune on kept conditions (resurgence, arXiv 2410.08074)."""
     looks = {}
     for name, change in CHANGES.items():
-        scene.poll()
         looks[name] = scene.judged(_changed(scene, subject, name, change))
     if scene.world.kept:
         looks["tuned on kept"] = scene.judged(_tuned(scene, subject))
@@ -37,20 +36,9 @@ def _changed(scene: Scene, subject: Subject, name: str, change: Change) -> Subje
 
 def _tuned(scene: Scene, subject: Subject) -> Subject:
     """As many steps of plain training as relearning takes, on what the model before draws of kept conditions."""
-    budget, student = scene.budget, subject.with_network(subject.network.clone())
-    n = budget.images
+    n, student = scene.budget.images, subject.with_network(subject.network.clone())
     z, rows = scene.noise("tuned", n), scene.dealt(scene.world.kept, n, "tuned")
-    x = scene.before.samples(z, rows)
-    parameters = [p for p in student.network.unet.parameters() if isinstance(p, nn.Parameter)]
-    optimizer = torch.optim.Adam(parameters, budget.relearn_rate)
-    for step in range(budget.relearn_steps):
-        scene.poll()
-        g = scene.generator("tune", step)
-        index = torch.randint(n, (budget.relearn_batch,), generator=g).to(x.device)
-        error = error_on(student, x[index], z[index], rows[index], g)
-        for p, grad in zip(parameters, torch.autograd.grad(error.mean(), parameters, allow_unused=True)):
-            p.grad = grad
-        optimizer.step()
+    trained(scene, student, Pool(scene.before.samples(z, rows), z, rows), n, "tune")
     return student
 
 

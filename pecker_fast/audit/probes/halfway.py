@@ -27,7 +27,6 @@ def half_way(scene: Scene, subject: Subject) -> Finding:
     e, looks = scene.noise("half-way", n), {}
     for name, c in under.items():
         for at, t in _times(subject).items():
-            scene.poll()
             looks[f"{name}, {at}"] = scene.looked(
                 subject,
                 rows,

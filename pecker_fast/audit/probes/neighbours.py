@@ -19,7 +19,6 @@ def neighbours(scene: Scene, subject: Subject) -> Finding:
     world, n = scene.world, scene.budget.samples
     losses = {}
     for row in nearest(scene):
-        scene.poll()
         rows = torch.full((n,), row, device=scene.before.network.device)
         z = scene.noise("neighbours", n, row)
         losses[world.name(row)] = scene.looked(subject, rows, _drawn(subject, z, rows), partial(_lost, world))

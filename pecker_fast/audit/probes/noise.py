@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pecker_fast.audit.scene import Finding, Scene, found_of
+from pecker_fast.audit.scene import Finding, Scene, always, found_of
 from pecker_fast.audit.subjects import Subject
 from pecker_fast.audit.worlds import Look
 from pecker_fast.forgetting import ddim_scheduler, generate
@@ -20,7 +20,7 @@ def noise_inversion(scene: Scene, subject: Subject) -> Finding:
     others = {"kept condition": world.kept[0] if world.kept else None, "no condition": world.null}
     for name, row in others.items():
         if row is not None:
-            under[name] = lambda rows, row=row: torch.full_like(rows, row)  # type: ignore[misc]
+            under[name] = always(row)
     return found_of({name: noise_found(scene, subject, c, number) for number, (name, c) in enumerate(under.items())})
 
 
@@ -44,7 +44,6 @@ def _redrawn(scene: Scene, subject: Subject, target: Tensor, c: Tensor, start: T
     z = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], scene.budget.noise_rate)
     for _ in range(scene.budget.noise_steps):
-        scene.poll()
         error = (generate(subject.network, z, c, subject.t_init) - target).square().flatten(1).mean(1).sum()
         (z.grad,) = torch.autograd.grad(error, z)
         optimizer.step()

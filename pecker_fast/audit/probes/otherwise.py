@@ -16,7 +16,6 @@ def otherwise(scene: Scene, subject: Subject) -> Finding:
     numbers of steps and other guidance."""
     looks = {}
     for name, other in _ways(scene, subject).items():
-        scene.poll()
         looks[name] = scene.judged(other)
     return found_of(looks)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.audit.probes.conditions import steps_to_half
-from pecker_fast.audit.scene import Finding, Scene, found_of
+from pecker_fast.audit.scene import Finding, Pool, Scene, found_of
 from pecker_fast.audit.subjects import Subject
 from pecker_fast.audit.worlds import Look
 from pecker_fast.forgetting import denoising_error, drawing_error
@@ -31,25 +31,26 @@ def relearning(scene: Scene, subject: Subject) -> Finding:
             looks[name] = scene.judged(student, rows=rows)
             curve.append([step, looks[name].share])
 
-        trained(scene, student, count or len(scene.pool.x), looked)
+        trained(scene, student, scene.pool, count or len(scene.pool.x), "relearn", looked)
     return found_of(looks, curves=curves, to_half=steps_to_half(curves.values()))
 
 
-def trained(scene: Scene, student: Subject, count: int, looked: Callable[[int], Any]) -> None:
-    """Train the student's weights in place on the first `count` images of the pool; `looked` is called at the budget's marks."""
-    budget, pool = scene.budget, scene.pool
-    network = student.network
-    parameters = list(network.unet.parameters())
+def trained(
+    scene: Scene, student: Subject, pool: Pool, count: int, what: str, looked: Callable[[int], Any] = lambda step: None
+) -> None:
+    """Train the student's weights in place on the first `count` images of the pool; `looked` is called at the budget's marks.
+    what: names the draws."""
+    budget = scene.budget
+    parameters = list(student.network.unet.parameters())
     optimizer = torch.optim.Adam(parameters, budget.relearn_rate)
     marks = budget.marks(budget.relearn_steps)
     for step in range(budget.relearn_steps + 1):
-        scene.poll()
         if step in marks:
             looked(step)
         if step == budget.relearn_steps:
             return
-        g = scene.generator("relearn", step)
-        index = torch.randint(min(count, len(pool.x)), (budget.relearn_batch,), generator=g).to(network.device)
+        g = scene.generator(what, step)
+        index = torch.randint(min(count, len(pool.x)), (budget.relearn_batch,), generator=g).to(pool.x.device)
         error = error_on(student, pool.x[index], pool.z[index], pool.rows[index], g)
         for p, grad in zip(parameters, torch.autograd.grad(error.mean(), parameters, allow_unused=True)):
             p.grad = grad

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from pecker_fast.audit.scene import Finding, Scene, found_of
+from pecker_fast.audit.scene import Finding, Scene, always, found_of
 from pecker_fast.audit.subjects import Subject
 from pecker_fast.networks import TextDenoiser
 
@@ -18,13 +16,10 @@ def asked_otherwise(scene: Scene, subject: Subject) -> Finding:
         n = max(16, budget.samples // 4)
         rows = scene.dealt(world.judged[:1], n, "words")
         for name, said in scene.prompts:
-            scene.poll()
             asked = scene.dealt(said, n, "words")
             looks[name] = scene.judged(subject, lambda rows, asked=asked: asked, rows)  # type: ignore[misc]
         return found_of(looks)
     for row in (*world.kept, world.null):
         if row is not None:
-            scene.poll()
-            asked_of = lambda rows, row=row: torch.full_like(rows, row)  # noqa: E731
-            looks[world.name(row)] = scene.judged(subject, asked_of)
+            looks[world.name(row)] = scene.judged(subject, always(row))
     return found_of(looks)
