@@ -38,10 +38,7 @@ def prediction_keys(schedule: Schedule) -> tuple[str, ...]:
 
 def refuse_one_step(folder: Path) -> None:
     """Raise ModelError where a model's folder or single file is a one-step generator: it is nobody's teacher."""
-    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
-    found = isinstance(card, dict) and card.get("kind") == ONE_STEP
-    weights = [folder] if folder.is_file() else files.weight_files(files.unet_folder(folder))
-    if found or any(files.read_head(file, error=ModelError)[1].get(KIND) == ONE_STEP for file in weights):
+    if _one_step_head(folder) is not None:
         raise ModelError(
             f"{folder}: a one-step generator cannot be the teacher; give the model it came from (to forget more, name it all "
             "in one run), or use it as generator="
@@ -49,15 +46,25 @@ def refuse_one_step(folder: Path) -> None:
 
 
 def one_step_start(folder: Path, otherwise: int) -> int | None:
-    """The timestep at which a model folder's network takes its one step, `otherwise` where it says nothing of that; None where
-    it is an ordinary denoiser. Raises ModelError."""
-    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
-    heads = [files.read_head(file, error=ModelError)[1] for file in files.weight_files(files.unet_folder(folder))]
-    marked = next((head for head in heads if head.get(KIND) == ONE_STEP), None)
-    if marked is None and not (isinstance(card, dict) and card.get("kind") == ONE_STEP):
+    """The timestep at which a model's network takes its one step, `otherwise` where it says nothing of that; None where it is an
+    ordinary denoiser. Raises ModelError."""
+    head = _one_step_head(folder)
+    if head is None:
         return None
-    said = (marked or {}).get(T_INIT, "")
+    said = head.get(T_INIT, "")
     return int(said) if said.isdecimal() else otherwise
+
+
+def _one_step_head(folder: Path) -> Mapping[str, str] | None:
+    """Metadata of the weights of a folder or single file that is a one-step generator, empty where its card alone says so; None
+    where it is none."""
+    card = files.read_json(folder / "model.json", error=ModelError) if (folder / "model.json").is_file() else {}
+    weights = [folder] if folder.is_file() else files.weight_files(files.unet_folder(folder))
+    heads = (files.read_head(file, error=ModelError)[1] for file in weights)
+    marked = next((head for head in heads if head.get(KIND) == ONE_STEP), None)
+    if marked is None and isinstance(card, dict) and card.get("kind") == ONE_STEP:
+        return {}
+    return marked
 
 
 def check_said(path: Path, schedule: Schedule, where: Path | str) -> None:
