@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pecker_fast.errors import RecipeError
-from pecker_fast.recipe import closest
+from pecker_fast.recipe import known
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,5 @@ BUDGETS = {
 
 def budget_of(name: str, samples: int | None = None) -> Budget:
     """A budget by name. samples: images of a figure, in place of its own. Raises RecipeError."""
-    if name not in BUDGETS:
-        hint = closest(name, BUDGETS)
-        raise RecipeError(
-            f"budget: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(BUDGETS)})"
-        )
-    found = BUDGETS[name]
+    found = BUDGETS[known("budget", name, BUDGETS)]
     return found if samples is None else replace(found, samples=samples)

@@ -1,7 +1,7 @@
 """What a run is asked to do: the keys, their YAML, errors in one line, the shipped recipes and prompt texts."""
 
 from pecker_fast.recipe.classes import check_classes, class_list
-from pecker_fast.recipe.errors import closest, show
+from pecker_fast.recipe.errors import closest, known, show
 from pecker_fast.recipe.keys import idle_keys, recipe_help
 from pecker_fast.recipe.load import (
     MAX_RECIPE_BYTES,
@@ -29,6 +29,7 @@ __all__ = [
     "closest",
     "idle_keys",
     "is_text",
+    "known",
     "load_recipe",
     "parse_yaml",
     "recipe_from",

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from pecker_fast.errors import RecipeError
+
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -46,6 +48,16 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     ranked = [(_edits(word[:200], choice), -len(choice), choice) for choice in near]
     edits, _, choice = min(ranked, default=(0, 0, None))
     return choice if choice is not None and edits <= max(1, len(choice) // 3) else None
+
+
+def known(key: str, name: str, choices: Iterable[str]) -> str:
+    """`name`, where it is one of the choices. Raises RecipeError: key, value, what was probably meant, all there are."""
+    names = list(choices)
+    if name not in names:
+        close = closest(name, names)
+        hint = f", did you mean {close}?" if close else ""
+        raise RecipeError(f"{key}: {show(name)} is unknown{hint} (one of {', '.join(names)})")
+    return name
 
 
 def _edits(a: str, b: str) -> int:

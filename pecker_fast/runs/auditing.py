@@ -33,7 +33,7 @@ from pecker_fast.evaluate import Judge, WordJudge, load_second_judge
 from pecker_fast.loading import Model, fit_timesteps, load_model, pick_device, plan_of, start_generator
 from pecker_fast.machine import StopFlag
 from pecker_fast.networks import TextDenoiser, one_step_start
-from pecker_fast.recipe import Recipe, closest
+from pecker_fast.recipe import Recipe, known
 from pecker_fast.records import RECIPE, locked
 from pecker_fast.report import write_report
 from pecker_fast.runs.held import BASE_KEYS, base_model, load_run, trained_generator
@@ -61,11 +61,7 @@ class Asked:
     def names(self) -> list[str]:
         """The probes in their order, all of them where none is named. Raises RecipeError."""
         for name in self.probes:
-            if name not in PROBES:
-                hint = closest(name, PROBES)
-                raise RecipeError(
-                    f"probes: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(PROBES)})"
-                )
+            known("probes", name, PROBES)
         return [name for name in PROBES if name in self.probes or not self.probes]
 
     def controls(self) -> Path | None:

@@ -1,10 +1,9 @@
 """The unlearning methods by name. A method says how gradients become an update of θ."""
 
-from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.methods.pecker import Pecker
 from pecker_fast.forgetting.methods.sfd import SFD
 from pecker_fast.forgetting.updates import UpdateRule
-from pecker_fast.recipe import closest
+from pecker_fast.recipe import known
 
 METHODS: dict[str, type[Pecker] | type[SFD]] = {"pecker": Pecker, "sfd": SFD}
 
@@ -13,9 +12,4 @@ __all__ = ["METHODS", "SFD", "Pecker", "UpdateRule", "get_method"]
 
 def get_method(name: str) -> type[Pecker] | type[SFD]:
     """The method class called `name`. Raises RecipeError naming the methods there are."""
-    if name not in METHODS:
-        hint = closest(name, METHODS)
-        raise RecipeError(
-            f"method: {name!r} is unknown{f', did you mean {hint}?' if hint else ''} (one of {', '.join(METHODS)})"
-        )
-    return METHODS[name]
+    return METHODS[known("method", name, METHODS)]
