@@ -62,9 +62,9 @@ class Attacks:
             return
         network = self.network(state)
         with self.host.autocast():
-            images, c = draw_pool(self.recipe, self.conditions, network, poll)
+            images, c, covers = draw_pool(self.recipe, self.conditions, network, poll)
         values = first_starts(self.recipe, self.conditions, lambda c: self.host.own_vectors(network, c), c.device)
-        state.adversary = Adversary(Vectors.start(values), images, c, self.recipe.seed)
+        state.adversary = Adversary(Vectors.start(values), images, c, covers, self.recipe.seed)
 
     def network(self, state: TrainState) -> Denoiser:
         """θ, of whose prompts it is known where free tokens stand."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine.state import TrainState
-from pecker_fast.forgetting import Attack, Batch, coded
+from pecker_fast.forgetting import Attack, Batch, coded, half_way
 from pecker_fast.recipe import Recipe
 
 
@@ -40,9 +40,11 @@ def draw(
     e = torch.randn(z.shape, generator=rng, device=device)
     t = torch.randint(recipe.timesteps.min, recipe.timesteps.max, (n,), generator=rng, device=device)
     c_g, c_p = conditions.draw(branch, n, rng)
-    batch = Batch(z, e, t, c_g, c_g, c_p)
+    t_g = torch.full_like(t, recipe.timesteps.init)
+    batch = Batch(z, t_g, e, t, c_g, c_g, c_p)
     if branch == "forget" and state.adversary is not None:
         batch = coded(recipe, conditions, batch, state.generator, state.step)
+        batch = half_way(recipe, state.adversary, batch, state.generator, rng)
     if role == "score" and recipe.guidance.text_dropout > 0:
         drop = torch.rand(n, generator=rng, device=device) < recipe.guidance.text_dropout
         null_class = torch.full_like(c_g, state.score.null_class or 0)

@@ -258,7 +258,7 @@ class LocalEngine:
                 batch = concatenate(piece)
                 with self.autocast():
                     with torch.no_grad(), part("score_samples"):
-                        x_g = generate(self.attacks.drawing(state), batch.z, batch.c_g, self.recipe.timesteps.init)
+                        x_g = generate(self.attacks.drawing(state), batch.z, batch.c_g, batch.t_g)
                     x_t = state.teacher.schedule.add_noise(x_g, batch.e, batch.t)
                     with part("score_forward"):
                         per_sample = noise_loss(eps, x_t, batch.e, batch.t, batch.c_s)
@@ -366,7 +366,7 @@ class LocalEngine:
             for group, sparse in zip(groups, live):
                 joined = concatenate([batches[branch] for branch in group])
                 with part("generator_forward"), sparse or nullcontext():
-                    x_groups.append(generate(drawing, joined.z, joined.c_g, recipe.timesteps.init))
+                    x_groups.append(generate(drawing, joined.z, joined.c_g, joined.t_g))
             x_g = torch.cat([x.detach() for x in x_groups]).requires_grad_(True)
             batch = concatenate([batches[branch] for group in groups for branch in group])
             with part("guide_forward"):

@@ -19,6 +19,8 @@ from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe
 
 NEAR = 0.3  # noise of a start near a condition, as a share of its size
+EARLIEST = 0.2  # of the schedule: with less noise an image leaves nothing to decide
+EMPTY = 0.3  # of the samples that begin half-way from what shows the concept: under no condition
 
 OwnVectors = Callable[
     [Tensor], Tensor
@@ -32,6 +34,9 @@ class Adversary:
     vectors: Vectors
     images: Tensor  # [P, C, H, W] float32, what θ drew of `z` under `c` before it was to forget
     c: Tensor  # [P], forgotten conditions
+    covers: (
+        Tensor  # [P or 0, C, H, W] float32, what it drew of `z` under the covers, where the branch starts half-way too
+    )
     seed: int  # of the recipe
 
     @cached_property
@@ -49,13 +54,14 @@ class Adversary:
 
     def tensors(self) -> dict[str, Tensor]:
         """What must survive an interruption, by name."""
-        return {**self.vectors.tensors(), "images": self.images, "c": self.c}
+        return {**self.vectors.tensors(), "images": self.images, "c": self.c, "covers": self.covers}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], seed: int) -> "Adversary":
         """Inverse of `tensors`. Raises KeyError."""
         state = Vectors(*(tensors[name].clone() for name in ("values", "first", "second", "steps")))
-        return cls(state, tensors["images"], tensors["c"], seed)
+        images = tensors["images"]
+        return cls(state, images, tensors["c"], tensors.get("covers", images[:0]), seed)
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,29 @@ def pool_conditions(recipe: Recipe, conditions: Conditions) -> Tensor:
 @torch.no_grad()
 def draw_pool(
     recipe: Recipe, conditions: Conditions, generator: Denoiser, poll: Callable[[], object] = lambda: None
-) -> tuple[Tensor, Tensor]:
-    """(images, conditions) of a pool that this generator draws now; poll is called before every batch and may raise."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(images, conditions, images of their covers) of a pool that this generator draws now; poll is called before every batch
+    and may raise."""
     c = pool_conditions(recipe, conditions)
     z = pool_noise(recipe.seed, (len(c), *generator.sample_shape))
-    images = []
-    for z_i, c_i in zip(z.split(pieces_of(recipe)), c.split(pieces_of(recipe))):
-        poll()
-        drawn = generate(generator, z_i.to(generator.device), c_i.to(generator.device), recipe.timesteps.init)
-        images.append(drawn.float())
-    return torch.cat(images), c.to(generator.device)
+
+    def drawn(c: Tensor) -> Tensor:
+        images = []
+        for z_i, c_i in zip(z.split(pieces_of(recipe)), c.split(pieces_of(recipe))):
+            poll()
+            found = generate(generator, z_i.to(generator.device), c_i.to(generator.device), recipe.timesteps.init)
+            images.append(found.float())
+        return torch.cat(images)
+
+    images = drawn(c)
+    covers = drawn(_covers_of(conditions, c)) if recipe.adversary.half_way else images[:0].clone()
+    return images, c.to(generator.device), covers
+
+
+def _covers_of(conditions: Conditions, c: Tensor) -> Tensor:
+    """What is drawn in the place of forgotten conditions, [N]."""
+    forget, cover = conditions.pairs(c.device)
+    return cover[(c[:, None] == forget).int().argmax(1)]
 
 
 def pieces_of(recipe: Recipe) -> int:
@@ -180,3 +199,34 @@ def coded(recipe: Recipe, conditions: Conditions, batch: Batch, network: Denoise
         c_s=torch.where(chosen, c_f, batch.c_s),
         c_p=torch.where(chosen, c_o, batch.c_p),
     )
+
+
+def half_way(
+    recipe: Recipe, adversary: Adversary, batch: Batch, network: Denoiser, generator: torch.Generator
+) -> Batch:
+    """A forget branch in which `adversary.half_way` of the samples, drawn by the torch `generator`, begin where an ordinary
+    denoiser comes by: at x_t of an image of the concept or of its cover, at any timestep from `EARLIEST` of the schedule on.
+    Samples under vectors are left as they are.
+
+    x_t = b_t z with z = e + x a_t / b_t, so θ starts from it as it does from noise. Where the network has an empty condition,
+    `EMPTY` of those in which the concept is still to be seen (t ≤ t_init) are drawn under it, and ψ learns all of them under it:
+    they are means, and no samples of the forgotten condition.
+    """
+    options, n, device = recipe.adversary, len(batch.z), batch.z.device
+    if options.half_way == 0:
+        return batch
+    last = network.schedule.num_timesteps
+    chosen = torch.rand(n, generator=generator, device=device) < options.half_way / (1 - options.share)
+    chosen &= batch.c_g == batch.c_s
+    index = torch.randint(len(adversary.images), (n,), generator=generator, device=device)
+    concept, empty = (torch.rand(n, generator=generator, device=device) < share for share in (0.5, EMPTY))
+    t = torch.randint(round(EARLIEST * last), last, (n,), generator=generator, device=device)
+    a, b = network.schedule.coefficients(t)
+    x = torch.where(concept.view_as(a), adversary.images[index], adversary.covers[index]).to(batch.z)
+    z = torch.where(chosen.view_as(a), batch.z + a / b * x, batch.z)
+    moved = replace(batch, z=z, t_g=torch.where(chosen, t, batch.t_g))
+    if network.null_class is None:
+        return moved
+    null = torch.full_like(batch.c_g, network.null_class)
+    empty &= chosen & concept & (t <= recipe.timesteps.init)
+    return replace(moved, c_g=torch.where(empty, null, batch.c_g), c_s=torch.where(chosen, null, batch.c_s))

@@ -10,7 +10,8 @@ from torch import Tensor
 class Batch:
     """One branch's draws, n samples."""
 
-    z: Tensor  # [n, C, H, W]
+    z: Tensor  # [n, C, H, W], what the generator starts from: x_{t_g} = b_{t_g} z
+    t_g: Tensor  # [n], its timestep
     e: Tensor  # [n, C, H, W]
     t: Tensor  # [n]
     c_g: Tensor  # [n], condition of the generator

@@ -13,9 +13,12 @@ from pecker_fast.networks import Denoiser, pair_x0
 Prediction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [N,C,H,W], t [N], c [N]) -> [N,C,H,W]
 
 
-def generate(generator: Denoiser, z: Tensor, c: Tensor, t_init: int) -> Tensor:
-    """One-step generator: x_g = x_init/a − σ ε_θ(x_init, t_init, c) with x_init = b_init z: f_θ(x_init, c). [N, C, H, W]"""
-    t = torch.full((z.shape[0],), t_init, device=z.device)
+def generate(generator: Denoiser, z: Tensor, c: Tensor, t_init: int | Tensor) -> Tensor:
+    """One-step generator: x_g = x_init/a − σ ε_θ(x_init, t_init, c) with x_init = b_init z: f_θ(x_init, c). [N, C, H, W]
+
+    t_init: of all samples, or [N].
+    """
+    t = t_init if isinstance(t_init, Tensor) else torch.full((z.shape[0],), t_init, device=z.device)
     _, b = generator.schedule.coefficients(t)
     return generator.x0(b * z, t, c)
 

@@ -147,7 +147,8 @@ class SaliencyPass:
         c_g, c_p = self.conditions.draw(branch, n, rng)
         z = torch.randn(n, *generator.sample_shape, generator=rng, device=rng.device)
         e = torch.randn(z.shape, generator=rng, device=rng.device)
-        return Batch(z, e, self._timesteps(n, rng), c_g, c_g, c_p)
+        t = self._timesteps(n, rng)
+        return Batch(z, torch.full_like(t, recipe.timesteps.init), e, t, c_g, c_g, c_p)
 
     def loss(self, batch: Batch, images: Callable[[], Tensor] | None = None) -> Tensor:
         """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""

@@ -116,6 +116,11 @@ class Recipe(Section):
             raise ValueError(
                 f"adversary.conditions: {count} cannot attack {forgotten} classes; give one for each, or more"
             )
+        if self.adversary.share + self.adversary.half_way > 1:
+            raise ValueError(
+                f"adversary.half_way: {self.adversary.half_way:g} and adversary.share={self.adversary.share:g} are more than all "
+                "of the forget branch; lower one"
+            )
         if self.engine.cuda_graph:
             raise ValueError("adversary.conditions: is not supported with engine.cuda_graph; leave one of the two out")
 

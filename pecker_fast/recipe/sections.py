@@ -89,6 +89,10 @@ class Adversary(Section):
     rate: float = key(0.1, "their step size (Adam)", gt=0, le=10, allow_inf_nan=False)
     restart: Count = key(15, "iterations after which one of them, in turn, starts afresh; 0 = never")
     share: float = key(0.5, "part of the forget branch that is drawn under them", gt=0, le=1, allow_inf_nan=False)
+    half_way: float = key(
+        0.0, "part of it that sets out from images noised to any timestep, and not from noise", ge=0, lt=1,
+        allow_inf_nan=False,
+    )  # fmt: skip
     starts: list[Literal["forget", "kept", "random"]] = key(
         ["forget", "kept"],
         "where they start, in turn: near what is forgotten, near what is kept, anywhere",

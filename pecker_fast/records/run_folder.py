@@ -55,6 +55,8 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
         del data["null_class"]
     if not recipe.adversary.conditions:
         del data["adversary"]
+    elif not recipe.adversary.half_way:
+        del data["adversary"]["half_way"]
     if not recipe.mask.exclude:
         del data["mask"]["exclude"]
     data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher

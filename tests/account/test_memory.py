@@ -57,7 +57,9 @@ def slow(*values):
         "batch_size=8 mask.structure=element",
         "batch_size=2 mask.structure=row mask.density=0.1 update_rule=salient_only",
         slow("batch_size=4 mask.exclude=[class_embedding.*] adversary.conditions=4"),
-        slow("batch_size=2 adversary.conditions=4 adversary.batch=32 adversary.steps=2 mask.density=0.1"),
+        slow(
+            "batch_size=2 adversary.conditions=4 adversary.batch=32 adversary.steps=2 adversary.half_way=0.4 mask.density=0.1"
+        ),
         slow("batch_size=2 mask.structure=row mask.density=0.2"),
         slow("batch_size=4 mask.structure=element mask.density=0.3 update_rule=alternating"),
         slow("batch_size=4 mask.structure=tensor mask.density=0.1 update_rule=salient_only ema=0"),
@@ -79,7 +81,11 @@ def test_prediction_is_what_the_digits_take(keys):
         (XL, "mask.density=0.1 update_rule=salient_only guidance.teacher=2", True),
         slow(TEXT, "mask.density=0.1 guidance.score=2 guidance.teacher=2", True),
         slow(XL, "method=sfd", False),
-        slow(TEXT, "mask.density=0.1 adversary.conditions=2 adversary.tokens=3 adversary.batch=8", False),
+        slow(
+            TEXT,
+            "mask.density=0.1 adversary.conditions=2 adversary.tokens=3 adversary.batch=8 adversary.half_way=0.3",
+            False,
+        ),
     ],
 )
 def test_prediction_is_what_a_text_network_takes(config, keys, checkpointing):

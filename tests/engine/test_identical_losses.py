@@ -31,7 +31,7 @@ class PlainLoop:
 
     def draw(self, role, branch):
         b = self.engine.draw(self.state, role, branch)
-        return b.z, b.e, b.t, b.c_g, b.c_s, b.c_p
+        return b.z, b.t_g, b.e, b.t, b.c_g, b.c_s, b.c_p
 
     def at(self, t):
         schedule = self.state.teacher.schedule
@@ -41,8 +41,8 @@ class PlainLoop:
         a, b = self.at(t)
         return (x_t - b * unet(x_t, t, class_labels=c).sample) / a
 
-    def generate(self, z, c):
-        t = torch.full((len(z),), self.recipe.timesteps.init)
+    def generate(self, z, c, t=None):
+        t = torch.full((len(z),), self.recipe.timesteps.init) if t is None else t
         if not self.vectors:
             return self.x0(self.generator, self.at(t)[1] * z, t, c)
         table = self.generator.class_embedding
@@ -78,15 +78,15 @@ class PlainLoop:
         return {"adversary_error": sum(errors) / len(errors)}
 
     def score_loss(self, branch):
-        z, e, t, c_g, c, _ = self.draw("score", branch)
+        z, t_g, e, t, c_g, c, _ = self.draw("score", branch)
         with torch.no_grad():
-            x_g = self.generate(z, c_g)
+            x_g = self.generate(z, c_g, t_g)
         a, b = self.at(t)
         return (e - self.score(a * x_g + b * e, t, class_labels=c).sample).square().sum((1, 2, 3)).mean()
 
     def generator_loss(self, branch):
-        z, e, t, c_g, c_s, c_p = self.draw("generator", branch)
-        x_g = self.generate(z, c_g)
+        z, t_g, e, t, c_g, c_s, c_p = self.draw("generator", branch)
+        x_g = self.generate(z, c_g, t_g)
         a, b = self.at(t)
         x_t = a * x_g + b * e
         f_teacher, f_score = self.x0(self.teacher, x_t, t, c_p), self.x0(self.score, x_t, t, c_s)
@@ -129,7 +129,14 @@ KINDS = {
     "salient_only": {"update_rule": "salient_only"},
     "dense": {"method": "sfd"},
     "adversary": {
-        "adversary": {"conditions": 3, "steps": 2, "restart": 2, "starts": ["forget", "kept", "random"], "samples": 5}
+        "adversary": {
+            "conditions": 3,
+            "steps": 2,
+            "restart": 2,
+            "starts": ["forget", "kept", "random"],
+            "samples": 5,
+            "half_way": 0.4,
+        }
     },
 }
 
@@ -165,6 +172,7 @@ def test_a_swapped_cover_class_is_seen_at_once(setup, monkeypatch):
         b = original(self, state, role, branch)
         return type(b)(
             b.z,
+            b.t_g,
             b.e,
             b.t,
             b.c_g,

@@ -1,13 +1,16 @@
 """The adversary's draws: who is attacked when, under which conditions samples are drawn, what ψ and φ are asked."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pecker_fast import draws
 from pecker_fast.conditions import class_conditions
 from pecker_fast.errors import RecipeError
-from pecker_fast.forgetting import Batch, coded, restarting
-from pecker_fast.forgetting.adversary import attack_of, first_starts, pool_conditions, start_of
+from pecker_fast.forgetting import Batch, Vectors, coded, half_way, restarting
+from pecker_fast.forgetting.adversary import EARLIEST, Adversary, attack_of, first_starts, pool_conditions, start_of
+from pecker_fast.networks import Schedule
 from pecker_fast.recipe import recipe_from
 
 CLASSES = 6
@@ -24,9 +27,15 @@ def own(c):
     return 100.0 * (c + 1).float().unsqueeze(1).expand(-1, 512)
 
 
-def case(**options):
+def case(init=440, **options):
     recipe = recipe_from(
-        {"forget": [0, 2], "cover": [1, 3], "batch_size": 8, "adversary": {"conditions": 4, **options}}
+        {
+            "forget": [0, 2],
+            "cover": [1, 3],
+            "batch_size": 8,
+            "timesteps": {"init": init},
+            "adversary": {"conditions": 4, **options},
+        }
     )
     return recipe, class_conditions([0, 2], [1, 3], None, range(CLASSES))
 
@@ -34,7 +43,7 @@ def case(**options):
 def forget_branch(recipe, conditions, step, n=8):
     c_g, c_p = conditions.draw("forget", n, draws.generator(0, "test", step))
     empty = torch.empty(n, 1)
-    return Batch(empty, empty, empty, c_g, c_g, c_p)
+    return Batch(empty, empty, empty, empty, c_g, c_g, c_p)
 
 
 def test_one_vector_in_turn_starts_afresh():
@@ -90,15 +99,66 @@ def test_a_share_of_the_branch_is_drawn_under_vectors_in_turn(share, n):
         assert torch.equal(after.c_p[~own_rows], forgotten[~own_rows] + 1)
 
 
+@pytest.mark.parametrize("null", [None, 5])
+def test_a_part_of_the_branch_sets_out_from_noised_images_at_any_timestep(null):
+    torch.manual_seed(0)
+    _, conditions = case()
+    n, a = 400, torch.linspace(0.99, 0.05, 50)
+    network = SimpleNamespace(schedule=Schedule(a, (1 - a**2).sqrt(), "epsilon", {}), null_class=null)
+    c_g, c_p = conditions.draw("forget", n, draws.generator(0, "test", 0))
+    z, t = torch.randn(n, 1, 2, 2), torch.full((n,), 30)
+    attacked = torch.arange(n) % 2 == 0
+    batch = Batch(z, t, z, t, torch.where(attacked, c_g + 100, c_g), c_g, c_p)
+    images, covers = torch.randn(2, 7, 1, 2, 2)
+    c = torch.zeros(7, dtype=torch.long)
+    adversary = Adversary(Vectors.start(torch.zeros(4, 8)), images, c, covers, 0)
+
+    def made(share=0.25, step=0):
+        return half_way(
+            case(half_way=share, init=30)[0], adversary, batch, network, draws.generator(0, "half-way", step)
+        )
+
+    assert made(share=0) is batch
+    moved = made()
+    chosen = (moved.z != z).flatten(1).any(1)
+    assert 75 < chosen.sum() < 125  # of 200 samples that are not attacked half: 100 ± 3.5 deviations
+    assert not (chosen & attacked).any()
+    for name in ("z", "t_g", "c_g", "c_s"):
+        assert torch.equal(getattr(moved, name)[~chosen], getattr(batch, name)[~chosen])
+    assert moved.t_g[chosen].min() >= EARLIEST * 50
+    assert moved.t_g[chosen].max() > 40
+    assert len(moved.t_g[chosen].unique()) > 20
+    # θ starts from b_t z: an image of the pool, noised
+    a, b = network.schedule.coefficients(moved.t_g)
+    left = (b * (moved.z - z) / a)[chosen]
+    of_concept, of_cover = (((left[:, None] - of).abs().flatten(2).amax(2).amin(1) < 1e-4) for of in (images, covers))
+    assert (of_concept | of_cover).all()
+    assert 30 < of_concept.sum() < 70
+    if null is None:
+        assert moved.c_g is batch.c_g
+        assert moved.c_s is batch.c_s
+    else:
+        assert (moved.c_s[chosen] == null).all()
+        empty = moved.c_g == null
+        assert not (empty & ~chosen).any()
+        assert 0.1 < empty[chosen & (moved.t_g <= 30)].float().mean() < 0.25  # .3 of the half that shows the concept
+        assert (moved.t_g[empty] <= 30).all()
+        assert not (empty[chosen] & of_cover).any()
+        assert torch.equal(moved.c_g[~empty], batch.c_g[~empty])
+    for same in ("e", "t", "c_p"):
+        assert getattr(moved, same) is getattr(batch, same)
+    assert torch.equal(made().z, moved.z)
+    assert not torch.equal(made(step=1).z, moved.z)
+
+
 def test_a_vector_is_fitted_to_images_of_its_class():
     recipe, conditions = case(samples=7, batch=8, steps=2)
     c = pool_conditions(recipe, conditions)
     assert c.tolist() == [0, 2, 0, 2, 0, 2, 0]
     assert pool_conditions(*case(samples=1)).tolist() == [0, 2]
-    from pecker_fast.forgetting import Adversary, Vectors
 
     images = torch.arange(7.0).view(7, 1, 1, 1)
-    adversary = Adversary(Vectors.start(torch.zeros(4, 8)), images, c, seed=0)
+    adversary = Adversary(Vectors.start(torch.zeros(4, 8)), images, c, images[:0], seed=0)
     seen = set()
     for step in range(10):
         for n in range(2):
@@ -121,6 +181,10 @@ def test_a_vector_is_fitted_to_images_of_its_class():
         (
             {"adversary": {"starts": ["forgt"]}},
             "adversary.starts.0: expected one of forget, kept, random, got 'forgt'; did you mean forget?",
+        ),
+        (
+            {"adversary": {"conditions": 2, "share": 0.7, "half_way": 0.4}},
+            "adversary.half_way: 0.4 and adversary.share=0.7 are more than all of the forget branch; lower one",
         ),
         ({"adversary": {"share": 0}}, "adversary.share: expected a number in (0, 1], got 0"),
     ],

@@ -15,8 +15,8 @@ lr.warmup alpha timesteps.init timesteps.min timesteps.max guidance.score_train 
 guidance.text_dropout guidance.unconditional detach_score weights.score_retain weights.score_forget weights.retain
 weights.forget mask.source mask.score mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope
 mask.reduction mask.samples mask.data mask.timesteps mask.skip mask.refresh mask.exclude
-adversary.conditions adversary.tokens adversary.steps adversary.rate adversary.restart adversary.share adversary.starts
-adversary.batch adversary.samples update_rule optimizer.betas optimizer.eps
+adversary.conditions adversary.tokens adversary.steps adversary.rate adversary.restart adversary.share adversary.half_way
+adversary.starts adversary.batch adversary.samples update_rule optimizer.betas optimizer.eps
 optimizer.weight_decay optimizer.clip_value ema precision resolution score lora.rank lora.targets engine.zero
 engine.offload engine.shard_teacher engine.deepspeed engine.stall_s engine.compile engine.cuda_graph
 engine.channels_last engine.threads engine.weights
@@ -54,7 +54,8 @@ DEFAULTS = {
     "mask.scope": "global", "mask.reduction": "sum", "mask.samples": 2048, "mask.data": "pseudo",
     "mask.timesteps": "uniform", "mask.skip": True, "mask.refresh": 0, "mask.exclude": [],
     "adversary.conditions": 0, "adversary.tokens": 1, "adversary.steps": 1, "adversary.rate": 0.1, "adversary.restart": 15,
-    "adversary.share": 0.5, "adversary.starts": ["forget", "kept"], "adversary.batch": 0, "adversary.samples": 512,
+    "adversary.share": 0.5, "adversary.half_way": 0.0, "adversary.starts": ["forget", "kept"],
+    "adversary.batch": 0, "adversary.samples": 512,
     "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
     "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
     "engine.shard_teacher": False, "engine.deepspeed": None, "engine.stall_s": 600,

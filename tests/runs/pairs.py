@@ -31,7 +31,7 @@ NEEDS: dict[str, Choice] = {
     "mask.exclude": CUT,
     **{
         f"adversary.{key}": {"adversary.conditions": [4]}
-        for key in ("tokens", "steps", "rate", "restart", "share", "starts", "batch", "samples")
+        for key in ("tokens", "steps", "rate", "restart", "share", "half_way", "starts", "batch", "samples")
     },
     "mask.data": {**SALIENCY, "mask.score": ["mse"]},
     "lora.rank": {"score": ["lora"]},
@@ -59,7 +59,7 @@ def common(folder: Path) -> dict[str, list[Any]]:
         "mask.exclude": [[], ["time_embedding.*", "conv_in.bias"]],
         "adversary.conditions": [0, 4], "adversary.tokens": [1, 3], "adversary.steps": [1, 2], "adversary.rate": [0.1, 0.01],
         "adversary.restart": [15, 1, 0], "adversary.share": [0.5, 1.0], "adversary.starts": [["forget", "kept"], ["random"]],
-        "adversary.batch": [0, 5], "adversary.samples": [512, 6],
+        "adversary.batch": [0, 5], "adversary.samples": [512, 6], "adversary.half_way": [0.0, 0.3],
         "update_rule": ["differentiated", "salient_only", "alternating"],
         "optimizer.betas": [[0.0, 0.999], [0.9, 0.99]], "optimizer.eps": [1e-8, 1e-3], "optimizer.weight_decay": [0.0, 0.1],
         "optimizer.clip_value": [1.0, None], "ema": [0.98, 0.0], "precision": ["fp32", "bf16"],
@@ -79,6 +79,7 @@ REFUSED = [
     Refused({"weights.retain": [0.0], "distill_steps": [2]}, r"weights\.retain: distillation needs"),
     Refused({"weights.score_retain": [0.0], "distill_steps": [2]}, r"weights\.retain: distillation needs"),
     Refused({"mask.threshold": [1e-12], "mask.scope": ["tensor"]}, r"mask\.scope: "),
+    Refused({"adversary.conditions": [4], "adversary.share": [1.0], "adversary.half_way": [0.3]}, r"adversary\.half_way: 0\.3"),
     Refused({"adversary.conditions": [4], "weights.forget": [0.0]}, r"adversary\.conditions: with weights\.forget=0"),
     Refused({"mask.exclude": [["time_embedding.*", "conv_in.bias"]], "mask.density": [1.0], "mask.threshold": [None],
              "mask.scope": ["global"], "method": ["pecker"], "mask.source": ["saliency", "random"]}, r"mask\.density: 1 of all"),

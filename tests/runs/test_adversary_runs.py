@@ -20,7 +20,7 @@ from pecker_fast.runs.start import train
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_text_models import tiny_pipeline
 
-ON = {"conditions": 3, "restart": 1, "starts": ["forget", "kept", "random"], "samples": 6, "steps": 2}
+ON = {"conditions": 3, "restart": 1, "starts": ["forget", "kept", "random"], "samples": 6, "steps": 2, "half_way": 0.4}
 
 
 def steps_of(run):
@@ -132,7 +132,10 @@ def test_a_recipe_without_one_is_the_run_it_was():
     idle = recipe_from({"adversary": {"rate": 0.5}})
     assert trajectory(idle) == there
     assert idle_keys(idle) == ["adversary.rate has no effect with adversary.conditions=0"]
-    assert trajectory(recipe_from({"adversary": {"conditions": 1}}))["adversary"]["conditions"] == 1
+    attacked = [trajectory(recipe_from({"adversary": {"conditions": 1, **more}})) for more in ({}, {"half_way": 0.2})]
+    assert attacked[0]["adversary"]["conditions"] == 1
+    assert "half_way" not in attacked[0]["adversary"]  # as in runs that were started before there was such a key
+    assert attacked[1]["adversary"]["half_way"] == 0.2
 
 
 @pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
@@ -146,7 +149,7 @@ def test_soft_tokens_attack_prompts(tmp_path, monkeypatch, kind):
         "retain": ["a red square", "green star"], "batch_size": 4, "steps": 3, "timesteps": {"init": 625, "min": 20, "max": 980},
         "mask": {"samples": 4, "density": 0.1}, "guidance": {"score_train": 2.0, "score": 2.0, "teacher": 2.0, "text_dropout": 0.5},
         "evaluate": {"every": 0, "final": 0, "teacher_steps": 1}, "output": str(tmp_path / "run"),
-        "adversary": {**ON, "tokens": 2, "share": 1.0},
+        "adversary": {**ON, "tokens": 2, "share": 0.6},
     })  # fmt: skip
     train(recipe, quiet=True)
     state = load_file(checkpoint.list_checkpoints(tmp_path / "run")[-1] / "adversary.safetensors")

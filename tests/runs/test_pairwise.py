@@ -17,7 +17,7 @@ from pecker_fast.errors import PeckerError
 from pecker_fast.recipe import recipe_from, recipe_help
 from pecker_fast.runs.start import train
 
-FIRST = {"classes": 8, "sd1": 4}  # rows that hold most pairs
+FIRST = {"classes": 8, "sd1": 5}  # rows that hold most pairs
 
 
 @pytest.fixture(scope="module")

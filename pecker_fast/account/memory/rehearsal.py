@@ -75,7 +75,7 @@ class Rehearsal(LocalEngine):
     def _batch(n: int, state: TrainState, role: str, branch: str) -> Batch:
         z = torch.empty(n, *state.generator.sample_shape)
         t, c = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-        return Batch(z, torch.empty_like(z), t, c, c, torch.zeros_like(c) if branch == "forget" else c)
+        return Batch(z, t, torch.empty_like(z), t, c, c, torch.zeros_like(c) if branch == "forget" else c)
 
     @property
     def repeats(self) -> float:
@@ -159,7 +159,8 @@ def planned_adversary(recipe: Recipe, generator: Denoiser) -> Adversary | None:
         shape = (options.tokens, width if isinstance(width, int) else width[0])
     images = torch.empty(options.samples, *generator.sample_shape)
     vectors = Vectors.start(torch.empty(options.conditions, *shape))
-    adversary = Adversary(vectors, images, torch.zeros(options.samples, dtype=torch.long), recipe.seed)
+    covers = torch.empty_like(images if options.half_way else images[:0])
+    adversary = Adversary(vectors, images, torch.zeros(options.samples, dtype=torch.long), covers, recipe.seed)
     adversary.z = torch.empty_like(images)  # drawing it takes values
     return adversary
 

@@ -25,7 +25,13 @@ STEPS = 20
 CLOSE = 1e-7  # for weights below 1; above, one unit in the last place
 
 ADVERSARY = {
-    "adversary": {"conditions": 3, "restart": 4, "starts": ["forget", "kept", "random"], "samples": 12},
+    "adversary": {
+        "conditions": 3,
+        "restart": 4,
+        "starts": ["forget", "kept", "random"],
+        "samples": 12,
+        "half_way": 0.3,
+    },
     "mask": {"exclude": ["class_embedding.*"]},
 }
 CASES = {
