@@ -24,7 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "audit_study.json"
 PAGE = ROOT / "docs" / "evidence.md"
 PLAIN = "audit.budget=none"
-ATTACKED = ["adversary.conditions=12", "adversary.steps=2", "adversary.starts=[forget,kept,random]"]
+ATTACKED = [
+    "adversary.conditions=12",
+    "adversary.steps=2",
+    "adversary.starts=[forget,kept,random]",
+    "adversary.half_way=0.4",
+]
 Pair = tuple[str, str]
 DIGITS: dict[str, tuple[str, list[str]]] = {
     "SFD": ("digits_sfd", []),
@@ -137,6 +142,9 @@ def main() -> int:
     parser.add_argument("--arms", default="", help="some of the arms, by their numbers, as 0,2,4; default: all")
     parser.add_argument("--budget", default="standard")
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, one thread each (1: all threads)")
+    parser.add_argument(
+        "--controls", type=Path, help="finished arm of the first pair whose audit's controls are taken over"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/audit-study"), help="where the run folders go")
     options = parser.parse_args()
     options.never = [
@@ -148,7 +156,7 @@ def main() -> int:
     arms = [of_world[int(n)] for n in options.arms.split(",")] if options.arms else of_world
     plan = [(arm, pair, int(seed)) for pair in pairs for seed in options.seeds.split(",") for arm in arms]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    options.controls = {}
+    options.controls = {pairs[0]: options.controls} if options.controls else {}
     firsts = [next(one for one in plan if one[1] == pair) for pair in pairs]
     rows = {one: execute(*one, options, threads) for one in firsts}
     rest = [one for one in plan if one not in rows]
