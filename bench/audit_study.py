@@ -42,7 +42,7 @@ DIGITS: dict[str, tuple[str, list[str]]] = {
     "adversary, dense": ("digits_sfd", [*ATTACKED, "steps=400"]),
 }
 SHAPES = {
-    "ours, no adversary": ("shapes", [PLAIN, "adversary.conditions=0"]),
+    "ours, no adversary": ("shapes_plain", [PLAIN]),
     "ours": ("shapes", [PLAIN]),
 }
 WORLDS = {"digits": DIGITS, "shapes": SHAPES}

@@ -1,8 +1,8 @@
-"""The shapes recipe, untouched, with other words: every shape and a colour, and other seeds.
+"""The recipe shapes_plain, untouched, with other words: every shape and a colour, and other seeds.
 
     python bench/shapes_table.py [--jobs 1] [--runs runs/shapes_table]
 
-Every row is one `pecker-fast train shapes ...`; finished runs are kept, so the command can be repeated or go on where it
+Every row is one `pecker-fast train shapes_plain ...`; finished runs are kept, so the command can be repeated or go on where it
 was stopped. Writes bench/results/shapes_table.json and the table in docs/shapes.md. Exits with 1 if a row misses its bar.
 """
 
@@ -43,7 +43,7 @@ def execute(row: Row, runs: Path, threads: int) -> dict[str, Any]:
     """Train one row (or find it finished) and return its figures."""
     name, keys = row
     folder = runs / re.sub(r"\W+", "-", name)
-    command = [sys.executable, "-m", "pecker_fast", "train", "shapes", *keys, f"output={folder}", "--quiet"]
+    command = [sys.executable, "-m", "pecker_fast", "train", "shapes_plain", *keys, f"output={folder}", "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     metrics = json.loads((folder / "metrics.json").read_text())
     found = {"name": name, "overrides": keys, **{key: metrics[key] for key in ("before", "after", "teacher", "cost")}}

@@ -54,7 +54,17 @@ def execute(task: Task, runs: Path) -> None:
     if finished(runs, name):
         return
     given = [f"evaluate.every={JUDGE_EVERY}", "evaluate.samples=300", "evaluate.final=0", "checkpoint.every=0"]
-    command = [sys.executable, "-m", "pecker_fast", "train", "shapes", *given, *keys, f"output={folder}", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pecker_fast",
+        "train",
+        "shapes_plain",
+        *given,
+        *keys,
+        f"output={folder}",
+        "--quiet",
+    ]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     print(name, short(history(runs, name)[-1]), flush=True)
 

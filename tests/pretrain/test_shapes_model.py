@@ -62,7 +62,7 @@ def test_the_one_step_generator_obeys_and_the_judge_would_see_if_it_did_not():
 @pytest.mark.slow
 def test_a_short_run_leaves_figures_grids_and_other_words_need_no_other_key(tmp_path):
     output = tmp_path / "run"
-    train(load_recipe("shapes", [*QUICK, "forget.concept=red", "cover=blue", f"output={output}"]), quiet=True)
+    train(load_recipe("shapes_plain", [*QUICK, "forget.concept=red", "cover=blue", f"output={output}"]), quiet=True)
     metrics = json.loads((output / "metrics.json").read_text())
     for key in ("ua", "cover_rate", "retain_accuracy", "ira", "cra", "fid", "precision", "per_class", "obeyed"):
         assert key in metrics["after"], key
@@ -82,7 +82,7 @@ def test_a_short_run_leaves_figures_grids_and_other_words_need_no_other_key(tmp_
 @pytest.mark.slow
 def test_the_memory_of_a_run_with_an_adapter_is_predicted(tmp_path):
     keys = [*QUICK, "score=lora", "evaluate.final=0", f"output={tmp_path / 'run'}"]
-    train(load_recipe("shapes", keys), quiet=True)
+    train(load_recipe("shapes_plain", keys), quiet=True)
     memory = json.loads((tmp_path / "run" / "metrics.json").read_text())["cost"]["memory"]
     assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.15)
 
