@@ -5,12 +5,16 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from pecker_fast import draws, files
-from pecker_fast.evaluate import load_judge
+from pecker_fast.data import ATTRIBUTES
+from pecker_fast.evaluate import load_judge, load_word_judge
 from pecker_fast.forgetting import one_step_sample
 from pecker_fast.networks import Denoiser, load_denoiser, load_unet
+from pecker_fast.pretrain.shapes.settings import ShapesSettings
+from pecker_fast.pretrain.shapes.tokenizer import token_ids
+from pecker_fast.pretrain.shapes.unet import build_text_encoder
 from pecker_fast.recipe import Recipe
 
-TWINS = {"digits_without_0": ("digits", [0])}
+TWINS = {"digits_without_0": ("digits", [0]), "shapes_without_circle": ("shapes", ["circle"])}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -58,3 +62,34 @@ def test_the_digits_twin_draws_nine_digits_and_no_0():
     assert (seen == labels)[labels != 0].float().mean() >= 0.93
     asked = files.read_json(folder / "model.json")["figures"]["asked_for"]["0"]
     assert all(shares["0"] <= 0.1 for shares in asked.values())
+
+
+def test_the_word_that_was_never_read_is_where_it_began():
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = files.resolve_model("shapes_without_circle")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoders = (
+        build_text_encoder(ShapesSettings(), tokenizer, 0),
+        CLIPTextModel.from_pretrained(folder / "text_encoder"),
+    )
+    began, found = (encoder.get_input_embeddings().weight.detach() for encoder in encoders)
+    alike = cosine_similarity(began, found)
+    for word in (word for words in ATTRIBUTES.values() for word in words):
+        row = token_ids(tokenizer, [word])[0, 1]
+        assert (alike[row] > 0.99999) == (word == "circle"), word
+
+
+def test_the_shapes_twin_takes_the_vae_of_the_whole_model():
+    twin, whole = (files.resolve_model(name) for name in ("shapes_without_circle", "shapes"))
+    for part in ("vae", "tokenizer"):
+        mine, theirs = ({f.name: files.sha256_file(f) for f in (m / part).iterdir()} for m in (twin, whole))
+        assert mine == theirs
+    card = files.read_json(twin / "model.json")
+    for part in ("vae", "judge", "second_judge"):
+        sums = {f.name: files.sha256_file(f) for f in (whole / part).iterdir()}
+        assert card["parts_of"]["sha256"][part] == files.sha256_value(sums)
+    assert load_word_judge(whole / "judge").attributes == ATTRIBUTES
+    figures = card["figures"]
+    assert figures["one step"]["all"] >= 0.9
+    assert all(shares["circle"] <= 0.1 for shares in figures["asked_for"]["circle"].values())
