@@ -1,4 +1,4 @@
-# make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: about two minutes)
+# make demo       set up, then make the shipped digits model forget the 0 (two CPU cores: two to eight minutes)
 # make test       set up, then linter, type checker and all fast tests (a quarter of an hour to twenty minutes on two cores, two to five of them set-up and checks)
 # make test-all   everything, what only repeats and the slow training tests, the matrix over ranks, the tables of digits and shapes (about two hours and a half)
 # make storm      kills, signals, full disks, flipped bits and hostile folders in rounds: MINUTES=60, SEED=7 for the same rounds again

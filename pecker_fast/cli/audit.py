@@ -15,7 +15,7 @@ from pecker_fast.errors import RecipeError
 @examples(
     "pecker-fast audit runs/digits --against digits_without_0",
     "pecker-fast audit runs/digits --probes condition,relearn --budget quick",
-    "pecker-fast audit runs/shapes --against runs/shapes-without-circle --prompts sayings.txt",
+    "pecker-fast audit runs/shapes --against shapes_without_circle --prompts sayings.txt",
     "pecker-fast audit my-pipeline --recipe digits --output runs/my-audit",
 )
 def audit(
