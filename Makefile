@@ -17,6 +17,9 @@ NATIVE := $(wildcard csrc/*) CMakeLists.txt
 # an editable install knows the modules that were there when it was made: a new one changes its folder, and so sets up again
 FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 
+# What an image of a container may have set: without bytecode on disk every process compiles all of its libraries again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all storm bench gpu-check lint setup clean
 .DEFAULT_GOAL := demo
 

@@ -366,6 +366,7 @@ def test_live_lines_are_those_of_the_mask():
 # -- bench, report, runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_writes_what_it_prints(capsys, tmp_path):
     file = tmp_path / "bench.json"
     keys = ["digits", "batch_size=2", "mask.samples=4", "mask.density=0.1", "update_rule=salient_only"]

@@ -149,6 +149,7 @@ def test_a_planned_mask_has_the_size_of_a_real_one():
         assert all(int(mask.bool(name).sum()) == mask.count_of(name) for name, _ in named)
 
 
+@pytest.mark.slow
 def test_enough_names_the_figures_and_what_is_not_done_yet():
     recipe = load_recipe(None, ["batch_size=4", "update_rule=salient_only", "precision=bf16"])
     p = predict(recipe, TEXT)

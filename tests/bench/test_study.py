@@ -193,6 +193,7 @@ def test_finished_runs_are_taken_up(tmp_path, monkeypatch):
     assert [r["value"] for r in found] == [0, 41, 2]
 
 
+@pytest.mark.slow
 def test_halving_keeps_the_best_settings(monkeypatch):
     monkeypatch.setattr(trial, "BATCH_SIZE", 2)
     monkeypatch.setattr(trial, "FORGET_SAMPLES", 16)

@@ -92,6 +92,7 @@ def test_a_single_file_is_believed_about_its_prediction(sdxl, single, tmp_path, 
         forecast.check_source(recipe(path, tmp_path / "run", model_config=str(sdxl)), path)
 
 
+@pytest.mark.slow
 def test_a_velocity_file_keeps_its_marks_and_a_folders_gets_them(sdxl, tmp_path):
     folder = shutil.copytree(sdxl, tmp_path / "model")
     edit(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True)

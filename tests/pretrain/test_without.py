@@ -267,6 +267,7 @@ def captions_seen(tmp_path_factory):
     return model, texts, pictures, rows
 
 
+@pytest.mark.slow
 def test_no_picture_and_no_caption_of_a_word_left_out(captions_seen):
     _, texts, pictures, rows = captions_seen
     assert len(texts) > 50

@@ -51,6 +51,7 @@ def test_an_export_before_anything_is_forgotten_is_refused(tiny_recipe, tmp_path
         export_run(run, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_resuming_elsewhere_brings_figures_grid_and_mask_along(tiny_recipe, tmp_path):
     run = train(tiny_recipe(), quiet=True).run_dir
     for point in checkpoint.list_checkpoints(run):
@@ -76,6 +77,7 @@ def test_explicit_resume_refuses_before_anything_is_touched(tiny_recipe, tmp_pat
     assert sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file()) == before
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_recipe_asked_for(tiny_recipe):
     train(tiny_recipe(), quiet=True)
     with pytest.raises(CheckpointError, match="has done 4 steps, the recipe wants 2"):
@@ -99,6 +101,7 @@ def test_two_processes_do_not_share_a_folder(tiny_recipe, tmp_path):
         train(tiny_recipe(**QUICK), quiet=True)
 
 
+@pytest.mark.slow
 def test_dry_run_checks_the_output_folder_too(tiny_recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("x")

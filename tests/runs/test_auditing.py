@@ -87,6 +87,7 @@ def test_a_folder_of_somebody_else(made, tmp_path):
         assert read_audit(into / AUDIT)["identity"]["subjects"]["result"]["t_init"] == t_init
 
 
+@pytest.mark.slow
 def test_a_model_that_knew_what_is_forgotten_is_no_floor(made, tmp_path, capsys):
     model, run, other = made
     twin = copied(other, tmp_path)

@@ -51,6 +51,7 @@ def test_every_change_of_circumstances_is_one_line(made, monkeypatch, key, value
     assert "bits will differ" in line
 
 
+@pytest.mark.slow
 def test_a_resume_with_more_threads_says_so(made, tmp_path, tiny_model, capsys, plain_plots):
     run = copied(made, tmp_path)
     train(small_recipe(tiny_model, run, steps=5, **QUICK), quiet=True)

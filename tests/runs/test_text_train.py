@@ -163,6 +163,7 @@ def test_a_single_file_is_the_same_model_as_its_folder(models, tmp_path, kind):
     assert torch.equal(stock, stock_image(tmp_path / "a" / "pipeline", "green star", torch.zeros(1, 4, 8, 8)))
 
 
+@pytest.mark.slow
 def test_a_delta_is_refused_on_another_base_and_brings_its_schedule(models, tmp_path, capsys):
     train(recipe(models["sd1"], tmp_path / "run"), quiet=True)
     assert main(["export", str(tmp_path / "run"), "--format", "delta"]) == 0
@@ -282,7 +283,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(models, tmp_path, monkeypa
     assert not Path("run").exists()
 
 
-def test_notes_on_captions_and_on_what_is_cut_off_come_before_training(models, tmp_path, capsys):
+def test_notes_on_captions_and_on_what_is_cut_off_come_before_training(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pecker_fast.runs.start.planned", lambda recipe, device: [])  # a forecast, which takes seconds
     long = "a photo of the small white cat on the left of the large black dog on the right"
     retain = ["two circles", "a semicircle", "green star", long]
     train(recipe(models["sd1"], tmp_path / "run", retain=retain), quiet=True, dry_run=True)

@@ -47,6 +47,7 @@ def test_run_folder_is_complete(tiny_recipe):
     assert events.count("evaluate") == 2
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_with_warm_up_resumes_bit_identically(tiny_recipe, tmp_path):
     keys = {"precision": "bf16", "lr": {"generator": 1e-4, "score": 1e-4, "warmup": 3}, "steps": 4,
             "evaluate": {"final": 0, "every": 0}, "checkpoint": {"every": 1, "keep": 9}}  # fmt: skip
@@ -58,6 +59,7 @@ def test_a_run_in_bfloat16_with_warm_up_resumes_bit_identically(tiny_recipe, tmp
     assert final_files(train(tiny_recipe(**keys), quiet=True).run_dir) != final_files(whole)
 
 
+@pytest.mark.slow
 def test_other_seed_gives_other_weights(tiny_recipe, tmp_path):
     a = train(tiny_recipe(output=str(tmp_path / "a"), evaluate={"final": 0}), quiet=True).run_dir
     b = train(tiny_recipe(output=str(tmp_path / "b"), evaluate={"final": 0}, seed=1), quiet=True).run_dir
@@ -136,6 +138,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(tiny_recipe, tmp_path):
     assert final_files(short) == final_files(long)
 
 
+@pytest.mark.slow
 def test_folder_of_another_run_is_left_alone(tiny_recipe, tmp_path):
     run = train(tiny_recipe(evaluate={"final": 0}), quiet=True).run_dir
     before = final_files(run)

@@ -19,6 +19,7 @@ def check(found, cases, rank=None):
             assert outcome["weights"], outcome
 
 
+@pytest.mark.slow
 def test_one_process(tiny_model, tmp_path):
     check(meet(0, tiny_model, 0, tmp_path, CASES, 0), CASES)
     print(f"bad numbers: {len(CASES)} of {len(CASES)} stopped, nothing saved")

@@ -100,6 +100,7 @@ def test_a_stalled_rank_is_named_and_ends_the_run(tiny_model, tmp_path):
     assert "rank 1 (process" in job.outputs()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM])
 def test_a_signal_to_one_rank_saves_and_stops_all(signum, tiny_model, tmp_path):
     out = tmp_path / "run"
