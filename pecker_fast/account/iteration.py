@@ -32,7 +32,7 @@ class Steps:
 
     def __init__(self, state: TrainState) -> None:
         self.optimizers = {
-            "score_optimizer": [state.score_optimizer],
+            "score_optimizer": [] if state.score_optimizer is None else [state.score_optimizer],
             "generator_optimizer": list(state.updates.optimizers.values()),
         }
         self.costs = dict.fromkeys(self.optimizers, Cost(0, 0))
@@ -83,12 +83,15 @@ def optimizer_bytes(optimizer: MaskedAdam) -> int:
 
 def state_tensors(state: TrainState) -> list[Tensor]:
     """Everything that is alive between iterations."""
-    networks = (state.teacher, state.score, state.generator)
-    optimizers = (state.score_optimizer, *state.updates.optimizers.values())
+    networks = state.networks_by_name.values()
     tensors: list[Tensor] = [p for network in networks for _, p in network.named_parameters()]
-    tensors += [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
+    tensors += [
+        t for o in state.optimizers.values() for s in o.state.values() for t in s.values() if isinstance(t, Tensor)
+    ]
     tensors += [*(state.ema or {}).values(), *state.teacher.beside()]
     tensors += state.adversary.held() if state.adversary is not None else ()
+    tensors += state.pool.tensors().values() if state.pool is not None else ()
+    tensors += state.anchor.tensors() if state.anchor is not None else ()
     return [*tensors, *(state.mask.bits.values() if state.mask is not None else ())]
 
 
@@ -98,8 +101,9 @@ def counted(engine: LocalEngine, state: TrainState, allocator: torch.device | No
     Nothing promises that torch rounds alike under a dispatch mode (FlopCounterMode does not), so what is counted must not be
     what trains. Moments are only in the account if a step has been taken before.
     """
-    networks = {"teacher": state.teacher, "score": state.score, "generator": state.generator}
-    weights = {f"{key}.{name}": p for key, network in networks.items() for name, p in network.named_parameters()}
+    weights = {
+        f"{key}.{name}": p for key, network in state.networks_by_name.items() for name, p in network.named_parameters()
+    }
     counter, steps = Counter(weights, state_tensors(state), allocator), Steps(state)
     images = state.images
     limited = {group for group in GROUPS if engine.live.of(state, group.split("_")) is not None}

@@ -15,6 +15,7 @@ import typer
 from pecker_fast import __version__
 from pecker_fast.cli import recipes
 from pecker_fast.cli.audit import audit
+from pecker_fast.cli.compare import compare
 from pecker_fast.cli.export import export
 from pecker_fast.cli.judge import evaluate, sample
 from pecker_fast.cli.look import mask, report
@@ -36,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     epilog=epilog("pecker-fast train digits", "pecker-fast train digits forget=3 cover=8 output=runs/three"),
 )
-for _verb in (train, pretrain, sample, evaluate, audit, report, mask, export, doctor, bench):
+for _verb in (train, pretrain, sample, evaluate, audit, compare, report, mask, export, doctor, bench):
     add(app, _verb)
 app.add_typer(recipes.app, name="recipes", epilog=epilog("pecker-fast recipes list", "pecker-fast recipes copy digits"))
 

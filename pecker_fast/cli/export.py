@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from pecker_fast.errors import RecipeError
     "pecker-fast export runs/digits",
     "pecker-fast export runs/digits --weights raw --output model",
     "pecker-fast export runs/shapes --format delta --output circle.safetensors",
+    "pecker-fast export runs/celebrity --format lora --rank 16 --names kohya",
     "pecker-fast export apply circle.safetensors BASE --output model",
 )
 def export(
@@ -33,9 +34,13 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="diffusers (folder), unet (its weights), single (checkpoint in the original layout), delta (what changed).",
+            help="diffusers (folder), unet (its weights), single (checkpoint in the original layout), delta (what changed), lora.",
         ),
     ] = "diffusers",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of a LoRA file; default: 32.")] = None,
+    names: Annotated[
+        str | None, typer.Option("--names", help="Of a LoRA file's tensors: diffusers (default) or kohya (ComfyUI).")
+    ] = None,
 ) -> None:
     """Write the model of a run, as a folder or a file; or apply a delta file to the model it was made from."""
     if what[0] == "apply":
@@ -51,5 +56,8 @@ def export(
         raise RecipeError(f"--weights: expected ema or raw, got {weights!r}")
     from pecker_fast.runs import export_run
 
-    path = export_run(Path(what[0]), output=output, weights=weights, form=form)
+    if form != "lora" and (rank is not None or names is not None):
+        raise RecipeError(f"--rank, --names: belong to --format lora, not to {form}; leave them out")
+    lora: dict[str, Any] = {"rank": rank or 32, "names": names or "diffusers"} if form == "lora" else {}
+    path = export_run(Path(what[0]), output=output, weights=weights, form=form, **lora)
     typer.echo(f"{'pipeline' if form == 'diffusers' else form}: {path}")

@@ -77,5 +77,21 @@ def recipes_keys() -> None:
     show(rows, ("key", "type", "default", "meaning"))
 
 
-for _name, _verb in (("list", recipes_list), ("show", recipes_show), ("copy", recipes_copy), ("keys", recipes_keys)):
+@examples("pecker-fast recipes methods")
+def recipes_methods() -> None:
+    """Every method (`method=…`), with what comes out of it."""
+    from pecker_fast.recipe import methods
+
+    result = {"one-step": "one-step generator", "denoiser": "model of many steps", "edit": "model of many steps"}
+    rows = [(name, keys.says, result[keys.kind]) for name, keys in methods().items()]
+    show(rows, ("method", "what it does", "result"))
+
+
+for _name, _verb in (
+    ("list", recipes_list),
+    ("show", recipes_show),
+    ("copy", recipes_copy),
+    ("keys", recipes_keys),
+    ("methods", recipes_methods),
+):
     add(app, _verb, _name)

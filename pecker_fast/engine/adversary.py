@@ -16,7 +16,6 @@ from pecker_fast.forgetting import (
     Vectors,
     attack_of,
     draw_pool,
-    drawing_error,
     error_gradient,
     first_starts,
     pieces_of,
@@ -140,13 +139,13 @@ class Attacks:
     def _gradient(self, state: TrainState, attack: Attack) -> tuple[Tensor, Tensor]:
         """(gradient of all vectors, error of each sample), in pieces."""
         assert state.adversary is not None
-        size, t_init = pieces_of(self.recipe), self.recipe.timesteps.init
+        size = pieces_of(self.recipe)
         gradients, errors = [], []
         for start in range(0, len(attack.codes), size):
             piece = attack.part(slice(start, start + size))
 
             def error(theta: Denoiser, piece: Attack = piece) -> Tensor:
-                return drawing_error(theta, piece.z, piece.codes, piece.target, t_init)
+                return piece.error(theta, self.recipe.one_step)
 
             gradient, found = error_gradient(state.adversary.vectors, self.network(state), error)
             gradients.append(gradient)

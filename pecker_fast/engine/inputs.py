@@ -8,7 +8,7 @@ from torch import Tensor
 from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine.state import TrainState
-from pecker_fast.forgetting import Attack, Batch, coded, half_way
+from pecker_fast.forgetting import Attack, Batch, Networks, Objective, coded, half_way
 from pecker_fast.recipe import Recipe
 
 
@@ -31,8 +31,9 @@ class Inputs:
 
 
 def draw(
-    recipe: Recipe, conditions: Conditions, state: TrainState, role: str, branch: str, device: torch.device
-) -> Batch:
+    recipe: Recipe, conditions: Conditions, state: TrainState, role: str, branch: str, device: torch.device,
+    objective: Objective,
+) -> Batch:  # fmt: skip
     """Fresh draws for one branch of one step: a function of seed, stage, step, role ("score", "generator") and branch."""
     n = recipe.batch_size
     rng = draws.generator(recipe.seed, f"{state.stage}-{role}-{branch}", state.step, device)
@@ -42,10 +43,15 @@ def draw(
     c_g, c_p = conditions.draw(branch, n, rng)
     t_g = torch.full_like(t, recipe.timesteps.init)
     batch = Batch(z, t_g, e, t, c_g, c_g, c_p)
+    if not recipe.one_step:
+        batch = objective.draw(recipe, batch, branch, Networks(state.teacher, None, state.generator), state.pool, rng)
+        if branch == "forget" and state.adversary is not None:
+            batch = coded(recipe, conditions, batch, state.generator, state.step)
+        return batch
     if branch == "forget" and state.adversary is not None:
         batch = coded(recipe, conditions, batch, state.generator, state.step)
         batch = half_way(recipe, state.adversary, batch, state.generator, rng)
-    if role == "score" and recipe.guidance.text_dropout > 0:
+    if role == "score" and state.score is not None and recipe.guidance.text_dropout > 0:
         drop = torch.rand(n, generator=rng, device=device) < recipe.guidance.text_dropout
         null_class = torch.full_like(c_g, state.score.null_class or 0)
         batch = replace(batch, c_s=torch.where(drop, null_class, batch.c_s))  # θ draws under c_g all the same

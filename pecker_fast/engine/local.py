@@ -24,11 +24,11 @@ from pecker_fast.forgetting import (
     Dense,
     ForgetImages,
     Gradients,
+    Networks,
     SaliencyPass,
     adam,
     concatenate,
     generate,
-    generator_loss,
     get_method,
     noise_loss,
 )
@@ -64,6 +64,7 @@ class LocalEngine:
         self.device = device
         self.guard = FiniteGuard(device, late=device.type != "cpu" if late is None else late)
         self.live = LiveBackward(recipe.mask.skip)
+        self.objective = get_method(recipe.method)
         self.attacks = Attacks(recipe, conditions, self)
         self.graph = IterationGraph() if recipe.engine.cuda_graph else None
         self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -86,11 +87,15 @@ class LocalEngine:
 
     # -- the stages of a run ----------------------------------------------------------------------------------------
 
-    def start(self, teacher: Denoiser, score: Denoiser, generator: Denoiser, stage: str = "forget") -> TrainState:
+    def start(
+        self, teacher: Denoiser, score: Denoiser | None, generator: Denoiser, stage: str = "forget"
+    ) -> TrainState:
         """φ, ψ, θ on the device with fresh optimizers, no mask yet."""
-        teacher, score, generator = (network.to(self.device) for network in (teacher, score, generator))
+        teacher, generator = teacher.to(self.device), generator.to(self.device)
+        score = None if score is None else score.to(self.device)
         return TrainState(
-            teacher, score, generator, adam(self.recipe, score.named_parameters(), self.recipe.lr.score),
+            teacher, score, generator,
+            None if score is None else adam(self.recipe, score.named_parameters(), self.recipe.lr.score),
             Dense(self.recipe, generator.named_parameters(), None), start_ema(generator, self.recipe.ema), stage=stage,
         )  # fmt: skip
 
@@ -100,14 +105,14 @@ class LocalEngine:
         generator.unet.requires_grad_(True)
         state.release()
         fresh = self.start(state.teacher, state.score, generator)
-        for name in ("images", "training_s", "flops", "flops_per_iteration"):
+        for name in ("images", "training_s", "flops", "flops_per_iteration", "pool"):
             setattr(fresh, name, getattr(state, name))
         return fresh
 
     def follow(self, state: TrainState, mask: SaliencyMask | None) -> None:
         """Give θ the fresh optimizers of the recipe's rule under a mask."""
         named = state.generator.named_parameters()
-        state.updates = get_method(self.recipe.method).updates(self.recipe, named, mask)
+        state.updates = self.objective.updates(self.recipe, named, mask)
 
     def set_mask(self, state: TrainState, mask: SaliencyMask) -> None:
         """Go on with another mask; moments follow the weights that stay."""
@@ -121,8 +126,9 @@ class LocalEngine:
     ) -> SaliencyPass:
         """The pass over the present weights that a mask is cut from."""
         return SaliencyPass(
-            self.recipe, state.teacher, state.score, state.generator, self.conditions, state.step, forget_images, poll
-        )
+            self.recipe, state.teacher, state.score, state.generator, self.conditions, state.step, forget_images, poll,
+            state.pool,
+        )  # fmt: skip
 
     def make_mask(
         self,
@@ -150,10 +156,9 @@ class LocalEngine:
         state.set_learning_rates(self.recipe.lr, self.device if self.graph is not None else None)
         self.guard.arm(state.optimizers.values())
         self.attacks.restart(state)
-        roles = ("score", "generator")
         batches = {
             (role, branch): self.draw(state, role, branch)
-            for role in roles
+            for role in (("score", "generator") if self.recipe.one_step else ("generator",))
             for branch in self.branch_weights(state.stage, role)
         }
         attacks = self.attacks.draw(state)
@@ -204,7 +209,7 @@ class LocalEngine:
     def _compile(self, state: TrainState) -> None:
         if self.recipe.engine.compile == "none":
             return
-        for network in (state.teacher.unet, state.score.unet, state.generator.unet):
+        for network in (one.unet for one in state.networks_by_name.values()):
             if network not in self._compiled:
                 compile_blocks(network)
                 self._compiled.add(network)
@@ -214,7 +219,7 @@ class LocalEngine:
     @part("draws")
     def draw(self, state: TrainState, role: str, branch: str) -> Batch:
         """Draws of one branch of one step of the present iteration; see inputs.draw."""
-        return draw(self.recipe, self.conditions, state, role, branch, self.device)
+        return draw(self.recipe, self.conditions, state, role, branch, self.device, self.objective)
 
     def batches(
         self, state: TrainState, role: str, weights: dict[str, float], inputs: Inputs | None
@@ -244,6 +249,9 @@ class LocalEngine:
 
     def score_step(self, state: TrainState, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """ψ learns θ's distribution: L_ψ = s_r mean_n ℓ(retain) + s_f mean_n ℓ(forget), θ under no_grad."""
+        score = state.score
+        if score is None:
+            return {}
         weights = self.branch_weights(state.stage, "score")
         whole = list(self.batches(state, "score", weights, inputs).values())
         pieces = split(whole, self.recipe.engine.micro_batch)
@@ -251,7 +259,7 @@ class LocalEngine:
         guidance = self.recipe.guidance.score_train
 
         def eps(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-            return state.score.eps(x, t, c, guidance)
+            return score.eps(x, t, c, guidance)
 
         with self.attention(), self.score_update(state, len(pieces)) as backward:
             for share, piece in pieces:
@@ -272,6 +280,8 @@ class LocalEngine:
     @contextmanager
     def score_update(self, state: TrainState, passes: int) -> Iterator[Callable[[Tensor], object]]:
         """Yields what takes the loss of each of the passes back; ends with ψ's step on the sum of their gradients."""
+        assert state.score is not None
+        assert state.score_optimizer is not None
         state.score_optimizer.zero_grad()
         yield Tensor.backward
         named = state.score.named_parameters()
@@ -285,7 +295,8 @@ class LocalEngine:
         """θ: the phases of the update rule in order, each at the weights the one before left behind."""
         weights = self.branch_weights(state.stage, "generator")
         losses: dict[str, Tensor] = {}
-        with self.attention(), state.score.frozen():  # the gradient flows through ψ to x_t
+        frozen = nullcontext() if state.score is None else state.score.frozen()
+        with self.attention(), frozen:  # the gradient flows through ψ to x_t
             phases = (tuple(weights),) if state.stage == "distill" else state.updates.phases
             for update, phase in enumerate(phases, start=2):
                 branches = {branch: weights[branch] for branch in phase if branch in weights}
@@ -324,6 +335,9 @@ class LocalEngine:
             gradients = {key: add_gradients(gradients.get(key), grads) for key, grads in found.items()}
             for branch, mean in means.items():
                 values.setdefault(branch, []).append(share * mean)
+        if state.anchor is not None:
+            key = "retain" if separate else "sum"
+            gradients[key] = state.anchor.pull(self.recipe.objective.ewc, gradients.get(key))
         for grads in gradients.values():
             self.guard.check(f"{state.stage} step {state.step}", "generator", grads, named)
         if separate:  # a branch of weight zero has no gradient at all
@@ -356,7 +370,8 @@ class LocalEngine:
         groups: list[list[str]],
         live: list[SparseBackward | None],
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """((x_g, dL/dx_g) of each group of branches, ready to go back through θ; mean losses by branch).
+        """((x_g, dL/dx_g) of each group of branches, ready to go back through θ; mean losses by branch). x_g: what θ is
+        differentiated through, samples of a one-step generator or predictions of a denoiser.
 
         live: for each group what θ's forward pass runs in.
         """
@@ -366,15 +381,13 @@ class LocalEngine:
             for group, sparse in zip(groups, live):
                 joined = concatenate([batches[branch] for branch in group])
                 with part("generator_forward"), sparse or nullcontext():
-                    x_groups.append(generate(drawing, joined.z, joined.c_g, joined.t_g))
+                    x_groups.append(self.objective.forward(recipe, drawing, joined))
             x_g = torch.cat([x.detach() for x in x_groups]).requires_grad_(True)
             batch = concatenate([batches[branch] for group in groups for branch in group])
             with part("guide_forward"):
-                per_sample = generator_loss(
-                    state.teacher, state.score, x_g, batch.e, batch.t, batch.c_s, batch.c_p, alpha=recipe.alpha,
-                    guidance_teacher=recipe.guidance.teacher, guidance_score=recipe.guidance.score,
-                    detach_score=recipe.detach_score,
-                )  # fmt: skip
+                branches = [branch for group in groups for branch in group]
+                networks = Networks(state.teacher, state.score, state.generator)
+                per_sample = self.objective.loss(recipe, networks, x_g, batch, branches)
         loss = weighted_mean(per_sample, weights)
         with part("guide_backward"):
             (dx_g,) = torch.autograd.grad(loss, x_g)

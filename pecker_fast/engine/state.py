@@ -8,7 +8,7 @@ import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
 from torch import Tensor
 
-from pecker_fast.forgetting import Adversary, UpdateRule
+from pecker_fast.forgetting import Adversary, Anchor, Pool, UpdateRule
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import LearningRates
 
@@ -18,12 +18,14 @@ class TrainState:
     """φ, ψ, θ with their optimizers. `step` counts the iterations of the stage ("distill", then "forget")."""
 
     teacher: Denoiser
-    score: Denoiser
+    score: Denoiser | None  # of methods that make a one-step generator
     generator: Denoiser
-    score_optimizer: MaskedAdam
+    score_optimizer: MaskedAdam | None
     updates: UpdateRule
     ema: dict[str, Tensor] | None = None  # θ's moving average by parameter name, float32; None = off
     adversary: Adversary | None = None  # of the forget stage, where the recipe has one
+    pool: Pool | None = None  # of methods that leave a model of many steps: what they learn from
+    anchor: Anchor | None = None  # what holds weights where they were; made again by a resumed run
     stage: str = "forget"
     step: int = 0
     images: int = 0  # one-step samples drawn for training, all branches
@@ -39,7 +41,14 @@ class TrainState:
     @property
     def optimizers(self) -> dict[str, MaskedAdam]:
         """All optimizers by name, in checkpoint order."""
-        return {"score": self.score_optimizer, **self.updates.optimizers}
+        score = {} if self.score_optimizer is None else {"score": self.score_optimizer}
+        return {**score, **self.updates.optimizers}
+
+    @property
+    def networks_by_name(self) -> dict[str, Denoiser]:
+        """φ, ψ where there is one, θ."""
+        score = {} if self.score is None else {"score": self.score}
+        return {"teacher": self.teacher, **score, "generator": self.generator}
 
     def set_learning_rates(self, lr: LearningRates, device: torch.device | None = None) -> None:
         """This step's rates, a function of `step` alone; device: as numbers that live there and keep their place."""

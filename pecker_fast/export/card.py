@@ -37,16 +37,22 @@ class Card:
         tag: a line of the card's header, with its end. pictures: a section of its own.
         """
         recipe, verdict = self.recipe, self.verdict
+        kind = "One-step generator" if recipe.one_step else "Diffusion model"
+        draws = (
+            f"It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.\n"
+            "It is not a denoiser: do not run it over many steps."
+            if recipe.one_step
+            else "It draws as its base does: with the samplers, steps and guidance that one takes."
+        )
         said = f"{judged}\n\nVerdict: {plain(verdict.line())}." if verdict.figures else judged
         return f"""---
 library_name: diffusers
-{tag}tags: [diffusion, unlearning, one-step]
+{tag}tags: [diffusion, unlearning{", one-step" if recipe.one_step else ""}]
 ---
-# One-step generator that {plain(verdict.said_of(forgotten))}
+# {kind} that {plain(verdict.said_of(forgotten))}
 
 Made by `pecker-fast train` with the method `{recipe.method}`, from the model {code(recipe.model)}.
-It draws an image in **one** network evaluation at timestep {recipe.timesteps.init}.
-It is not a denoiser: do not run it over many steps.
+{draws}
 
 ## Draw with stock diffusers
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pecker_fast import files
 from pecker_fast.errors import DataError, ModelError, OutputError
-from pecker_fast.export.folder import one_step_index
+from pecker_fast.export.outcome import one_step_index
 from pecker_fast.files import hash_of
 from pecker_fast.networks import MARKS, ONE_STEP, check_numbers, copy_part, copy_small
 from pecker_fast.networks.single_file import put_unet, unet_names, unet_of

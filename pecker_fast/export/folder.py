@@ -1,8 +1,9 @@
 """The result as a diffusers folder that stock diffusers loads, with a model card. No custom code in it.
 
 pipeline/  model_index.json  README.md  model.json
-           unet/       config.json, diffusion_pytorch_model.safetensors   the one-step generator θ
-           scheduler/  scheduler_config.json                              EulerDiscreteScheduler, trailing spacing
+           unet/       config.json, diffusion_pytorch_model.safetensors   θ
+           scheduler/  scheduler_config.json                              of a one-step generator EulerDiscreteScheduler with
+                                                                          trailing spacing, else the base's own
 """
 
 import json
@@ -18,8 +19,9 @@ from pecker_fast import files
 from pecker_fast.conditions import SHOWN, Conditions, shown_classes
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.export.card import Card
+from pecker_fast.export.outcome import SCHEDULER, index_of, kind_of, marks_of, scheduler_of
 from pecker_fast.loading import Model, seal_exported
-from pecker_fast.networks import ONE_STEP, Denoiser, are_weights, one_step_marks
+from pecker_fast.networks import Denoiser, are_weights
 from pecker_fast.recipe import Recipe
 from pecker_fast.records import trajectory_sha256
 
@@ -29,7 +31,7 @@ from diffusers import EulerDiscreteScheduler, UNet2DModel
 
 unet = UNet2DModel.from_pretrained({folder!r}, subfolder="unet").eval()
 scheduler = EulerDiscreteScheduler.from_pretrained({folder!r}, subfolder="scheduler")
-scheduler.set_timesteps(timesteps=[{t_init}])
+scheduler.set_timesteps(1)  # its schedule ends at timestep {t_init}
 
 labels = torch.tensor([{labels}])
 z = torch.randn(len(labels), {channels}, {height}, {width}, generator=torch.Generator().manual_seed(0))
@@ -40,6 +42,22 @@ with torch.no_grad():
 images = scheduler.step(output, t, x).prev_sample.clamp(-1, 1)  # [N, C, H, W] in [-1, 1]
 """
 
+MANY_USAGE = """\
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained({folder!r}, subfolder="unet").eval()
+scheduler = DDIMScheduler.from_pretrained({folder!r}, subfolder="scheduler", timestep_spacing="trailing")
+scheduler.set_timesteps({steps})
+
+labels = torch.tensor([{labels}])
+x = torch.randn(len(labels), {channels}, {height}, {width}, generator=torch.Generator().manual_seed(0))
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        output = unet(x, t, class_labels=labels).sample
+    x = scheduler.step(output, t, x).prev_sample
+images = x.clamp(-1, 1)  # [N, C, H, W] in [-1, 1]
+"""
 
 JUDGED = """\
 UA: share of forget samples the judge does not recognise as the forgotten class. FID, precision and recall: kept classes
@@ -58,7 +76,11 @@ class Result:
 
     def marks(self) -> dict[str, str]:
         """What its weights file says of itself."""
-        return one_step_marks(self.generator.schedule, self.recipe.timesteps.init)
+        return marks_of(self.recipe, self.generator)
+
+    def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(scheduler_config.json, model_index.json)."""
+        return scheduler_of(self.recipe, self.generator, self.model), index_of(self.recipe, self.model)
 
 
 def write_unet(
@@ -133,7 +155,7 @@ def export_pipeline(result: Result, folder: Path) -> Path:
         files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(result.generator))
         files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt", **result.marks()})
         weights_sha256 = files.hash_of(weights)
-        write_about(temporary, None, scheduler_config(result.generator), facts(result, weights_sha256))
+        write_about(temporary, result, facts(result, weights_sha256))
         files.write_text(temporary / "README.md", card(result, weights_sha256))
         seal(temporary, result, weights_sha256)
     return folder
@@ -147,27 +169,19 @@ def seal(folder: Path, result: Result, weights_sha256: str) -> None:
     seal_exported(folder, {"recipe_sha256": trajectory_sha256(result.recipe), **hashes, **prompts})
 
 
-def write_about(folder: Path, index: dict[str, Any] | None, scheduler: dict[str, Any], about: dict[str, Any]) -> None:
-    """What tells of a result: its one-step schedule, model_index.json (from the base's `index`), model.json."""
-    files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    files.write_json(folder / "model_index.json", one_step_index(index))
+def write_about(folder: Path, result: Result, about: dict[str, Any]) -> None:
+    """What tells of a result: its schedule, model_index.json, model.json."""
+    scheduler, index = result.about()
+    files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
+    files.write_json(folder / "model_index.json", index)
     files.write_json(folder / "model.json", about)
-
-
-def one_step_index(base: dict[str, Any] | None) -> dict[str, Any]:
-    """model_index.json of a result; base: that of the model it came from, None for a class model."""
-    scheduler = ["diffusers", "EulerDiscreteScheduler"]
-    if base is None:
-        return {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": scheduler}
-    return files.without_parts_beside(base) | {"scheduler": scheduler}
 
 
 def facts(result: Result, weights_sha256: str) -> dict[str, Any]:
     """model.json of a class-conditional result."""
     conditions = result.model.conditions
     return {
-        "kind": ONE_STEP,
-        "t_init": result.recipe.timesteps.init,
+        **kind_of(result.recipe),
         "null_class": result.generator.null_class,
         "forgotten": list(conditions.forget),
         "cover": list(conditions.cover),
@@ -184,17 +198,6 @@ def card(result: Result, weights_sha256: str) -> str:
     return about.markdown(what_is_forgotten(conditions), code, JUDGED)
 
 
-def scheduler_config(generator: Denoiser) -> dict[str, Any]:
-    """Config of the EulerDiscreteScheduler whose single step at t_init is the one-step generator."""
-    from diffusers import EulerDiscreteScheduler
-
-    schedule = generator.schedule
-    scheduler = EulerDiscreteScheduler(
-        **schedule.config, prediction_type=schedule.prediction_type, timestep_spacing="trailing"
-    )
-    return json.loads(scheduler.to_json_string())
-
-
 def usage(generator: Denoiser, recipe: Recipe, conditions: Conditions, folder: str) -> str:
     """The few lines of the model card that draw with stock diffusers."""
     channels, height, width = generator.sample_shape
@@ -202,9 +205,9 @@ def usage(generator: Denoiser, recipe: Recipe, conditions: Conditions, folder: s
     if len(classes) > SHOWN:
         classes = tuple(shown_classes(conditions.forget, conditions.cover, conditions.retain))
     labels = ", ".join(map(str, classes))
-    return USAGE.format(
-        folder=folder, t_init=recipe.timesteps.init, labels=labels, channels=channels, height=height, width=width
-    )
+    at = {"t_init": recipe.timesteps.init} if recipe.one_step else {"steps": recipe.evaluate.teacher_steps}
+    text = USAGE if recipe.one_step else MANY_USAGE
+    return text.format(folder=folder, labels=labels, channels=channels, height=height, width=width, **at)
 
 
 def what_is_forgotten(conditions: Conditions) -> str:

@@ -1,22 +1,21 @@
 """The export of a run, whatever kind of model it is of, in every format."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pecker_fast import files
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export.delta import write_delta
-from pecker_fast.export.folder import Result, as_stored, card, export_pipeline, facts, scheduler_config, sound
-from pecker_fast.export.text_pipeline import (
-    export_text_pipeline,
-    one_step_scheduler,
-    text_card,
-    text_facts,
-)
+from pecker_fast.export.folder import Result, as_stored, card, export_pipeline, facts, sound
+from pecker_fast.export.lora_file import write_lora
+from pecker_fast.export.outcome import scheduler_of
+from pecker_fast.export.text_pipeline import export_text_pipeline, text_card, text_facts
 from pecker_fast.networks.single_file import replace_unet, to_single_file
 
 GRIDS = ("before", "after", "teacher")
-FORMATS = ("diffusers", "unet", "single", "delta")
+FORMATS = ("diffusers", "unet", "single", "delta", "lora")
 
 
 def export_folder(result: Result, run_dir: Path, folder: Path) -> Path:
@@ -27,12 +26,26 @@ def export_folder(result: Result, run_dir: Path, folder: Path) -> Path:
     return export_text_pipeline(result, folder, pictures)
 
 
-def export_file(result: Result, output: Path, form: str) -> Path:
-    """θ as one safetensors file, every tensor in the dtype of the base's.
+@dataclass(frozen=True)
+class LoraForm:
+    """What a LoRA file is to be: see `write_lora`."""
 
-    form: "unet" (the UNet alone, diffusers' names), "single" (a whole checkpoint in the original Stable Diffusion layout) or
-    "delta" (only the weights that changed, with the result's schedule, model.json and card in its notes). Each tells in its
-    metadata where the generator takes its one step, its prediction type and that it is one (`one_step_marks`).
+    rank: int = 32
+    names: str = "diffusers"
+
+
+def export_file(
+    result: Result,
+    output: Path,
+    form: str,
+    lora: LoraForm = LoraForm(),
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """θ as one safetensors file, every tensor in the dtype of the base's. say: gets a line on what a LoRA does not hold.
+
+    form: "unet" (the UNet alone, diffusers' names), "single" (a whole checkpoint in the original Stable Diffusion layout), "lora"
+    (products of low rank beside the base's layers) or "delta" (only the weights that changed, with model.json and card in its
+    notes, of a one-step generator its schedule too). Each tells in its metadata what it is (`marks_of`).
     Raises RecipeError, OutputError.
     """
     model = result.model
@@ -43,6 +56,16 @@ def export_file(result: Result, output: Path, form: str) -> Path:
     base = model.base_unet()
     unet = sound(as_stored(result.generator.unet.state_dict(), base), output)
     marks = result.marks()
+    if form == "lora":
+        if model.text is None:
+            raise RecipeError("format: lora is for models that draw from text; of this one export delta or unet")
+        told = {**marks, "base_sha256": files.hash_of(base)}
+        stats = write_lora(result.generator.unet, base, unet, output, rank=lora.rank, names=lora.names, metadata=told)
+        say(
+            f"{stats.layers} layers of rank up to {stats.rank}; {100 * stats.error:.3g} % of the change is not in it"
+            + (f", {100 * stats.unheld:.3g} % of biases and norms" if stats.unheld else "")
+        )
+        return output
     if form == "unet":
         files.write_tensors(output, unet, {"format": "pt", **marks})
     elif form == "delta":
@@ -59,14 +82,15 @@ def export_file(result: Result, output: Path, form: str) -> Path:
 def _notes(result: Result, weights_sha256: str) -> dict[str, str]:
     """What `export apply` writes beside the weights: as the run's own pipeline has it."""
     if result.model.text is None:
-        about, scheduler = facts(result, weights_sha256), scheduler_config(result.generator)
-        readme = card(result, weights_sha256)
+        about, readme = facts(result, weights_sha256), card(result, weights_sha256)
     else:
-        about, scheduler = text_facts(result, weights_sha256), one_step_scheduler(result.generator)
-        readme = text_card(result, weights_sha256)
+        about, readme = text_facts(result, weights_sha256), text_card(result, weights_sha256)
+    one_step = {}
+    if result.recipe.one_step:  # else the base's own schedule stays
+        scheduler = scheduler_of(result.recipe, result.generator, result.model)
+        one_step = {"t_init": str(result.recipe.timesteps.init), "scheduler": json.dumps(scheduler)}
     return {
-        "t_init": str(result.recipe.timesteps.init),
-        "scheduler": json.dumps(scheduler),
+        **one_step,
         "model": json.dumps(about),
         "card": readme,
         **result.marks(),

@@ -1,8 +1,8 @@
-"""A text-to-image result as a diffusers folder that stock diffusers loads: the base model with θ and a one-step schedule.
+"""A text-to-image result as a diffusers folder that stock diffusers loads: the base model with θ.
 
 pipeline/  model_index.json  README.md  model.json  samples/
-           unet/  the one-step generator θ, every tensor in the dtype of the base's file
-           scheduler/  EulerDiscreteScheduler, trailing spacing
+           unet/  θ, every tensor in the dtype of the base's file
+           scheduler/  of a one-step generator EulerDiscreteScheduler with trailing spacing, else the base's own
            vae/  text_encoder/  tokenizer/  [text_encoder_2/  tokenizer_2/]  the base's own files
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 
 from pecker_fast import files
 from pecker_fast.export.card import Card
-from pecker_fast.export.folder import Result, as_stored, scheduler_config, seal, sound, unet_config, write_about
+from pecker_fast.export.folder import Result, as_stored, seal, sound, unet_config, write_about
+from pecker_fast.export.outcome import kind_of
 from pecker_fast.loading import TextParts
-from pecker_fast.networks import ONE_STEP, Denoiser
+from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe
 
 USAGE = """\
@@ -25,11 +26,21 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}")
 image = pipe(
-    {prompt!r}, num_inference_steps=1, timesteps=[{t_init}], guidance_scale=1.0,
+    {prompt!r}, num_inference_steps=1, guidance_scale=1.0,
     height={height}, width={width}, generator=torch.Generator().manual_seed(0),
 ).images[0]
 """
 
+MANY_USAGE = """\
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}")
+image = pipe(
+    {prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g},
+    height={height}, width={width}, generator=torch.Generator().manual_seed(0),
+).images[0]
+"""
 
 JUDGED = "UA: share of forget samples in which the judge does not see the forgotten word."
 
@@ -45,9 +56,8 @@ def export_text_pipeline(result: Result, folder: Path, pictures: Mapping[str, Pa
         files.write_json(temporary / "unet" / files.CONFIG_NAME, unet_config(result.generator))
         files.write_tensors(temporary / "unet" / files.WEIGHTS_NAME, weights, {"format": "pt", **result.marks()})
         text.write_other_parts(temporary)
-        index = files.read_index(text.configs)
         weights_sha256 = files.hash_of(weights)
-        write_about(temporary, index, one_step_scheduler(result.generator), text_facts(result, weights_sha256))
+        write_about(temporary, result, text_facts(result, weights_sha256))
         shown = [name for name, path in pictures.items() if path.is_file()]
         for name in shown:
             files.write_bytes(temporary / "samples" / f"{name}.png", pictures[name].read_bytes())
@@ -71,17 +81,11 @@ def text_card(result: Result, weights_sha256: str, shown: Sequence[str] = ()) ->
     )
 
 
-def one_step_scheduler(generator: Denoiser) -> dict[str, Any]:
-    """As `scheduler_config`, with the offset that Stable Diffusion's pipelines want to see; trailing spacing ignores it."""
-    return scheduler_config(generator) | {"steps_offset": 1}
-
-
 def text_facts(result: Result, weights_sha256: str) -> dict[str, Any]:
     """model.json of a text-to-image result."""
     recipe = result.recipe
     return {
-        "kind": ONE_STEP,
-        "t_init": recipe.timesteps.init,
+        **kind_of(recipe),
         "concepts": [{"concept": concept, "cover": cover} for concept, cover in text_of(result).plan.concepts],
         "base": recipe.model,
         "revision": recipe.revision,
@@ -93,9 +97,11 @@ def text_facts(result: Result, weights_sha256: str) -> dict[str, Any]:
 def usage(generator: Denoiser, recipe: Recipe, text: TextParts, folder: str) -> str:
     """The few lines of the model card that draw with stock diffusers."""
     height, width = text.pixels
-    return USAGE.format(
-        folder=folder, prompt=text.plan.retain[0], t_init=recipe.timesteps.init, height=height, width=width
-    )
+    at: dict[str, Any] = {"t_init": recipe.timesteps.init}
+    if not recipe.one_step:
+        at = {"steps": recipe.evaluate.teacher_steps, "guidance": recipe.guidance.teacher}
+    form = USAGE if recipe.one_step else MANY_USAGE
+    return form.format(folder=folder, prompt=text.plan.retain[0], height=height, width=width, **at)
 
 
 def what_is_forgotten(text: TextParts) -> str:

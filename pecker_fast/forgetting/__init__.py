@@ -12,6 +12,7 @@ from pecker_fast.forgetting.adversary import (
     restarting,
     start_of,
 )
+from pecker_fast.forgetting.anchor import Anchor, anchor_of
 from pecker_fast.forgetting.batch import Batch, concatenate
 from pecker_fast.forgetting.contrast import check_start
 from pecker_fast.forgetting.excluded import check_exclude, excluded, share_of_rest
@@ -25,7 +26,9 @@ from pecker_fast.forgetting.inversion import (
     turns,
 )
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
-from pecker_fast.forgetting.methods import UpdateRule, get_method
+from pecker_fast.forgetting.methods import UpdateRule, check_method, get_method, register, unregister
+from pecker_fast.forgetting.objective import DenoiserObjective, Edit, Networks, Objective, ScoreDistillation
+from pecker_fast.forgetting.pool import Pool, make_pool
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
 from pecker_fast.forgetting.samplers import (
     batch_of,
@@ -41,19 +44,28 @@ from pecker_fast.forgetting.updates import Dense, Gradients, adam
 __all__ = [
     "CONTRAST_FLOOR",
     "Adversary",
+    "Anchor",
     "Attack",
     "Batch",
+    "DenoiserObjective",
     "Dense",
+    "Edit",
     "ForgetImages",
     "Gradients",
+    "Networks",
+    "Objective",
+    "Pool",
     "SaliencyPass",
+    "ScoreDistillation",
     "UpdateRule",
     "Vectors",
     "adam",
+    "anchor_of",
     "attack_of",
     "batch_of",
     "batches_of",
     "check_exclude",
+    "check_method",
     "check_start",
     "coded",
     "concatenate",
@@ -72,13 +84,16 @@ __all__ = [
     "get_method",
     "grid_labels",
     "half_way",
+    "make_pool",
     "near",
     "noise_loss",
     "one_step_sample",
     "pieces_of",
+    "register",
     "restarting",
     "save_grid",
     "share_of_rest",
     "start_of",
     "turns",
+    "unregister",
 ]

@@ -13,8 +13,9 @@ from torch import Tensor
 from pecker_fast import draws
 from pecker_fast.conditions import Conditions
 from pecker_fast.forgetting.batch import Batch
-from pecker_fast.forgetting.inversion import Vectors, near, turns
+from pecker_fast.forgetting.inversion import Vectors, denoising_error, drawing_error, near, turns
 from pecker_fast.forgetting.losses import generate
+from pecker_fast.forgetting.samplers import denoised
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe
 
@@ -68,15 +69,22 @@ class Adversary:
 class Attack:
     """What one step of all vectors is taken on, m samples."""
 
-    z: Tensor  # [m, C, H, W]
+    z: Tensor  # [m, C, H, W], what a one-step generator draws the target of; the noise in it where θ is a model of many steps
     target: Tensor  # [m, C, H, W]
     codes: Tensor  # [m], conditions of θ
+    t: Tensor  # [m], where θ starts, or is asked for the noise
 
     def tensors(self) -> list[Tensor]:
-        return [self.z, self.target, self.codes]
+        return [self.z, self.target, self.codes, self.t]
 
     def part(self, samples: slice) -> "Attack":
-        return Attack(self.z[samples], self.target[samples], self.codes[samples])
+        return Attack(*(tensor[samples] for tensor in self.tensors()))
+
+    def error(self, theta: Denoiser, one_step: bool) -> Tensor:
+        """How far θ is from drawing the target under the vectors, [m]."""
+        if one_step:
+            return drawing_error(theta, self.z, self.codes, self.target, self.t)
+        return denoising_error(theta, self.target, self.z, self.t, self.codes)
 
 
 def pool_noise(seed: int, shape: Sequence[int]) -> Tensor:
@@ -106,7 +114,11 @@ def draw_pool(
         images = []
         for z_i, c_i in zip(z.split(pieces_of(recipe)), c.split(pieces_of(recipe))):
             poll()
-            found = generate(generator, z_i.to(generator.device), c_i.to(generator.device), recipe.timesteps.init)
+            z_i, c_i = z_i.to(generator.device), c_i.to(generator.device)
+            if recipe.one_step:
+                found = generate(generator, z_i, c_i, recipe.timesteps.init)
+            else:
+                found = denoised(generator, z_i, c_i, recipe.images.steps, recipe.images.guidance)
             images.append(found.float())
         return torch.cat(images)
 
@@ -175,7 +187,11 @@ def attack_of(
         classes = len(conditions.forget)
         index = which % classes + classes * torch.randint(pool // classes, (size,), generator=rng, device=device)
     codes = network.free_codes(which, adversary.c[index])
-    return Attack(adversary.z[index], adversary.images[index], codes)
+    z, t = adversary.z[index], torch.full_like(codes, recipe.timesteps.init)
+    if not recipe.one_step:
+        z = torch.randn(z.shape, generator=rng, device=device)
+        t = torch.randint(recipe.timesteps.min, recipe.timesteps.max, (size,), generator=rng, device=device)
+    return Attack(z, adversary.images[index], codes, t)
 
 
 def coded(recipe: Recipe, conditions: Conditions, batch: Batch, network: Denoiser, step: int) -> Batch:

@@ -1,6 +1,6 @@
-"""Tensors that are in no mask (`mask.exclude`)."""
+"""Tensors that are in no mask (`mask.exclude`, `mask.only`)."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,13 +23,21 @@ def check_exclude(recipe: Recipe, generator: Denoiser) -> None:
 
 def excluded(recipe: Recipe, names: Collection[str]) -> set[str]:
     """Of the names of all tensors those that are in no mask. Raises RecipeError for a pattern that fits none."""
+    left_out = _named(recipe.mask.exclude, names, "mask.exclude")
+    if recipe.mask.only:
+        left_out |= set(names) - _named(recipe.mask.only, names, "mask.only")
+    return left_out
+
+
+def _named(patterns: Sequence[str], names: Collection[str], key: str) -> set[str]:
+    """The names that fit one of the patterns. Raises RecipeError for a pattern that fits none."""
     found: set[str] = set()
-    for pattern in recipe.mask.exclude:
+    for pattern in patterns:
         fits = {name for name in names if fnmatchcase(name, pattern)}
         if not fits:
             near = closest(pattern, names) or closest(pattern, {name.partition(".")[0] + ".*" for name in names})
             hint = f"did you mean {near}?" if near else "`pecker-fast mask RUN` lists the tensors of a run"
-            raise RecipeError(f"mask.exclude: {show(pattern)} is no tensor of this model; {hint}")
+            raise RecipeError(f"{key}: {show(pattern)} is no tensor of this model; {hint}")
         found |= fits
     return found
 
@@ -42,6 +50,8 @@ def share_of_rest(recipe: Recipe, total: int, rest: int) -> float:
         raise RecipeError("mask.exclude: leaves no tensor for the mask; leave one out, or use mask.source=none")
     if rest == total or recipe.mask.scope == "tensor" or recipe.mask.threshold is not None:
         return density
+    if recipe.mask.source == "names":
+        return 1.0
     if density * total > rest:
         raise RecipeError(
             f"mask.density: {density:g} of all weights is more than mask.exclude leaves ({rest / total:.3g} of them); lower it"

@@ -59,7 +59,7 @@ def turns(count: int, n: int, device: torch.device | str = "cpu", start: int = 0
     return (torch.arange(start, start + n, device=device)) % count
 
 
-def drawing_error(generator: Denoiser, z: Tensor, c: Tensor, target: Tensor, t_init: int) -> Tensor:
+def drawing_error(generator: Denoiser, z: Tensor, c: Tensor, target: Tensor, t_init: int | Tensor) -> Tensor:
     """Mean over pixels of (x_g − target)², [N]: how far the one-step generator's samples under conditions c are from images
     that another model drew of the same noise."""
     return (generate(generator, z, c, t_init) - target).square().flatten(1).mean(1)

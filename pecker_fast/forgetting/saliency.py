@@ -1,7 +1,7 @@
 """Which weights carry the concept: gradient scores over the forget set, and the mask cut from them (PECKER Eq. 8-10)."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,10 @@ from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.batch import Batch
 from pecker_fast.forgetting.contrast import check_left, contrasts_losses
 from pecker_fast.forgetting.excluded import excluded, share_of_rest, with_excluded
-from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss, share_left
+from pecker_fast.forgetting.losses import generate, noise_loss, share_left
+from pecker_fast.forgetting.methods import get_method
+from pecker_fast.forgetting.objective import Networks, Objective
+from pecker_fast.forgetting.pool import Pool
 from pecker_fast.forgetting.samplers import ddim
 from pecker_fast.networks import Denoiser, pair_x0
 from pecker_fast.recipe import Recipe
@@ -35,12 +38,21 @@ class SaliencyPass:
 
     recipe: Recipe
     teacher: Denoiser
-    score: Denoiser
+    score: Denoiser | None  # of methods that have one
     generator: Denoiser
     conditions: Conditions
     step: int = 0
     forget_images: ForgetImages | None = None
     poll: Callable[[], object] = lambda: None
+    pool: Pool | None = None
+
+    @property
+    def objective(self) -> Objective:
+        return get_method(self.recipe.method)
+
+    @property
+    def networks(self) -> Networks:
+        return Networks(self.teacher, self.score, self.generator)
 
     def mask(self) -> SaliencyMask | None:
         """The recipe's mask over the generator's weights; None for `mask.source=none`. Raises RecipeError for a contrast with
@@ -48,11 +60,15 @@ class SaliencyPass:
         options = self.recipe.mask
         if options.source == "none":
             return None
+        if options.source == "names":
+            every = SaliencyMask.full(self.masked())
+            whole = SaliencyMask(every.bits, every.shapes, structure="tensor")
+            return with_excluded(whole, self._shapes())
         if options.source == "random":
             seed = draws.generator(self.recipe.seed, "random-mask", self.step).initial_seed()
             mask = SaliencyMask.random(self.masked(), density=self._density(), seed=seed, **self._shape())
             return with_excluded(mask, self._shapes())
-        if contrasts_losses(self.recipe):
+        if contrasts_losses(self.recipe) and self.score is not None:
             self.check_contrast()
         return self.salient()
 
@@ -109,7 +125,8 @@ class SaliencyPass:
 
     def check_contrast(self) -> None:
         """Raise RecipeError where the retain gradient is rounding noise: looked at in one batch, before the pass."""
-        recipe, batch = self.recipe, self._batch("retain", 0)
+        recipe, batch, score = self.recipe, self._batch("retain", 0), self.score
+        assert score is not None
         with torch.no_grad():
             x_g = generate(self.generator, batch.z, batch.c_g, recipe.timesteps.init)
         x_g.requires_grad_(True)
@@ -117,7 +134,7 @@ class SaliencyPass:
             x_t = self.teacher.schedule.add_noise(x_g, batch.e, batch.t)
             with torch.set_grad_enabled(not recipe.detach_score):
                 f_teacher, f_score = pair_x0(
-                    self.teacher, self.score, x_t, batch.t, batch.c_p, batch.c_s, recipe.guidance.teacher,
+                    self.teacher, score, x_t, batch.t, batch.c_p, batch.c_s, recipe.guidance.teacher,
                     recipe.guidance.score,
                 )  # fmt: skip
             check_left(recipe, share_left(x_g, f_teacher, f_score, recipe.alpha))
@@ -133,12 +150,29 @@ class SaliencyPass:
     def passing(self) -> AbstractContextManager[None]:
         """What ℓ is made and differentiated in: gradients go through ψ, not to its weights. Both, because checkpointing passes
         forward again on the way back."""
-        return self.score.frozen()
+        return nullcontext() if self.score is None else self.score.frozen()
 
     def batch_loss(self, branch: str, index: int) -> Tensor:
         """ℓ over batch number `index` of the pass, inside `passing`."""
         batch = self._batch(branch, index)
+        if not self.recipe.one_step:
+            return self.denoising_loss(self._user_batch(batch, branch, index), branch)
         return self.loss(batch, lambda: self._images(batch, branch, index))
+
+    def denoising_loss(self, batch: Batch, branch: str) -> Tensor:
+        """ℓ of a model of many steps, at the x_t of a batch: its noise error (score: mse) or its method's own loss."""
+        recipe, theta = self.recipe, self.generator
+        if recipe.mask.score == "mse":
+            return noise_loss(theta.eps, batch.z, batch.e, batch.t_g, batch.c_g).mean()
+        out = self.objective.forward(recipe, theta, batch)
+        return self.objective.loss(recipe, self.networks, out, batch, [branch]).mean()
+
+    def _user_batch(self, batch: Batch, branch: str, index: int) -> Batch:
+        """The batch with x_t of the user's own images of what is forgotten (`mask.data=PATH`), where there are any."""
+        if branch != "forget" or self.forget_images is None:
+            return batch
+        x_0 = self.forget_images(batch.c_g, index).to(batch.z)
+        return replace(batch, z=self.generator.schedule.add_noise(x_0, batch.e, batch.t_g))
 
     def _batch(self, branch: str, index: int) -> Batch:
         """The draws of a batch."""
@@ -148,18 +182,15 @@ class SaliencyPass:
         z = torch.randn(n, *generator.sample_shape, generator=rng, device=rng.device)
         e = torch.randn(z.shape, generator=rng, device=rng.device)
         t = self._timesteps(n, rng)
-        return Batch(z, torch.full_like(t, recipe.timesteps.init), e, t, c_g, c_g, c_p)
+        batch = Batch(z, torch.full_like(t, recipe.timesteps.init), e, t, c_g, c_g, c_p)
+        return self.objective.draw(recipe, batch, branch, self.networks, self.pool, rng)
 
     def loss(self, batch: Batch, images: Callable[[], Tensor] | None = None) -> Tensor:
         """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""
         recipe, generator, t_init = self.recipe, self.generator, self.recipe.timesteps.init
         if recipe.mask.score == "forget_loss":
-            x_g = generate(generator, batch.z, batch.c_g, t_init)
-            return generator_loss(
-                self.teacher, self.score, x_g, batch.e, batch.t, batch.c_s, batch.c_p, alpha=recipe.alpha,
-                detach_score=recipe.detach_score, guidance_teacher=recipe.guidance.teacher,
-                guidance_score=recipe.guidance.score,
-            ).mean()  # fmt: skip
+            out = self.objective.forward(recipe, generator, batch)
+            return self.objective.loss(recipe, self.networks, out, batch, ["forget"]).mean()
         with torch.no_grad():
             x_0 = images() if images is not None else generate(generator, batch.z, batch.c_g, t_init)
         x_t = generator.schedule.add_noise(x_0, batch.e, batch.t)

@@ -15,6 +15,7 @@ from pecker_fast.conditions import Conditions, class_conditions
 from pecker_fast.engine import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
+from pecker_fast.forgetting import check_method, get_method
 from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, look_at_hub, timesteps_note
 from pecker_fast.loading.exported import check_exported
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
@@ -48,9 +49,9 @@ class Model:
 
 @dataclass(kw_only=True)
 class Parts(Model):
-    """What a run starts from. `generator` and `score` are trainable copies."""
+    """What a run starts from. `generator` and `score` are trainable copies; None of methods without ψ."""
 
-    score: Denoiser
+    score: Denoiser | None
     generator: Denoiser
     base_sha256: str  # of the model's UNet as its file has it, see `files.hash_of`
     start_sha256: str  # of φ, θ and ψ together, and of the prompts: what the run starts from
@@ -59,13 +60,15 @@ class Parts(Model):
 def load_parts(recipe: Recipe) -> Parts:
     """Load model, start of θ and ψ, judge and conditions on the CPU. Raises RecipeError or ModelError, one line."""
     require_gpu(recipe, pick_device())
+    check_method(recipe)
     model = load_model(recipe)
+    get_method(recipe.method).check_model(model.teacher)
     if model.text is not None:
         model.text.check_prompts()  # of training alone: a run that was made before can still be looked at
     teacher = model.teacher
     generator, score = load_start(recipe, teacher)
     if recipe.engine.checkpointing:
-        for network in (teacher, generator, score):
+        for network in (teacher, generator, *([] if score is None else [score])):
             enable_checkpointing(network.unet)
     return Parts(
         **vars(model), score=score, generator=generator,
@@ -78,8 +81,8 @@ def start_of(recipe: Recipe, model: Model) -> str:
     return _start_sha256(model, *load_start(recipe, model.teacher))
 
 
-def _start_sha256(model: Model, generator: Denoiser, score: Denoiser) -> str:
-    networks = (("teacher", model.teacher), ("generator", generator), ("score", score))
+def _start_sha256(model: Model, generator: Denoiser, score: Denoiser | None) -> str:
+    networks = [("teacher", model.teacher), ("generator", generator), *([] if score is None else [("score", score)])]
     tensors: list[tuple[str, Tensor]] = [
         (f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()
     ]
@@ -121,8 +124,10 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False
         conditions = class_conditions(recipe.forget, recipe.cover, recipe.retain, denoiser.classes)
         model = Model(folder=folder, teacher=denoiser, conditions=conditions, judge=judge, reference=reference)
     length = model.teacher.schedule.num_timesteps
-    check_schedule(fit_timesteps(recipe, length), model.teacher)
-    told = (*files.model_notes(folder), *_start_notes(recipe), timesteps_note(recipe, length))
+    told: tuple[str | None, ...] = (*files.model_notes(folder), *_start_notes(recipe))
+    if not result:  # a one-step result's schedule ends where it takes its step
+        check_schedule(fit_timesteps(recipe, length), model.teacher)
+        told = (*told, timesteps_note(recipe, length))
     model.notes = tuple(filter(None, (*told, null_class_note(model.teacher))))
     if recipe.engine.weights == "bf16":
         in_dtype(model.teacher.unet, torch.bfloat16)
@@ -158,10 +163,13 @@ def find_judge(recipe: Recipe, folder: Path) -> tuple[Judge | None, Reference | 
 
 
 @files.guarded("generator", "cannot be loaded")
-def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser]:
+def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser | None]:
     """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
-    `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter."""
+    `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter. Methods that leave a model of many steps
+    have no ψ."""
     generator = start_generator(recipe, teacher)
+    if not recipe.one_step:
+        return generator, None
     folder = start_folder(recipe)
     if recipe.score == "lora" or folder is None or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)

@@ -1,8 +1,17 @@
 """Denoisers and what they are made of: schedules, text models, adapters, single files, architectures."""
 
+from pecker_fast.networks.aligned import aligned_tokens
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
 from pecker_fast.networks.lora import lora_score, pair_x0, same_function
-from pecker_fast.networks.marks import MARKS, ONE_STEP, check_said, one_step_marks, one_step_start
+from pecker_fast.networks.marks import (
+    MANY_STEPS,
+    MARKS,
+    ONE_STEP,
+    check_said,
+    many_steps_marks,
+    one_step_marks,
+    one_step_start,
+)
 from pecker_fast.networks.numbers import are_weights, check_numbers
 from pecker_fast.networks.part_files import copy_part, copy_small, save_part
 from pecker_fast.networks.prompt_window import PromptWindow
@@ -11,6 +20,7 @@ from pecker_fast.networks.text_denoiser import TextDenoiser, TextTable
 from pecker_fast.networks.text_model import is_text_model
 
 __all__ = [
+    "MANY_STEPS",
     "MARKS",
     "ONE_STEP",
     "Denoiser",
@@ -18,6 +28,7 @@ __all__ = [
     "Schedule",
     "TextDenoiser",
     "TextTable",
+    "aligned_tokens",
     "are_weights",
     "check_class_folder",
     "check_numbers",
@@ -30,6 +41,7 @@ __all__ = [
     "load_unet",
     "load_weights",
     "lora_score",
+    "many_steps_marks",
     "one_step_marks",
     "one_step_start",
     "pair_x0",

@@ -11,7 +11,7 @@ from pecker_fast.networks.schedule import Schedule
 
 KIND, T_INIT, PREDICTION = "pecker_fast.kind", "pecker_fast.t_init", "modelspec.prediction_type"
 MARKS = (KIND, T_INIT, PREDICTION)
-ONE_STEP, ZERO_SNR = "one-step generator", "zero terminal SNR"
+ONE_STEP, MANY_STEPS, ZERO_SNR = "one-step generator", "model of many steps", "zero terminal SNR"
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors by which SDXL files of this kind are known
 _SAID = {
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
@@ -27,6 +27,12 @@ def one_step_marks(schedule: Schedule, t_init: int) -> dict[str, str]:
     """Metadata of an exported generator's weights file."""
     prediction = schedule.prediction_type
     return {KIND: ONE_STEP, T_INIT: str(t_init), PREDICTION: _SHORT.get(prediction, prediction)}
+
+
+def many_steps_marks(schedule: Schedule) -> dict[str, str]:
+    """Metadata of the weights file of a result that is an ordinary model."""
+    prediction = schedule.prediction_type
+    return {KIND: MANY_STEPS, PREDICTION: _SHORT.get(prediction, prediction)}
 
 
 def prediction_keys(schedule: Schedule) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pecker_fast.recipe.load import (
     shipped_recipes,
     with_overrides,
 )
+from pecker_fast.recipe.methods import MethodKeys, add_method, drop_method, for_method, methods
 from pecker_fast.recipe.schema import Recipe, is_text
 from pecker_fast.recipe.sections import MEANT_FOR, LearningRates, Timesteps
 from pecker_fast.recipe.yaml import parse_yaml
@@ -22,15 +23,20 @@ __all__ = [
     "MEANT_FOR",
     "RECIPES",
     "LearningRates",
+    "MethodKeys",
     "Recipe",
     "Timesteps",
+    "add_method",
     "check_classes",
     "class_list",
     "closest",
+    "drop_method",
+    "for_method",
     "idle_keys",
     "is_text",
     "known",
     "load_recipe",
+    "methods",
     "parse_yaml",
     "recipe_from",
     "recipe_help",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pecker_fast.recipe.errors import fields_of, section_type
-from pecker_fast.recipe.load import recipe_to_dict
+from pecker_fast.recipe.load import recipe_from, recipe_to_dict
 from pecker_fast.recipe.schema import Recipe
-from pecker_fast.recipe.sections import Adversary
+from pecker_fast.recipe.sections import Adversary, Images
 
 
 def idle_keys(recipe: Recipe) -> list[str]:
@@ -16,14 +16,38 @@ def idle_keys(recipe: Recipe) -> list[str]:
     attacks = [key for key in Adversary.model_fields if key != "conditions"]
     rules: list[tuple[bool, str, tuple[str, ...]]] = [
         (
-            recipe.method == "sfd",
-            "method=sfd",
-            ("mask.source", "mask.density", "mask.structure", "mask.exclude", "update_rule"),
+            not recipe.facts.masked,
+            f"method={recipe.method}",
+            ("mask.source", "mask.density", "mask.structure", "mask.only", "mask.exclude", "update_rule"),
         ),
         (
-            recipe.method != "sfd" and recipe.mask.source == "none",
+            recipe.facts.masked and recipe.mask.source == "none",
             "mask.source=none",
-            ("mask.density", "mask.exclude", "update_rule"),
+            ("mask.density", "mask.only", "mask.exclude", "update_rule"),
+        ),
+        (
+            not recipe.one_step,
+            f"method={recipe.method}",
+            (
+                "alpha",
+                "timesteps.init",
+                "lr.score",
+                "weights.score_retain",
+                "weights.score_forget",
+                "guidance.score",
+                "guidance.score_train",
+                "guidance.text_dropout",
+            ),
+        ),
+        (recipe.one_step, f"method={recipe.method}", tuple(f"images.{key}" for key in Images.model_fields)),
+        (
+            recipe.images.source == "trajectory",
+            "images.source=trajectory",
+            ("images.samples",),
+        ),
+        *(
+            (method != recipe.method, f"method={recipe.method}", (f"objective.{key}",))
+            for key, method in {"eta": "esd", "ewc": "sa", "ridge": "uce", "crucial": "spare"}.items()
         ),
         (recipe.adversary.conditions == 0, "adversary.conditions=0", tuple(f"adversary.{key}" for key in attacks)),
         (recipe.steps == 0, "steps=0", ("adversary.conditions",)),
@@ -41,7 +65,7 @@ def idle_keys(recipe: Recipe) -> list[str]:
         (recipe.uses_prompts, "prompts to forget", ("null_class",)),
         (not recipe.uses_prompts, "classes to forget", ("resolution", "guidance.unconditional", "evaluate.prompts")),
     ]
-    values, defaults = _flat(recipe), _flat(Recipe())
+    values, defaults = _flat(recipe), _flat(recipe_from({"method": recipe.method}))
     return [
         f"{key} has no effect with {cause}"
         for applies, cause, keys in rules

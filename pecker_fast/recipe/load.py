@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pecker_fast import files
 from pecker_fast.errors import RecipeError
 from pecker_fast.recipe.errors import closest, explain, fields_of, section_type, show
+from pecker_fast.recipe.methods import for_method, methods, with_defaults
 from pecker_fast.recipe.overrides import override_values
 from pecker_fast.recipe.schema import Recipe
 from pecker_fast.recipe.yaml import dump_yaml, parse_yaml
@@ -37,15 +38,31 @@ def load_recipe(source: str | Path | None, overrides: Sequence[str] = ()) -> Rec
         path = path or _path(source)
         where = f"recipe {path}" if path.parent != RECIPES else f"recipe {path.name}"
         data = _read(path, source, where)
+    values = override_values(overrides, data)
+    named = next((value for key, value in reversed(values) if key == "method"), None)
+    if isinstance(named, str) and named in methods():
+        data = _of_method(data, named, str(source))
     given: dict[str, Any] = {}
-    for key, value in override_values(overrides, data):
+    for key, value in values:
         given[key] = value
         _apply(data, key, value)
-    if data.get("method") == "sfd":
+    name = data.get("method")
+    if isinstance(name, str) and name in methods() and not methods()[name].masked:
         for key, value in given.items():
             if key.split(".")[0] == "mask" and (key, value) != ("mask.source", "none"):
-                raise RecipeError(f"override {key}: method sfd has no mask; use method=pecker, or leave {key} out")
+                raise RecipeError(f"override {key}: method {name} has no mask; use method=pecker, or leave {key} out")
     return recipe_from(data, where, overridden=given)
+
+
+def _of_method(data: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    """A recipe's data for another method: the shipped recipe that was made for both, else what it says of the task alone."""
+    if data.get("method", "pecker") == name:
+        return data
+    found = for_method(data, name)
+    own = shipped_recipes().get(f"{source}_{name}")
+    if own is None or found == {**data, "method": name}:
+        return found
+    return _read(own, own, f"recipe {own.name}")
 
 
 def _path(source: str | Path) -> Path:
@@ -101,7 +118,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 def recipe_from(data: Mapping[str, Any], where: str = "recipe", overridden: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a mapping as it stands in YAML; raises RecipeError starting with `where`."""
     try:
-        return Recipe.model_validate(dict(data))
+        return Recipe.model_validate(with_defaults(data))
     except ValidationError as error:
         raise RecipeError(explain(error, Recipe, where, overridden or {})) from None
     except RecursionError:

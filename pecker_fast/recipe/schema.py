@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from pecker_fast.recipe.classes import check_classes, class_list
+from pecker_fast.recipe.errors import closest, show
+from pecker_fast.recipe.methods import MethodKeys, methods
 from pecker_fast.recipe.sections import (
     Adversary,
     Audit,
@@ -15,15 +17,31 @@ from pecker_fast.recipe.sections import (
     Engine,
     Evaluate,
     Guidance,
+    Images,
     LearningRates,
     Lora,
     Mask,
+    Objective,
     Optimizer,
     Timesteps,
     Weights,
     both_rates,
+    image_source,
 )
 from pecker_fast.recipe.values import Conditions, ConditionsOrNull, Count, Covers, Name, PathName, Section, key, section
+
+
+def _known_method(value: str) -> str:
+    names = list(methods())
+    if value not in names:
+        close = closest(value, names)
+        raise ValueError(
+            f"expected one of {', '.join(names)}, got {show(value)}" + (f"; did you mean {close}?" if close else "")
+        )
+    return value
+
+
+Method = Annotated[Name, AfterValidator(_known_method)]
 
 
 class Recipe(Section):
@@ -36,9 +54,7 @@ class Recipe(Section):
     config_folder: PathName | None = key(
         None, "folder with configs and tokenizer, for single files", alias="model_config"
     )
-    method: Literal["pecker", "sfd"] = key(
-        "pecker", "pecker = saliency-masked SFD, sfd = score forgetting distillation"
-    )
+    method: Method = key("pecker", "how the model forgets; `pecker-fast recipes methods` lists them")
     forget: Conditions = key(0, "class to forget, or a list; or prompts, a prompt file, or {concept: …, prompts: …}")
     cover: Covers = key(1, "class, or text, that takes its place; or one for each")
     retain: ConditionsOrNull = key(None, "classes to keep (null = every other one), or captions: a file or a list")
@@ -54,6 +70,10 @@ class Recipe(Section):
     )
     alpha: float = key(1.2, "α of the distillation losses", ge=0, le=100, allow_inf_nan=False)
     timesteps: Timesteps = section(Timesteps, "positions on the noise schedule")
+    images: Annotated[Images, BeforeValidator(image_source)] = section(
+        Images, "what methods that leave a model of many steps learn from; one word sets the source"
+    )
+    objective: Objective = section(Objective, "coefficients that belong to one method")
     guidance: Guidance = section(Guidance, "classifier-free guidance scales")
     detach_score: bool = key(False, "no gradient through φ and ψ (Diff-Instruct variant)")
     weights: Weights = section(Weights, "coefficients of the four loss terms")
@@ -79,9 +99,19 @@ class Recipe(Section):
     resume: PathName = key("auto", "auto = go on where the run folder stopped, never, or a checkpoint folder")
 
     @property
+    def facts(self) -> MethodKeys:
+        """What is known of the method."""
+        return methods()[self.method]
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the result is a one-step generator, trained beside a score network; else it is a model of many steps."""
+        return self.facts.kind == "one-step"
+
+    @property
     def uses_mask(self) -> bool:
-        """Whether a mask is computed at all: never for sfd, nor for `mask.source: none`."""
-        return self.method != "sfd" and self.mask.source != "none"
+        """Whether there is a mask at all: never for a method without, nor for `mask.source: none`."""
+        return self.facts.masked and self.mask.source != "none"
 
     @property
     def uses_adversary(self) -> bool:
@@ -124,6 +154,25 @@ class Recipe(Section):
         if self.engine.cuda_graph:
             raise ValueError("adversary.conditions: is not supported with engine.cuda_graph; leave one of the two out")
 
+    def _many_steps_fit(self) -> None:
+        """What belongs to one-step generators alone."""
+        name, kind = self.method, self.facts.kind
+        there = {
+            "distill_steps": self.distill_steps > 0,
+            "generator": self.generator is not None,
+            "score": self.score != "full",
+            "detach_score": self.detach_score,
+            "adversary.half_way": self.adversary.half_way > 0,
+            "engine.cuda_graph": self.engine.cuda_graph,
+        }
+        if kind == "edit":
+            there |= {"adversary.conditions": self.adversary.conditions > 0}
+            there |= {"steps": self.steps > 0, "engine.zero": self.engine.zero > 0, "ema": self.ema > 0}
+        for one, given in there.items():
+            if given:
+                what = "is in closed form" if kind == "edit" else "makes a model of many steps"
+                raise ValueError(f"{one}: method {name} {what} and has no use for it; leave it out")
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         self._same_kind()
@@ -142,9 +191,13 @@ class Recipe(Section):
         if self.engine.weights == "bf16" and self.precision != "bf16":
             raise ValueError("engine.weights: bf16 weights need precision=bf16")
         w = self.weights
+        if self.mask.source == "names" and not self.mask.only:
+            raise ValueError('mask.only: mask.source=names needs tensors by name, such as ["*attn2*"]')
+        if not self.one_step:
+            self._many_steps_fit()
         if self.uses_adversary:
             self._adversary_fits()
-        if self.steps and not (w.score_retain or w.score_forget):
+        if self.one_step and self.steps and not (w.score_retain or w.score_forget):
             raise ValueError("weights.score_retain: both score weights are 0, so ψ would learn nothing; raise one")
         if self.steps and not (w.retain or w.forget):
             raise ValueError("weights.retain: both generator weights are 0, so θ would learn nothing; raise one")

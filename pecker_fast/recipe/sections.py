@@ -35,6 +35,31 @@ class Timesteps(Section):
         return self
 
 
+class Images(Section):
+    """Samples that x_t is made of by noise, for methods that leave a model of many steps."""
+
+    source: Literal["pool", "trajectory"] = key(
+        "pool", "pool = drawn once by the model itself, trajectory = half denoised by it in every iteration"
+    )
+    samples: Positive = key(256, "images of the pool for each branch")
+    steps: Positive = key(20, "DDIM steps that draw them")
+    guidance: float = key(1.0, "guidance they are drawn with", ge=0, le=100, allow_inf_nan=False)
+
+
+class Objective(Section):
+    """Coefficients that belong to one method."""
+
+    eta: float = key(1.0, "η of esd, how far it steers away from the concept", gt=0, le=100, allow_inf_nan=False)
+    ewc: float = key(10.0, "λ of sa, how hard the springs hold", ge=0, le=1e9, allow_inf_nan=False)
+    ridge: float = key(0.5, "λ of uce, how hard the old matrix holds", gt=0, le=1e6, allow_inf_nan=False)
+    crucial: bool = key(False, "spare: draw timesteps where concept and cover differ most, and not evenly")
+
+
+def image_source(value: Any) -> Any:
+    """One word sets the source."""
+    return {"source": value} if isinstance(value, str) else value
+
+
 class Guidance(Section):
     """Classifier-free guidance scales; 1 is no guidance."""
 
@@ -59,7 +84,9 @@ class Weights(Section):
 class Mask(Section):
     """Which weights the forgetting gradient may move."""
 
-    source: Literal["saliency", "random", "none"] = key("saliency", "how weights are chosen; none = all of them")
+    source: Literal["saliency", "random", "names", "none"] = key(
+        "saliency", "how weights are chosen; names = all of the tensors in mask.only, none = all of them"
+    )
     score: Literal["mse", "forget_loss"] = key("mse", "loss whose gradient is the saliency")
     contrast: bool = key(
         False, "divide by the same gradient on retain classes; with forget_loss needs a two-stage start"
@@ -77,6 +104,7 @@ class Mask(Section):
     timesteps: Literal["uniform", "train", "init"] = key("uniform", "timesteps of the saliency pass")
     skip: bool = key(True, "compute no weight gradients of dead rows and tiles where an update is masked")
     refresh: Count = key(0, "iterations between new masks; 0 = one mask, before the first step")
+    only: list[Name] = key([], "tensors that alone may be in a mask, by name; [] = all")
     exclude: list[Name] = key([], "tensors that are in no mask, by name; * and ? stand for letters: class_embedding.*")
 
 

@@ -11,12 +11,14 @@ from pecker_fast.records.events import EVENTS, NoTracker, Tracker, read_events, 
 from pecker_fast.records.inputs import Inputs, read_inputs, take_inputs
 from pecker_fast.records.manifest import other_machine, read_manifest, verify_checkpoint
 from pecker_fast.records.metrics import METRICS, read_metrics, sound_metrics, write_metrics
+from pecker_fast.records.pool import keep_pool, kept_pool
 from pecker_fast.records.proof import check_prompts, check_run, known_base, known_start, recipe_doubts
 from pecker_fast.records.run_folder import (
     BASE,
     EVALUATIONS,
     MASK,
     PIPELINE,
+    POOL,
     RECIPE,
     begun_with,
     is_ours,
@@ -36,6 +38,7 @@ __all__ = [
     "MASK",
     "METRICS",
     "PIPELINE",
+    "POOL",
     "RECIPE",
     "Inputs",
     "NoTracker",
@@ -46,6 +49,8 @@ __all__ = [
     "generator_tensors",
     "is_ours",
     "is_run_folder",
+    "keep_pool",
+    "kept_pool",
     "known_base",
     "known_start",
     "latest_checkpoint",

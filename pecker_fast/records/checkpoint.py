@@ -153,7 +153,8 @@ def load_checkpoint(state: TrainState, folder: Path, identity: dict[str, str]) -
         read_shards(state, folder, stored["optimizer_steps"])
     else:
         load_network(state.generator, folder / "generator.safetensors")
-        load_network(state.score, folder / "score.safetensors")
+        if state.score is not None:
+            load_network(state.score, folder / "score.safetensors")
         if state.ema is not None:
             tensors, _ = files.read_tensors(folder / "ema.safetensors", error=CheckpointError)
             for name, average in state.ema.items():
@@ -202,7 +203,8 @@ def _write_files(state: TrainState, folder: Path, ranks: Ranks) -> None:
             files.write_json(folder / STATE, {"counters": counters, "optimizer_steps": steps_of(state)})
         return
     files.write_tensors(folder / "generator.safetensors", state.generator.state_dict())
-    files.write_tensors(folder / "score.safetensors", state.score.state_dict())
+    if state.score is not None:
+        files.write_tensors(folder / "score.safetensors", state.score.state_dict())
     if state.ema is not None:
         files.write_tensors(folder / "ema.safetensors", state.ema)
     groups: dict[str, Any] = {}

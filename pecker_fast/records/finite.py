@@ -56,7 +56,8 @@ def _weights(state: TrainState) -> Named:
         for average in (state.ema or {}).values():
             yield from _pieces("average tensor", state.networks["generator"].shards, average)
         return
-    for name, denoiser in (("generator", state.generator), ("score network", state.score)):
+    score = [] if state.score is None else [("score network", state.score)]
+    for name, denoiser in [("generator", state.generator), *score]:
         for key, tensor in denoiser.state_dict().items():
             if tensor.is_floating_point():
                 yield f"{name} tensor {key}", tensor

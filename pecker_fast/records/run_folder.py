@@ -20,6 +20,7 @@ from pecker_fast.records.metrics import METRICS
 from pecker_fast.terminal import warn
 
 RECIPE, MASK, REPORT, PIPELINE = "recipe.yaml", "mask.safetensors", "report.html", "pipeline"
+POOL = "pool.safetensors"  # images that a method learns from: drawn once, and again where they are gone
 EVALUATIONS = "evaluations.jsonl"
 # in the order they are wiped: without checkpoints nothing goes on from what is half gone
 OWN = (
@@ -27,6 +28,7 @@ OWN = (
     PIPELINE,
     METRICS,
     MASK,
+    POOL,
     REPORT,
     EVALUATIONS,
     AUDIT,
@@ -37,7 +39,7 @@ OWN = (
     "mask.png",
     INPUTS,
 )
-EXPORTS = ("unet.safetensors", "single.safetensors", "delta.safetensors")
+EXPORTS = ("unet.safetensors", "single.safetensors", "delta.safetensors", "lora.safetensors")
 LOCK = ".lock"
 WIPING = ".wiping"  # there while a run is wiped: whoever finds it finishes that first, however it was asked to resume
 _TORN_MASK = re.compile(rf"\.{re.escape(MASK)}\.[a-z0-9_]{{8}}")
@@ -57,8 +59,11 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
         del data["adversary"]
     elif not recipe.adversary.half_way:
         del data["adversary"]["half_way"]
-    if not recipe.mask.exclude:
-        del data["mask"]["exclude"]
+    for key in ("only", "exclude"):
+        if not data["mask"][key]:
+            del data["mask"][key]
+    if recipe.one_step:  # as before there were others
+        del data["images"], data["objective"]
     data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher
     for key in ("stall_s", "cuda_graph", "threads", "offload", "deepspeed", "shard_teacher"):  # how fast, not what
         del data["engine"][key]

@@ -7,6 +7,8 @@ from typing import Any
 
 from pecker_fast.files import write_text
 from pecker_fast.report.audit import audit_table
+from pecker_fast.report.compare import terminal_table as comparison_table
+from pecker_fast.report.compare import write_comparison
 from pecker_fast.report.cost import of_run, parts_tables
 from pecker_fast.report.mask import Mask, MaskRow, mask_table
 from pecker_fast.report.mask_plot import plot_mask
@@ -16,11 +18,13 @@ __all__ = [
     "Mask",
     "MaskRow",
     "audit_table",
+    "comparison_table",
     "mask_table",
     "metrics_table",
     "parts_tables",
     "plot_mask",
     "run_tables",
+    "write_comparison",
     "write_report",
 ]
 

@@ -50,6 +50,11 @@ _GRIDS = (
     ("after", "After", "one-step generator, the result"),
     ("teacher", "Teacher", "multi-step sampler of the original model"),
 )
+_MANY_STEPS_GRIDS = (
+    ("before", "Before", "the original model"),
+    ("after", "After", "the result, by the same sampler"),
+    ("teacher", "Teacher", "the original model"),
+)
 
 
 def build_page(run: RunData) -> str:
@@ -106,7 +111,8 @@ def _summary(run: RunData) -> str:
         text += f"; {figure(after['retain_accuracy'], True)} of the other classes' samples are still right"
     text += "."
     if ratio(run.metrics) is not None:
-        text += f" In one step their FID is {times(ratio(run.metrics))} that of the teacher's multi-step sampler."
+        of = "In one step their FID is" if run.one_step else "Their FID is"
+        text += f" {of} {times(ratio(run.metrics))} that of the teacher's multi-step sampler."
     if number(cost.get("training_s")) is not None:
         text += f" Training took {seconds(cost['training_s'])}."
     return f"<p class='lead'>{escape(text)}</p>\n"
@@ -169,7 +175,8 @@ def _verdict(run: RunData) -> str:
         rows.append(_row(f"{row.name} {row.better}", row.says, zip(columns, values)))
         if row.key == "fid" and ratio(run.metrics) is not None:
             shares = [times(ratio(run.metrics, column)) for column in columns]
-            rows.append(_row("FID / teacher's ↓", "one step against the multi-step sampler", zip(columns, shares)))
+            against = "one step against the multi-step sampler" if run.one_step else "by the same sampler"
+            rows.append(_row("FID / teacher's ↓", against, zip(columns, shares)))
     for key, name, says in (("samples", "Samples", "of each group"), ("seed", "Seed", "of the noise")):
         counts = [count(section(run.metrics, column).get(key)) for column in columns]
         if set(counts) != {NONE}:
@@ -199,7 +206,7 @@ def _audit(run: RunData) -> str:
 def _grids(run: RunData) -> str:
     if not run.grids:
         return ""
-    named = {key: (title, says) for key, title, says in _GRIDS}
+    named = {key: (title, says) for key, title, says in (_GRIDS if run.one_step else _MANY_STEPS_GRIDS)}
     shown = [key for key in named if key in run.grids]
     others = [key for key in run.grids if key not in named]
     body = (

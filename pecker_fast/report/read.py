@@ -10,7 +10,7 @@ from typing import Any
 from pecker_fast.audit import AUDIT, AUDIT_IMAGES, read_audit
 from pecker_fast.errors import DataError, PeckerError, RecipeError
 from pecker_fast.files import read_text
-from pecker_fast.recipe import MAX_RECIPE_BYTES, parse_yaml
+from pecker_fast.recipe import MAX_RECIPE_BYTES, methods, parse_yaml
 from pecker_fast.records import EVENTS, read_events, read_metrics, recipe_doubts
 from pecker_fast.report.mask import Mask
 
@@ -36,6 +36,12 @@ class RunData:
     audit: dict[str, Any] = field(default_factory=dict)
     audit_images: dict[str, bytes] = field(default_factory=dict)  # by "PROBE-SUBJECT"
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the result is a one-step generator."""
+        found = methods().get(str(self.recipe.get("method", "pecker")))
+        return found is None or found.kind == "one-step"
 
 
 def read_run(folder: str | Path) -> RunData:

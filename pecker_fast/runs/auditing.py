@@ -165,7 +165,9 @@ def _asked_by(recipe: Recipe, model: Model, told: bool = False) -> Asked:
     model: a shipped recipe names one, and may be given any model and anything to forget."""
     options, fitting = recipe.audit, []
     for name in options.against:
-        doubt = None if (Path(name) / RECIPE).is_file() else _doubt(model, files.resolve_model(name), name)
+        doubt = (
+            None if (Path(name) / RECIPE).is_file() else _doubt(model, files.resolve_model(name), name, recipe.one_step)
+        )
         if doubt is None:
             fitting.append(name)
         elif told:
@@ -173,10 +175,10 @@ def _asked_by(recipe: Recipe, model: Model, told: bool = False) -> Asked:
     return Asked(tuple(options.probes), options.budget, tuple(fitting), options.samples or None)
 
 
-def _doubt(model: Model, folder: Path, name: str) -> str | None:
+def _doubt(model: Model, folder: Path, name: str, one_step: bool) -> str | None:
     """Why a folder's model cannot be compared with; None where it can."""
     try:
-        _check_like(model, folder, name, one_step=True)
+        _check_like(model, folder, name, one_step)
     except ModelError as error:
         return str(error)
     return _knows(model, folder)
@@ -194,7 +196,8 @@ def _of_run(folder: Path, asked: Asked) -> Found:
         )
     model = base_model(run, _further(run.located(BASE_KEYS), asked))
     recipe = fit_timesteps(run.located(BASE_KEYS), model.teacher.schedule.num_timesteps)
-    return recipe, model, Subject(RESULT, trained_generator(run, model), recipe.timesteps.init)
+    t_init = recipe.timesteps.init if recipe.one_step else None
+    return recipe, model, _subject(RESULT, trained_generator(run, model), t_init, recipe)
 
 
 def _of_folder(what: str, recipe: Recipe, asked: Asked) -> Found:
@@ -246,6 +249,10 @@ def _never(recipe: Recipe, model: Model, result: Subject, name: str) -> Subject:
         raise ModelError(
             f"against {name}: its samples are {network.sample_shape}, the model's {model.teacher.sample_shape}"
         )
+    if (
+        network.schedule.num_timesteps < model.teacher.schedule.num_timesteps
+    ):  # an exported one-step result's ends at t_init
+        network.schedule = model.teacher.schedule
     return _subject(NEVER, network.freeze(), result.t_init, recipe)
 
 

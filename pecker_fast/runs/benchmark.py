@@ -13,7 +13,7 @@ from pecker_kernels import SaliencyMask
 
 from pecker_fast import files
 from pecker_fast.account import Account, Clock, add_times, counted, joules, stopwatch
-from pecker_fast.engine import LocalEngine, TrainState
+from pecker_fast.engine import LocalEngine, TrainState, begin_anchor, begin_pool
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.loading import Parts, fit_timesteps, load_parts, pick_device
 from pecker_fast.machine import hardware
@@ -41,10 +41,14 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
     """Networks on the device (θ and ψ copies of `parts`, φ shared), mask, optimizers, engine. Writes nothing."""
     if recipe.engine.zero:
         raise RecipeError("engine.zero: bench measures one process; leave it out")
+    if recipe.facts.kind == "edit":
+        raise RecipeError(f"method: {recipe.method} is in closed form, there is no iteration to measure")
     parts, device = parts or load_parts(recipe), pick_device()
     recipe = fit_timesteps(recipe, parts.teacher.schedule.num_timesteps)
     engine = LocalEngine(recipe, parts.conditions, device)
-    state = engine.start(parts.teacher, parts.score.clone(), parts.generator.clone())
+    score = None if parts.score is None else parts.score.clone()
+    state = engine.start(parts.teacher, score, parts.generator.clone())
+    begin_pool(engine, state)
     meter = stopwatch(device)
     start = meter()
     mask = engine.make_mask(state) if recipe.uses_mask else None
@@ -55,6 +59,7 @@ def set_up(recipe: Recipe, parts: Parts | None = None) -> Setup:
             flops = engine.saliency_pass(state).flops()
         cost = {"s": seconds, "flops": flops}
     engine.follow(state, mask)
+    begin_anchor(engine, state)
     engine.attacks.begin(state)
     return Setup(recipe, engine, state, mask, cost)
 

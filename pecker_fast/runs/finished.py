@@ -9,10 +9,10 @@ from pecker_fast.conditions import concept_names, placed, read_prompts, short_ra
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError, memory_errors
 from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector
-from pecker_fast.export import FORMATS, Result, apply_to_folder, export_file, export_folder
-from pecker_fast.forgetting import grid_labels, one_step_sample, save_grid
+from pecker_fast.export import FORMATS, LoraForm, Result, apply_to_folder, export_file, export_folder
+from pecker_fast.forgetting import grid_labels, save_grid
 from pecker_fast.loading import Model, start_generator
-from pecker_fast.networks import Denoiser, TextDenoiser
+from pecker_fast.networks import MANY_STEPS, ONE_STEP, Denoiser, TextDenoiser
 from pecker_fast.records import (
     PIPELINE,
     generator_tensors,
@@ -78,7 +78,7 @@ def sample_run(
     model, generator = _drawing(run, before, prompts or ())
     _tell_cut(model, prompts or ())
     wanted = _wanted(model, classes, prompts)
-    images = one_step_sample(generator, grid_labels(wanted, count), seed, run.recipe.timesteps.init)
+    images = judging_of(run.recipe, model).of(generator)(grid_labels(wanted, count), seed)
     return save_grid(images, count, target)
 
 
@@ -137,7 +137,7 @@ def evaluate_run(
         return judging.figures(sampler, **asked)
 
     recorded = sound_metrics(run.folder, trajectory_sha256(recipe))
-    found: dict[str, Any] = {"before": None, "after": drawn(judging.one_step(trained_generator(run, parts)))}
+    found: dict[str, Any] = {"before": None, "after": drawn(judging.of(trained_generator(run, parts)))}
     blank: dict[str, str] = {}
     for name in ("before", "teacher"):
         row = recorded.get(name)
@@ -147,7 +147,7 @@ def evaluate_run(
             except ModelError as error:
                 found[name], blank[name] = None, str(error)
         elif everything and not recipe.distill_steps:
-            found[name] = drawn(judging.one_step(start_generator(run.located(BASE_KEYS), parts.teacher).freeze()))
+            found[name] = drawn(judging.of(start_generator(run.located(BASE_KEYS), parts.teacher).freeze()))
         elif row and not other and asked == {"samples": row["samples"], "seed": row.get("seed", EVALUATION_SEED)}:
             found[name] = row
         else:
@@ -169,10 +169,12 @@ def _why_blank(row: dict[str, Any] | None, other_judge: bool, everything: bool) 
 
 @memory_errors("an export holds the model in memory, free some")
 def export_run(
-    run_dir: str | Path, output: str | Path | None = None, weights: str = "ema", form: str = "diffusers"
-) -> Path:
-    """Write the model of the newest checkpoint; weights: "ema" (the average) or "raw"; form: one of `FORMATS`."""
-    run = load_run(run_dir)
+    run_dir: str | Path, output: str | Path | None = None, weights: str = "ema", form: str = "diffusers",
+    rank: int = 32, names: str = "diffusers",
+) -> Path:  # fmt: skip
+    """Write the model of the newest checkpoint; weights: "ema" (the average) or "raw"; form: one of `FORMATS`. rank, names: of a
+    LoRA file, see `write_lora`."""
+    run, lora = load_run(run_dir), LoraForm(rank, names)
     if weights not in ("ema", "raw"):
         raise RecipeError(f"weights: {weights!r}; give ema or raw")
     if form not in FORMATS:
@@ -184,11 +186,11 @@ def export_run(
     if output is None:
         with locked(run.folder):
             sweep_run_folder(run.folder)
-            return _export(run, target, weights, form)
-    return _export(run, target, weights, form)
+            return _export(run, target, weights, form, lora)
+    return _export(run, target, weights, form, lora)
 
 
-def _export(run: Run, target: Path, weights: str, form: str) -> Path:
+def _export(run: Run, target: Path, weights: str, form: str, lora: LoraForm) -> Path:
     if form == "diffusers" and target.exists() and target != run.folder / PIPELINE and not _is_export(target):
         raise OutputError(f"{target}: exists and is no exported generator; give another output")
     recipe_sha256 = trajectory_sha256(run.recipe)
@@ -203,17 +205,18 @@ def _export(run: Run, target: Path, weights: str, form: str) -> Path:
     judged = weights == "ema" and metrics.get("step") == read_manifest(checkpoint)["step"]  # these very weights
     facts = Result(generator, run.recipe, model, base_sha256, metrics if judged else None)
     if form != "diffusers":
-        return export_file(facts, target, form)
+        return export_file(facts, target, form, lora, lambda line: note([line]))
     return export_folder(facts, run.folder, target)
 
 
 def _exported_from(run: Run, form: str) -> tuple[Model, str]:
-    """The base model and its `base_sha256`; where it is gone, what the run holds of it in `pipeline/` serves all but a delta."""
+    """The base model and its `base_sha256`; where it is gone, what the run holds of it in `pipeline/` serves all but a delta and
+    a LoRA."""
     try:
         model = base_model(run)
         return model, known_base(run.folder, run.inputs) or files.hash_of(model.base_unet())
     except ModelError as reason:
-        if form == "delta" or not (run.folder / PIPELINE).is_dir():
+        if form in ("delta", "lora") or not (run.folder / PIPELINE).is_dir():
             raise
         warn(f"{reason}; what the export needs of it is taken from {run.folder / PIPELINE}")
     model = held_model(run)
@@ -271,7 +274,7 @@ def evaluate_protocol(
     assert model.text is not None
     assert isinstance(model.teacher, TextDenoiser)
     judging = judging_of(run.recipe, model)
-    sampler = judging.one_step(start)
+    sampler = judging.of(start)
     number = EVALUATION_SEED if seed is None else seed
     if protocol == "classes":
         if not judging.possible:
@@ -289,4 +292,4 @@ def evaluate_protocol(
 def _is_export(folder: Path) -> bool:
     card = folder / "model.json"
     found = files.read_json(card) if card.is_file() else None
-    return isinstance(found, dict) and found.get("kind") == "one-step generator"
+    return isinstance(found, dict) and found.get("kind") in (ONE_STEP, MANY_STEPS)

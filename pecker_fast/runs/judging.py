@@ -78,14 +78,20 @@ class BaseJudging:
     def one_step(self, generator: Denoiser) -> Sampler:
         return self._drawn(lambda labels, seed: one_step_sample(generator, labels, seed, self.recipe.timesteps.init))
 
-    def multi_step(self) -> Sampler:
-        """The teacher's own sampler, the reference row. It raises ModelError where the images are not finite."""
+    def of(self, generator: Denoiser) -> Sampler:
+        """How a result of the recipe's method draws: in one step, or in many."""
+        return self.one_step(generator) if self.recipe.one_step else self.multi_step(generator)
+
+    def multi_step(self, network: Denoiser | None = None) -> Sampler:
+        """A model's own sampler, DDIM; None = the teacher's, the reference row. It raises ModelError where the images are not
+        finite."""
         steps, guidance = self.recipe.evaluate.teacher_steps, self.recipe.guidance.teacher
+        whose = "the teacher's" if network is None else "the model's"
 
         def sample(labels: Tensor, seed: int) -> Tensor:
-            images = ddim_sample(self.parts.teacher, labels, steps, seed, guidance=guidance)
+            images = ddim_sample(network or self.parts.teacher, labels, steps, seed, guidance=guidance)
             if not bool(images.isfinite().all()):
-                raise ModelError("the teacher's multi-step sampler drew images that are not finite")
+                raise ModelError(f"{whose} multi-step sampler drew images that are not finite")
             return images
 
         return self._drawn(sample)

@@ -27,12 +27,12 @@ from pecker_fast.files import (
     write_json,
     write_tensors,
 )
-from pecker_fast.forgetting import ForgetImages, check_exclude, check_start
+from pecker_fast.forgetting import ForgetImages, check_exclude, check_method, check_start
 from pecker_fast.loading import Parts, fit_timesteps, load_parts, look_at_hub, plan_of
 from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import ALONE, Ranks, joined
 from pecker_fast.networks import TextDenoiser, load_unet
-from pecker_fast.recipe import Recipe, load_recipe, recipe_from, recipe_to_yaml
+from pecker_fast.recipe import Recipe, for_method, load_recipe, methods, recipe_from, recipe_to_yaml
 from pecker_fast.records import (
     BASE,
     NoTracker,
@@ -75,6 +75,7 @@ def train(
     started = time.perf_counter()
     with ranks_of(recipe, ranks) as ranks, memory_errors(lighter(recipe)):
         check_ranks(recipe, ranks)
+        ranks.agree(lambda: check_method(recipe))
         located = ranks.agree(lambda: begun_with(recipe))
         text, found = located.uses_prompts, []
         prediction = None if dry_run or not text or located.engine.zero else check_memory(located)
@@ -102,7 +103,7 @@ def train(
         plan = ranks.told(lambda: plan_run_folder(recipe, identity))
         ranks.agree(lambda: check_exclude(located, parts.generator))
         if plan.checkpoint is None:  # a run that goes on has its mask
-            ranks.agree(lambda: check_start(located, parts.teacher, parts.score))
+            ranks.agree(lambda: check_begin(located, parts))
         if tensorboard:
             ranks.agree(require_tensorboard)
         if dry_run:
@@ -178,7 +179,8 @@ def unlearn(
     """Make a class-conditional diffusion model forget classes, from Python.
 
     model: shipped name, diffusers folder, hub name, or an object with `.unet` and `.scheduler` (a diffusers pipeline).
-    method: "pecker" or "sfd"; None = the recipe's (pecker by default). output: None = the recipe's, or runs/unlearn.
+    method: one of `pecker-fast recipes methods`; None = the recipe's (pecker by default).
+    output: None = the recipe's, or runs/unlearn.
     recipe: what the other settings come from (name, file or Recipe); keys: recipe keys, sections as dicts.
     null_class: index of the label-dropout embedding, if it has one; None = what the recipe, or the model's folder, says.
     audit: attack the result at the end; True = all probes at the standard budget, or the recipe's `audit` keys as a dict.
@@ -186,6 +188,8 @@ def unlearn(
     """
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     data = base.model_dump(by_alias=True, exclude_unset=True)  # so that defaults stay defaults
+    if method is not None and method in methods():
+        data = for_method(data, method)
     if output is None:
         output = "runs/unlearn" if recipe is None else base.output
     if not isinstance(model, str | Path):
@@ -241,6 +245,7 @@ def distill(
             training = Training(recipe, parts, identity, tracker, stop, None, time.perf_counter())
             state = training.distilled(plan.checkpoint)
     with whole_folder(into) as temporary:
+        assert state.score is not None
         for name, network in (("generator", state.averaged_generator()), ("score", state.score)):
             write_unet(network, temporary / name, dtype)
     discard(run_dir)
@@ -254,6 +259,12 @@ def _known(parts: Parts, without: Sequence[int | str]) -> Conditions:
         rows = zip((*conditions.forget, *conditions.retain), (*plan.forget, *plan.retain))
         gone = {row for row, text in rows if named.search(text)}
     return replace(conditions, all_classes=tuple(c for c in conditions.all_classes if c not in gone))
+
+
+def check_begin(recipe: Recipe, parts: Parts) -> None:
+    """Raise RecipeError where it is known before anything runs that the mask would be noise."""
+    if parts.score is not None:
+        check_start(recipe, parts.teacher, parts.score)
 
 
 def identity_of(recipe: Recipe, parts: Parts) -> dict[str, str]:
@@ -274,7 +285,7 @@ def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
     plan, _ = plan_of(recipe, None)
     note(notes_of(plan))
     folder = plan_run_folder(recipe, {})
-    if folder.checkpoint is None:
+    if folder.checkpoint is None and recipe.one_step:
         check_start(recipe)
     notes = look_at_hub(recipe)
     note(notes or ())

@@ -34,6 +34,7 @@ from pecker_fast.records import (
     write_metrics,
 )
 from pecker_fast.report import write_report
+from pecker_fast.runs import begin
 from pecker_fast.runs.costs import memory_of, parts_of
 from pecker_fast.runs.judging import outside_mask
 from pecker_fast.runs.loop import Losses, run_stage
@@ -97,6 +98,8 @@ class Training:
             if self.is_finished(total):
                 self.tracker.say(f"{self.run_dir}: this run is finished; resume=never runs it again")
                 return RunResult(self.run_dir, self.metrics, self.ranks.first(lambda: write_report(self.run_dir)))
+            if state.stage == "forget":
+                begin.again(self, state, checkpoint.resolve().parents[1])
             self.metrics |= {"after": None, "step": None}
             self.ranks.first(lambda: note(other_machine(checkpoint)))
         self.log_start(checkpoint, state)
@@ -167,21 +170,14 @@ class Training:
         """From the distilled (or given) θ to the forget stage: average becomes θ, ψ stays, mask, fresh optimizers."""
         fresh = self.engine.forget_stage(state)
         self.judge_start(fresh)
+        begin.pool(self, fresh)
         self.engine.follow(fresh, self.timed_mask(fresh) if self.recipe.uses_mask else None)
         self.log_mask(fresh)
-        if self.recipe.uses_adversary:
-            self.begin_attacks(fresh)
+        begin.anchor(self, fresh)
+        begin.attacks(self, fresh)
+        if self.recipe.facts.kind == "edit":
+            begin.edit(self, fresh)
         return fresh
-
-    def begin_attacks(self, state: TrainState) -> None:
-        """The adversary's images, of θ as forgetting finds it; their time and FLOPs count as training."""
-        start = time.perf_counter()
-        where = "stopped while the adversary's images were drawn; the same command goes on"
-        with self.ranks.running(), self.leaving(state, where):
-            self.engine.attacks.begin(state, lambda: self.stop.check(where))
-        state.training_s += time.perf_counter() - start
-        if not self.engine.sharded:
-            state.flops += self.engine.attacks.pool_flops(state)
 
     def iterate(self, state: TrainState, steps: int) -> None:
         self.tracker.progress(state.stage, steps, self.total_step(state) - state.step)
@@ -275,7 +271,7 @@ class Training:
 
             def judge() -> None:
                 assert generator is not None
-                result = self.judging.figures(self.judging.one_step(generator), self.recipe.evaluate.samples)
+                result = self.judging.figures(self.judging.of(generator), self.recipe.evaluate.samples)
                 del result["per_class"], result["intervals"]["per_class"], result["seed"]
                 self.tracker.event("evaluate", self.total_step(state), **result)
 
@@ -312,7 +308,7 @@ class Training:
 
         def judge() -> None:
             assert generator is not None
-            sampler = self.judging.one_step(generator)
+            sampler = self.judging.of(generator)
             self.judging.grid(sampler, self.run_dir / "samples" / "before.png")
             if self.judging.possible and self.recipe.evaluate.final:
                 self.metrics["before"] = self.judging.figures(sampler, self.recipe.evaluate.final)
@@ -337,7 +333,7 @@ class Training:
         self.parts.teacher = self.parts.teacher.to(self.device)
         self.metrics["forget_steps"] = state.step if state.stage == "forget" else 0
         self.metrics["before"] = self.before_again()
-        self.judge_as("after", self.judging.one_step(generator))
+        self.judge_as("after", self.judging.of(generator))
         self.judge_teacher()
         self.metrics["judge"] = self.judging.trust(self.metrics["teacher"])
         self.metrics["outside_mask"] = proof = outside_mask(self.recipe, self.parts.teacher, state.mask, generator)
@@ -373,7 +369,13 @@ class Training:
             self.metrics[name] = self.judging.figures(sampler, self.recipe.evaluate.final)
 
     def judge_teacher(self) -> None:
-        """The reference row. Where it cannot be made it stays empty, since the run itself is done and is to be exported."""
+        """The reference row. Where it cannot be made it stays empty, since the run itself is done and is to be exported. What has
+        many steps started as the teacher, so `before` is that row."""
+        if not self.recipe.one_step:
+            self.metrics["teacher"], before = self.metrics["before"], self.run_dir / "samples" / "before.png"
+            if before.is_file():
+                files.write_bytes(before.with_name("teacher.png"), before.read_bytes())
+            return
         try:
             self.judge_as("teacher", self.judging.multi_step())
         except (Interrupted, OutputError):
@@ -392,4 +394,4 @@ class Training:
         if self.recipe.distill_steps:
             return None
         start = start_generator(self.recipe, self.parts.teacher).to(self.device).freeze()
-        return self.judging.figures(self.judging.one_step(start), samples)
+        return self.judging.figures(self.judging.of(start), samples)

@@ -7,14 +7,16 @@ import typer
 
 import pecker_fast
 from pecker_fast.cli import app
-from pecker_fast.recipe import Recipe, recipe_help
+from pecker_fast.recipe import Recipe, methods, recipe_help
 
 KEYS_TEXT = """
 model revision model_config method forget cover retain null_class steps distill_steps generator batch_size lr.generator lr.score
-lr.warmup alpha timesteps.init timesteps.min timesteps.max guidance.score_train guidance.score guidance.teacher
+lr.warmup alpha timesteps.init timesteps.min timesteps.max
+images.source images.samples images.steps images.guidance objective.eta objective.ewc objective.ridge objective.crucial
+guidance.score_train guidance.score guidance.teacher
 guidance.text_dropout guidance.unconditional detach_score weights.score_retain weights.score_forget weights.retain
 weights.forget mask.source mask.score mask.contrast mask.density mask.threshold mask.structure mask.tile mask.scope
-mask.reduction mask.samples mask.data mask.timesteps mask.skip mask.refresh mask.exclude
+mask.reduction mask.samples mask.data mask.timesteps mask.skip mask.refresh mask.only mask.exclude
 adversary.conditions adversary.tokens adversary.steps adversary.rate adversary.restart adversary.share adversary.half_way
 adversary.starts adversary.batch adversary.samples update_rule optimizer.betas optimizer.eps
 optimizer.weight_decay optimizer.clip_value ema precision resolution score lora.rank lora.targets engine.zero
@@ -26,13 +28,14 @@ evaluate.teacher_steps audit.budget audit.probes audit.against audit.samples che
 RECIPE_KEYS = KEYS_TEXT.split()
 
 CHOICES = {
-    "method": "pecker | sfd",
-    "mask.source": "saliency | random | none",
+    "images.source": "pool | trajectory",
+    "mask.source": "saliency | random | names | none",
     "mask.score": "mse | forget_loss",
     "mask.structure": "element | row | tile | tensor",
     "mask.scope": "global | tensor",
     "mask.reduction": "sum | abs | square",
     "mask.timesteps": "uniform | train | init",
+    "mask.only": "list of text",
     "mask.exclude": "list of text",
     "adversary.starts": "list of forget | kept | random",
     "update_rule": "differentiated | salient_only | alternating",
@@ -52,7 +55,9 @@ DEFAULTS = {
     "weights.retain": 1, "weights.forget": 1, "mask.source": "saliency", "mask.score": "mse", "mask.contrast": False,
     "mask.density": 0.5, "mask.threshold": None, "mask.structure": "element", "mask.tile": [128, 128],
     "mask.scope": "global", "mask.reduction": "sum", "mask.samples": 2048, "mask.data": "pseudo",
-    "mask.timesteps": "uniform", "mask.skip": True, "mask.refresh": 0, "mask.exclude": [],
+    "mask.timesteps": "uniform", "mask.skip": True, "mask.refresh": 0, "mask.only": [], "mask.exclude": [],
+    "images.source": "pool", "images.samples": 256, "images.steps": 20, "images.guidance": 1.0,
+    "objective.eta": 1.0, "objective.ewc": 10.0, "objective.ridge": 0.5, "objective.crucial": False,
     "adversary.conditions": 0, "adversary.tokens": 1, "adversary.steps": 1, "adversary.rate": 0.1, "adversary.restart": 15,
     "adversary.share": 0.5, "adversary.half_way": 0.0, "adversary.starts": ["forget", "kept"],
     "adversary.batch": 0, "adversary.samples": 512,
@@ -114,16 +119,34 @@ COMMANDS = {
         "--quiet",
         "-q",
     },
+    "compare": {"recipe", "overrides", "--methods", "--seeds", "--output", "-o", "--quiet", "-q"},
     "report": {"run"},
     "mask": {"run", "--plot"},
-    "export": {"what", "--output", "-o", "--weights", "--format"},
+    "export": {"what", "--output", "-o", "--weights", "--format", "--rank", "--names"},
     "doctor": {"recipe", "overrides", "--device"},
     "bench": {"recipe", "overrides", "--iterations", "--json"},
     "recipes list": set(),
     "recipes show": {"name", "--all"},
     "recipes copy": {"name", "destination"},
     "recipes keys": set(),
+    "recipes methods": set(),
 }
+
+
+METHODS = {
+    "pecker": "one-step",
+    "sfd": "one-step",
+    "spare": "denoiser",
+    "salun": "denoiser",
+    "esd": "denoiser",
+    "sa": "denoiser",
+    "uce": "edit",
+    "relabel": "edit",
+}
+
+
+def test_methods():
+    assert {name: keys.kind for name, keys in methods().items()} == METHODS
 
 
 def test_recipe_keys():

@@ -64,10 +64,13 @@ OVERRIDE_ERRORS = [
     ("mask=3", "override mask: expected a section of `key: value` lines, got 3"),
     (
         "mask.source=salency",
-        "override mask.source: expected one of saliency, random, none, got 'salency'; did you mean saliency?",
+        "override mask.source: expected one of saliency, random, names, none, got 'salency'; did you mean saliency?",
     ),
     ("mask.structure=block", "override mask.structure: expected one of element, row, tile, tensor, got 'block'"),
-    ("method=salun", "override method: expected one of pecker, sfd, got 'salun'"),
+    (
+        "method=saluun",
+        "override method: expected one of pecker, sfd, spare, salun, esd, sa, uce, relabel, got 'saluun'; did you mean salun?",
+    ),
     ("update_rule=both", "override update_rule: expected one of differentiated, salient_only, alternating, got 'both'"),
     ("precision=fp16", "override precision: expected one of fp32, bf16, got 'fp16'"),
     ("detach_score=1", "override detach_score: expected true or false, got 1"),

@@ -29,6 +29,7 @@ NEEDS: dict[str, Choice] = {
     "mask.tile": {**CUT, "mask.structure": ["tile"]},
     **{f"mask.{key}": SALIENCY for key in ("score", "contrast", "threshold", "reduction", "samples", "timesteps")},
     "mask.exclude": CUT,
+    "mask.only": CUT,
     **{
         f"adversary.{key}": {"adversary.conditions": [4]}
         for key in ("tokens", "steps", "rate", "restart", "share", "half_way", "starts", "batch", "samples")
@@ -56,6 +57,9 @@ def common(folder: Path) -> dict[str, list[Any]]:
         "mask.scope": ["global", "tensor"], "mask.reduction": ["sum", "abs", "square"], "mask.samples": [8, 1],
         "mask.data": ["pseudo", "teacher", str(folder / "images")], "mask.timesteps": ["uniform", "train", "init"],
         "mask.skip": [True, False], "mask.refresh": [0, 1],
+        "mask.only": [[]],
+        "images.source": ["pool"], "images.samples": [256], "images.steps": [20], "images.guidance": [1.0],
+        "objective.eta": [1.0], "objective.ewc": [10.0], "objective.ridge": [0.5], "objective.crucial": [False],
         "mask.exclude": [[], ["time_embedding.*", "conv_in.bias"]],
         "adversary.conditions": [0, 4], "adversary.tokens": [1, 3], "adversary.steps": [1, 2], "adversary.rate": [0.1, 0.01],
         "adversary.restart": [15, 1, 0], "adversary.share": [0.5, 1.0], "adversary.starts": [["forget", "kept"], ["random"]],
@@ -138,6 +142,55 @@ def text_space(folder: Path, kind: str) -> Space:
         Refused({"guidance.unconditional": ["keywords"], "evaluate.prompts": [captions]}, r"guidance\.unconditional: "),
     ]
     return Space({**own, **common(folder)}, [*refused, *REFUSED], NEEDS)
+
+
+KEPT_TEXT = """
+steps batch_size lr.generator lr.warmup weights.retain weights.forget mask.density mask.threshold
+mask.structure mask.tile mask.scope mask.reduction mask.samples mask.skip mask.refresh mask.exclude
+update_rule optimizer.betas optimizer.weight_decay optimizer.clip_value ema precision engine.channels_last
+engine.weights engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final
+checkpoint.every resume output
+"""  # keys of `common` that methods of many steps have use for
+
+
+def denoiser_space(folder: Path) -> Space:
+    """Methods that leave a model of many steps, on the class-conditional one: every key that does something for them."""
+    model = write_tiny_model(folder / "model")
+    for number in (0, 2):
+        _write_images(folder / "images" / str(number), 8)
+    every = common(folder)
+    own: dict[str, list[Any]] = {
+        "method": ["spare", "salun", "esd", "sa"], "model": [str(model)], "forget": [0, [0, 2]], "cover": [1], "retain": [[1]],
+        "images.source": ["pool", "trajectory"], "images.samples": [6, 1], "images.steps": [2, 3], "images.guidance": [1.0, 2.0],
+        "objective.eta": [1.0, 3.0], "objective.ewc": [10.0, 0.0], "objective.crucial": [False, True],
+        "timesteps.min": [0, 30], "timesteps.max": [1000, 500], "evaluate.teacher_steps": [2],
+        "mask.source": ["saliency", "names", "random", "none"], "mask.score": ["mse", "forget_loss"],
+        "mask.contrast": [False, True], "mask.data": ["pseudo", str(folder / "images")],
+        "mask.timesteps": ["uniform", "train"], "mask.only": [["conv_in.*", "mid_block.*", "*.weight"], ["*"]],
+    }  # fmt: skip
+    masked = ["spare", "salun", "esd"]
+    needs: dict[str, Choice] = {
+        "mask.source": {"method": masked}, "update_rule": {"method": masked, "mask.source": ["saliency", "names", "random"]},
+        **{f"mask.{key}": {"method": masked, "mask.source": ["saliency", "random"]}
+           for key in ("density", "structure", "scope", "tile", "refresh")},
+        **{f"mask.{key}": {"method": masked, "mask.source": ["saliency"]}
+           for key in ("score", "contrast", "threshold", "reduction", "samples", "timesteps", "data")},
+        **{f"mask.{key}": {"method": masked, "mask.source": ["saliency", "names", "random"]}
+           for key in ("only", "exclude", "skip")},
+        "images.samples": {"images.source": ["pool"]},
+    }  # fmt: skip
+    refused = [
+        Refused({"method": ["salun", "sa"], "images.source": ["trajectory"]}, r"images\.source: method"),
+        Refused({"images.source": ["trajectory"], "mask.score": ["mse"]}, r"mask\.score: mse"),
+        Refused({"images.source": ["trajectory"], "mask.contrast": [True]}, r"mask\.score: mse"),
+        Refused({"mask.contrast": [True], "mask.score": ["forget_loss"]}, r"mask\.contrast: with"),
+        Refused({"engine.weights": ["bf16"], "precision": ["fp32"]}, r"engine\.weights: bf16 weights need precision=bf16"),
+        Refused({"mask.threshold": [1e-12], "mask.scope": ["tensor"]}, r"mask\.scope: "),
+        Refused({"weights.retain": [0.0], "weights.forget": [0.0]}, r"weights\.retain: both"),
+        Refused({"method": masked, "mask.source": ["saliency", "random"], "mask.density": [1.0], "mask.threshold": [None],
+                 "mask.scope": ["global"]}, r"mask\.density: 1 of all"),
+    ]  # fmt: skip
+    return Space({**own, **{key: every[key] for key in KEPT_TEXT.split()}}, refused, needs)
 
 
 def _write_start(folder: Path, unet: Path) -> None:

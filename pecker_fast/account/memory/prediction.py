@@ -15,7 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from pecker_fast.account.iteration import optimizer_bytes, unique_bytes
 from pecker_fast.account.memory.measured import LiveMode, alive
 from pecker_fast.account.memory.networks import Blank, Kernels, blank_schedule, build
-from pecker_fast.account.memory.rehearsal import Rehearsal, planned_adversary, planned_mask
+from pecker_fast.account.memory.rehearsal import (
+    Rehearsal,
+    planned_adversary,
+    planned_anchor,
+    planned_mask,
+    planned_pool,
+)
 from pecker_fast.engine import TrainState, start_ema
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting import Dense, UpdateRule, adam, get_method
@@ -169,7 +175,7 @@ class Settings:
             (not self.checkpointing, "activations", "engine.checkpointing=true"),
             (split, "activations", "engine.micro_batch=1"),
             (recipe.precision == "fp32", "activations", "precision=bf16"),
-            (recipe.score == "full", "state", "score=lora"),
+            (recipe.one_step and recipe.score == "full", "state", "score=lora"),
             (self.weights == torch.float32, "state", "engine.weights=bf16"),
             (recipe.uses_mask and recipe.update_rule != "salient_only", "state", "update_rule=salient_only"),
             (recipe.ema > 0, "state", "ema=0"),
@@ -195,7 +201,7 @@ class _Plan:
         make = partial(build, unet_config, setting.weights, kernels if setting.checkpointing else None)
         self.teacher = Blank(make, blank_schedule(), recipe.engine.channels_last, tokens)
         self.generator = self.teacher.clone()
-        self.score: Denoiser = self.teacher.clone()
+        self.score: Denoiser | None = self.teacher.clone() if recipe.one_step else None
         if recipe.score == "lora":
             self.score = lora_score(self.teacher, recipe.lora.rank, recipe.lora.targets)
         self.teacher.freeze()
@@ -220,16 +226,19 @@ class _Plan:
             updates: UpdateRule = Dense(recipe, named, None)
         else:
             updates = get_method(recipe.method).updates(recipe, named, self.mask)
-        optimizer = adam(recipe, self.score.named_parameters(), recipe.lr.score)
+        optimizer = None if self.score is None else adam(recipe, self.score.named_parameters(), recipe.lr.score)
         adversary = planned_adversary(recipe, self.generator) if stage == "forget" else None
         return TrainState(
-            self.teacher, self.score, self.generator, optimizer, updates, self.ema, adversary=adversary, stage=stage
-        )
+            self.teacher, self.score, self.generator, optimizer, updates, self.ema, adversary=adversary, stage=stage,
+            pool=planned_pool(recipe, self.generator), anchor=planned_anchor(recipe, self.generator),
+        )  # fmt: skip
 
     def prediction(self) -> Prediction:
         phases: dict[str, int] = {}
         flops: dict[str, int] = {}
         scored = self.mask is not None and self.recipe.mask.source == "saliency"
+        if self.recipe.facts.kind == "edit":
+            return self._edited()
         if self.recipe.distill_steps:
             distill = self._rested("distill")
             live = self._live(distill)
@@ -262,6 +271,14 @@ class _Plan:
         parts["activations"] = max(phases.values()) - sum(parts.values())
         return Prediction(parts, phases, self.setting.remedies(self.recipe.batch_size), flops)
 
+    def _edited(self) -> Prediction:
+        """Of a method in closed form: two networks, and nothing that grows with a batch."""
+        state = self._state("forget")
+        parts = {
+            name: n for name, n in self._parts(state).items() if name in ("teacher", "generator", "VAE", "text table")
+        }
+        return Prediction({**parts, "activations": 0}, {"edit": sum(parts.values())})
+
     def _rested(self, stage: str) -> TrainState:
         state = self._state(stage)
         self.engine.rest(state)
@@ -287,14 +304,16 @@ class _Plan:
 
         return {
             "teacher": weights(self.teacher),
-            "score network": weights(self.score),
+            "score network": 0 if self.score is None else weights(self.score),
             "generator": weights(self.generator),
             "VAE": unique_bytes(list(self.vae.parameters())) if self.vae is not None else 0,
             "text table": self.table_bytes,
-            "score optimizer": optimizer_bytes(state.score_optimizer),
+            "score optimizer": 0 if state.score_optimizer is None else optimizer_bytes(state.score_optimizer),
             "generator optimizer": sum(map(optimizer_bytes, state.updates.optimizers.values())),
             "mask": unique_bytes(list(self.mask.bits.values())) if self.mask is not None else 0,
             "average": unique_bytes(list((self.ema or {}).values())),
+            "pool": unique_bytes(list(state.pool.tensors().values())) if state.pool is not None else 0,
+            "springs": unique_bytes(list(state.anchor.tensors())) if state.anchor is not None else 0,
             "adversary": unique_bytes(list(state.adversary.held())) if state.adversary is not None else 0,
             "gradients": self.engine.gradient_bytes,
         }

@@ -15,7 +15,17 @@ from pecker_fast.account.iteration import unique_bytes
 from pecker_fast.account.memory.measured import LiveMode
 from pecker_fast.conditions import Conditions
 from pecker_fast.engine import Attacks, FiniteGuard, LocalEngine, TrainState
-from pecker_fast.forgetting import Adversary, Attack, Batch, Vectors, excluded, share_of_rest
+from pecker_fast.forgetting import (
+    Adversary,
+    Anchor,
+    Attack,
+    Batch,
+    Pool,
+    Vectors,
+    excluded,
+    get_method,
+    share_of_rest,
+)
 from pecker_fast.networks import Denoiser
 from pecker_fast.recipe import Recipe
 
@@ -46,7 +56,8 @@ class _Attacks(Attacks):
         if state.adversary is None:
             return ()
         z = torch.empty(self.size, *state.generator.sample_shape)
-        one = Attack(z, torch.empty_like(z), torch.zeros(self.size, dtype=torch.long))
+        c, t = (torch.zeros(self.size, dtype=torch.long) for _ in range(2))
+        one = Attack(z, torch.empty_like(z), c, t)
         return (one,) * self.recipe.adversary.steps
 
 
@@ -114,9 +125,10 @@ class Rehearsal(LocalEngine):
             if state.adversary is not None:
                 self.attacks.step(state, inputs.attacks)
                 peaks["adversary's step"] = live.peak_since()
-            self.score_step(state, inputs)
-            self._forget_gradients(state.score)
-            peaks["score step"] = live.peak_since()
+            if state.score is not None:
+                self.score_step(state, inputs)
+                self._forget_gradients(state.score)
+                peaks["score step"] = live.peak_since()
             self.generator_step(state, inputs)
             self._forget_gradients(state.score)
             peaks["generator step"] = live.peak_since()
@@ -127,7 +139,7 @@ class Rehearsal(LocalEngine):
 
     @staticmethod
     def _forget_gradients(network: Any) -> None:
-        for _, p in network.named_parameters():
+        for _, p in () if network is None else network.named_parameters():
             p.grad = None
 
     def saliency(self, state: TrainState, live: LiveMode) -> int:
@@ -138,8 +150,11 @@ class Rehearsal(LocalEngine):
             scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
             more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
             found = self.saliency_pass(state)
+            batch = self._batch(recipe.batch_size, state, "generator", "forget")
             with found.passing():
-                found.loss(self._batch(recipe.batch_size, state, "generator", "forget")).backward()
+                loss = found.loss(batch) if recipe.one_step else found.denoising_loss(batch, "forget")
+                loss.backward()
+            del loss
             del scores, more
         self._forget_gradients(generator)
         self._forget_gradients(state.score)
@@ -163,6 +178,26 @@ def planned_adversary(recipe: Recipe, generator: Denoiser) -> Adversary | None:
     adversary = Adversary(vectors, images, torch.zeros(options.samples, dtype=torch.long), covers, recipe.seed)
     adversary.z = torch.empty_like(images)  # drawing it takes values
     return adversary
+
+
+def planned_pool(recipe: Recipe, generator: Denoiser) -> Pool | None:
+    """The images of a method that leaves a model of many steps, without values."""
+    branches = get_method(recipe.method).pooled
+    if recipe.one_step or recipe.images.source != "pool" or not branches:
+        return None
+    n = recipe.images.samples
+    images = {branch: torch.empty(n, *generator.sample_shape) for branch in branches}
+    c = {branch: torch.zeros(n, dtype=torch.long) for branch in branches}
+    return Pool(images, c, c)
+
+
+def planned_anchor(recipe: Recipe, generator: Denoiser) -> Anchor | None:
+    """The springs of a method that holds weights, without values."""
+    if not get_method(recipe.method).anchored:
+        return None
+    parameters = [p for _, p in generator.named_parameters()]
+    start, weight = ([torch.empty(p.shape) for p in parameters] for _ in range(2))
+    return Anchor(parameters, start, weight)
 
 
 def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> SaliencyMask | None:

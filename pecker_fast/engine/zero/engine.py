@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from pecker_kernels import SaliencyMask
+from pecker_kernels import MaskedAdam, SaliencyMask
 from pecker_kernels.mask.shards import PARTITION
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from pecker_fast.engine.zero.masks import ShardedPass
 from pecker_fast.engine.zero.network import Gradient, Sharded, gathered
 from pecker_fast.engine.zero.settings import check_recipe, deepspeed_settings, initialize, require_deepspeed
 from pecker_fast.engine.zero.state import ZeroState, partition_average, take_average
-from pecker_fast.forgetting import Attack, Batch, Dense, ForgetImages, SaliencyPass, adam, get_method
+from pecker_fast.forgetting import Attack, Batch, Dense, ForgetImages, SaliencyPass, adam
 from pecker_fast.machine import part
 from pecker_fast.machine.ranks import Ranks
 from pecker_fast.networks import Denoiser
@@ -45,9 +45,7 @@ class ZeroEngine(LocalEngine):
         check_recipe(recipe, ranks.world)
         super().__init__(recipe, conditions, device, late=False, ranks=ranks)
         # what DeepSpeed reduces are gradients of all weights; only where we reduce them ourselves can some be left out
-        self.compact_rule = (
-            recipe.engine.zero < 3 and recipe.method == "pecker" and recipe.update_rule == "salient_only"
-        )
+        self.compact_rule = recipe.engine.zero < 3 and recipe.facts.masked and recipe.update_rule == "salient_only"
         self.live = LiveBackward(recipe.mask.skip and self.compact_rule)
         self.exchange: CompactExchange | None = None
         self.settings = deepspeed_settings(recipe, ranks.world)
@@ -56,20 +54,23 @@ class ZeroEngine(LocalEngine):
 
     # -- the stages of a run ----------------------------------------------------------------------------------------
 
-    def start(self, teacher: Denoiser, score: Denoiser, generator: Denoiser, stage: str = "forget") -> ZeroState:
-        networks = {
-            name: Sharded(network.to(self.device), self.settings)
-            for name, network in (("score", score), ("generator", generator))
-        }
+    def start(self, teacher: Denoiser, score: Denoiser | None, generator: Denoiser, stage: str = "forget") -> ZeroState:
+        trained = ([] if score is None else [("score", score)]) + [("generator", generator)]
+        networks = {name: Sharded(network.to(self.device), self.settings) for name, network in trained}
         if self.recipe.engine.shard_teacher:
             engine = initialize(model=teacher.clone().freeze().unet, config=self.settings)
             teacher = teacher.with_network(engine.module).freeze()
         return ZeroState(
-            teacher.to(self.device), networks["score"].denoiser, networks["generator"].denoiser,
-            adam(self.recipe, networks["score"].named_partition, self.recipe.lr.score),
+            teacher.to(self.device), networks["score"].denoiser if score is not None else None,
+            networks["generator"].denoiser, self._score_optimizer(networks),
             Dense(self.recipe, networks["generator"].named_partition, None),
             partition_average(networks["generator"], self.recipe), stage=stage, networks=networks,
         )  # fmt: skip
+
+    def _score_optimizer(self, networks: dict[str, Sharded]) -> MaskedAdam | None:
+        if "score" not in networks:
+            return None
+        return adam(self.recipe, networks["score"].named_partition, self.recipe.lr.score)
 
     def forget_stage(self, state: TrainState) -> ZeroState:
         state = cast(ZeroState, state)
@@ -78,7 +79,7 @@ class ZeroEngine(LocalEngine):
             take_average(generator, state.ema[PARTITION])
         state.release()
         state.stage, state.step = "forget", 0
-        state.score_optimizer = adam(self.recipe, state.networks["score"].named_partition, self.recipe.lr.score)
+        state.score_optimizer = self._score_optimizer(state.networks)
         state.updates = Dense(self.recipe, generator.named_partition, None)
         state.ema = partition_average(generator, self.recipe)
         return state
@@ -88,7 +89,7 @@ class ZeroEngine(LocalEngine):
         network = state.networks["generator"]
         state.whole_mask = None if mask is None else mask.to(self.device)
         local = None if mask is None else network.shards.cut(mask)
-        state.updates = get_method(self.recipe.method).updates_of_sums(self.recipe, network.named_partition, local)
+        state.updates = self.objective.updates_of_sums(self.recipe, network.named_partition, local)
 
     def set_mask(self, state: TrainState, mask: SaliencyMask) -> None:
         state = cast(ZeroState, state)
@@ -151,6 +152,7 @@ class ZeroEngine(LocalEngine):
             yield network.backward
         self._check(state, "score network", network.gradients())
         with part("score_optimizer"):
+            assert state.score_optimizer is not None
             network.step(state.score_optimizer)
 
     def generator_update(

@@ -39,7 +39,7 @@ class ShardedPass(SaliencyPass):
         poll: Callable[[], object] = lambda: None,
     ) -> None:
         networks = (state.teacher, state.score, state.generator)
-        super().__init__(recipe, *networks, conditions, state.step, forget_images, poll)
+        super().__init__(recipe, *networks, conditions, state.step, forget_images, poll, state.pool)
         self.ranks, self.network = ranks, state.networks["generator"]
 
     @cached_property

@@ -27,7 +27,9 @@ class ZeroState(TrainState):
 
     def optimizers_of(self, network: str) -> dict[str, MaskedAdam]:
         """The optimizers by name of one network."""
-        return {"score": self.score_optimizer} if network == "score" else self.updates.optimizers
+        if network != "score":
+            return self.updates.optimizers
+        return {} if self.score_optimizer is None else {"score": self.score_optimizer}
 
     def _ema_pairs(self, ema: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return [ema[PARTITION]], [self.networks["generator"].partition.detach()]

@@ -34,6 +34,7 @@ ADVERSARY = {
     },
     "mask": {"exclude": ["class_embedding.*"]},
 }
+MANY_STEPS = {"images": {"samples": 10, "steps": 2}}
 CASES = {
     "1-differentiated": (1, {"update_rule": "differentiated"}),
     "2-salient_only-offload": (2, {"update_rule": "salient_only", "engine": {"offload": "cpu"}}),
@@ -47,6 +48,14 @@ RULES = {
     "contrast": {"mask": {"score": "forget_loss", "contrast": True, "structure": "row"}},
     "adversary": {"update_rule": "differentiated", **ADVERSARY},
     "micro": {"update_rule": "differentiated", "engine": {"micro_batch": 1}},
+    "spare": {"method": "spare", **MANY_STEPS},
+    "salun": {"method": "salun", "update_rule": "differentiated", **MANY_STEPS},
+    "esd": {
+        "method": "esd",
+        "images": {"source": "trajectory", "steps": 3},
+        "mask": {"source": "none"},
+        "weights": {"retain": 1},
+    },
     "rows": {"update_rule": "salient_only", "mask": {"structure": "row", "density": 0.2}, "engine": {"micro_batch": 1}},
 }
 
@@ -104,7 +113,8 @@ def check_outcomes(results, expected):
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c[0] != "2" else c for c in CASES])
 def test_two_ranks_train_what_one_process_trains(case, tiny_model, alone):
     zero, keys = CASES[case]
-    cases = {"plain": keys, "adversary": {**keys, **ADVERSARY}}
+    many = {"spare": {**keys, **RULES["spare"]}, "salun": {**keys, **RULES["salun"]}}
+    cases = {"plain": keys, "adversary": {**keys, **ADVERSARY}, **many}
     results = run_ranks(2, train_each, tiny_model, cases, zero, STEPS)
     for name, keys in cases.items():
         check_outcomes([result[name] for result in results], alone(keys))
@@ -232,6 +242,7 @@ def test_a_nan_on_one_rank_stops_all_and_names_it(zero, which, rule, tiny_model)
     assert second[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_holds_what_the_formula_says(zero, density, tiny_model):

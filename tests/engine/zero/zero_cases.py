@@ -40,6 +40,7 @@ def recipe_of(model: Path | str, keys: dict[str, Any], zero: int):
 
 def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
     """(engine, state with its mask, conditions) at the start of the forget stage."""
+    from pecker_fast.engine import begin_pool
     from pecker_fast.loading.parts import load_parts
     from pecker_fast.runs.training import engine_of
 
@@ -50,11 +51,12 @@ def make(model: Path, keys: dict[str, Any], zero: int, ranks: Any):
     ):  # off φ, as after a few steps: where all three agree the retain gradient is rounding and nothing else
         for seed, network in ((1, parts.score), (2, parts.generator)):
             rng = torch.Generator().manual_seed(seed)
-            for _, p in network.named_parameters():
+            for _, p in () if network is None else network.named_parameters():
                 if p.requires_grad:
                     p.add_(0.02 * torch.randn(p.shape, generator=rng))
     engine = engine_of(recipe, parts, torch.device("cpu"), ranks)
     state = engine.start(parts.teacher, parts.score, parts.generator)
+    begin_pool(engine, state)
     mask = engine.make_mask(state) if recipe.uses_mask else None
     engine.follow(state, mask)
     engine.attacks.begin(state)

@@ -1,0 +1,32 @@
+"""What a method has before its first iteration beside networks and mask: images to learn from, springs, or its whole edit."""
+
+from collections.abc import Callable
+
+from pecker_fast.engine.local import LocalEngine
+from pecker_fast.engine.state import TrainState
+from pecker_fast.forgetting import Networks, SaliencyPass, anchor_of, make_pool
+
+
+def begin_pool(engine: LocalEngine, state: TrainState, poll: Callable[[], object] = lambda: None) -> None:
+    """The images that a method learns from, drawn by φ now; nothing where it has none. Takes all ranks."""
+    recipe, objective = engine.recipe, engine.objective
+    if recipe.one_step or recipe.images.source != "pool" or not objective.pooled:
+        return
+    with engine.autocast():
+        pool = make_pool(recipe, engine.conditions, state.teacher, objective.pooled, poll)
+        state.pool = objective.with_times(recipe, state.teacher, pool, poll)
+
+
+def begin_anchor(engine: LocalEngine, state: TrainState, poll: Callable[[], object] = lambda: None) -> None:
+    """What holds weights where they were: of φ, so a resumed run makes the same; nothing where the method has none."""
+    if not engine.objective.anchored:
+        return
+    start = state.teacher.clone()
+    found = SaliencyPass(engine.recipe, state.teacher, None, start, engine.conditions, 0, None, poll, state.pool)
+    with engine.autocast():
+        state.anchor = anchor_of(found, state.teacher, state.generator)
+
+
+def edit(engine: LocalEngine, state: TrainState) -> None:
+    """Change θ in closed form, of a method that does."""
+    engine.objective.edit(engine.recipe, Networks(state.teacher, state.score, state.generator), engine.conditions)
