@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pecker_fast import files
 from pecker_fast.errors import OutputError, PeckerError, RecipeError
-from pecker_fast.loading import load_model
+from pecker_fast.loading import load_model, start_generator
 from pecker_fast.recipe import Recipe, known, load_recipe, methods
-from pecker_fast.runs.held import load_run
+from pecker_fast.runs.held import BASE_KEYS, load_run
 from pecker_fast.runs.start import train
 
 COMPARISON = "compare.json"
@@ -135,19 +133,20 @@ def _recovery(audit: Mapping[str, Any], probe: str) -> float | None:
 
 
 def moved(run: Path) -> float | None:
-    """Share of the network's weights that are not the base's any more; None where the base is gone."""
+    """Share of the network's weights that are not as θ began any more; None where that is gone, or was distilled in the run."""
     opened = load_run(run)
+    if opened.recipe.distill_steps:
+        return None
     try:
-        recipe = opened.located(("model", "model_config"))
-        base = load_model(recipe).base_unet()
+        recipe = opened.located(BASE_KEYS)
+        start = start_generator(recipe, load_model(recipe).teacher)
         now = files.read_weights(opened.pipeline / "unet")
     except PeckerError:
         return None
     changed = total = 0
-    for name, tensor in now.items():
-        old = base.get(name)
-        total += tensor.numel()
-        changed += tensor.numel() if old is None else int((old.to(torch.float32) != tensor.to(torch.float32)).sum())
+    for name, old in start.named_parameters():
+        total += old.numel()
+        changed += int((old.float() != now[name].float()).sum())
     return changed / max(total, 1)
 
 
