@@ -21,9 +21,8 @@ def cell(value: Any, form: str) -> str:
     if form == "text":
         return str(value)
     text = _figure(value["mean"], form)
-    if value["n"] == 1 or value["low"] == value["high"]:
-        return text
-    return f"{text} ({_figure(value['low'], form, bare=True)}–{_figure(value['high'], form, bare=True)})"
+    low, high = (_figure(value[key], form, bare=True) for key in ("low", "high"))
+    return text if low == high else f"{text} ({low}–{high})"
 
 
 def _figure(value: float, form: str, bare: bool = False) -> str:
@@ -71,7 +70,7 @@ def terminal_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Any]) ->
 def write_comparison(found: Mapping[str, Any], columns: Sequence[Any], folder: Path) -> Path:
     """compare.md and compare.html beside compare.json; returns the page. Raises OutputError."""
     files.write_text(folder / "compare.md", markdown(found["rows"], columns))
-    head, lines = table_of(found["rows"], columns)
+    head, *lines = terminal_table(found["rows"], columns)
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     body = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in line) + "</tr>" for line in lines)
     top = "".join(f"<th>{escape(one)}</th>" for one in head)
@@ -82,10 +81,11 @@ def write_comparison(found: Mapping[str, Any], columns: Sequence[Any], folder: P
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{escape(str(found["task"]))}: methods compared</title><style>
 {style}</style></head>
-<body><main><h1>{escape(str(found["task"]))}: methods compared</h1>
+<body><main style="padding-top:2rem"><h1>{escape(str(found["task"]))}: methods compared</h1>
 <p class="lead">Means over seeds, the least and the most in brackets. FID of one-step results against the teacher's many steps.</p>
-<div class="wide" style="overflow-x:auto"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>
-<h2>Samples of equal noise</h2><div class="grids">{grids}</div></main></body></html>
+<div style="overflow-x:auto"><table style="white-space:nowrap"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>
+<h2>Samples of equal noise</h2>
+<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem">{grids}</div></main></body></html>
 """
     files.write_text(folder / "compare.html", page)
     return folder / "compare.html"
@@ -97,4 +97,4 @@ def _grid(run: Mapping[str, Any]) -> str:
         return ""
     source = base64.b64encode(picture.read_bytes()).decode()
     name = escape(run["method"], quote=True)
-    return f"<figure><h3>{name}</h3><img src='data:image/png;base64,{source}' alt='Samples of {name}'></figure>"
+    return f"<figure><h3>{name}</h3><img src='data:image/png;base64,{source}' alt='Samples of {name}' style='width:100%'></figure>"
