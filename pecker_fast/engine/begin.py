@@ -22,7 +22,9 @@ def begin_anchor(engine: LocalEngine, state: TrainState, poll: Callable[[], obje
     if not engine.objective.anchored:
         return
     start = state.teacher.clone()
-    found = SaliencyPass(engine.recipe, state.teacher, None, start, engine.conditions, 0, None, poll, state.pool)
+    every = engine.recipe.mask.model_copy(update={"only": [], "exclude": []})  # there is no mask: all weights are held
+    recipe = engine.recipe.model_copy(update={"mask": every})
+    found = SaliencyPass(recipe, state.teacher, None, start, engine.conditions, 0, None, poll, state.pool)
     with engine.autocast():
         state.anchor = anchor_of(found, state.teacher, state.generator)
 
