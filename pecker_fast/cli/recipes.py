@@ -82,8 +82,10 @@ def recipes_methods() -> None:
     """Every method (`method=…`), with what comes out of it."""
     from pecker_fast.recipe import methods
 
-    result = {"one-step": "one-step generator", "denoiser": "model of many steps", "edit": "model of many steps"}
-    rows = [(name, keys.says, result[keys.kind]) for name, keys in methods().items()]
+    rows = [
+        (name, keys.says, "one-step generator" if keys.one_step else "model of many steps")
+        for name, keys in methods().items()
+    ]
     show(rows, ("method", "what it does", "result"))
 
 

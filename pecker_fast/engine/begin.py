@@ -10,10 +10,11 @@ from pecker_fast.forgetting import Networks, SaliencyPass, anchor_of, make_pool
 def begin_pool(engine: LocalEngine, state: TrainState, poll: Callable[[], object] = lambda: None) -> None:
     """The images that a method learns from, drawn by φ now; nothing where it has none. Takes all ranks."""
     recipe, objective = engine.recipe, engine.objective
-    if recipe.one_step or recipe.images.source != "pool" or not objective.pooled:
+    branches = objective.pools(recipe)
+    if not branches:
         return
     with engine.autocast():
-        pool = make_pool(recipe, engine.conditions, state.teacher, objective.pooled, poll)
+        pool = make_pool(recipe, engine.conditions, state.teacher, branches, poll)
         state.pool = objective.with_times(recipe, state.teacher, pool, poll)
 
 

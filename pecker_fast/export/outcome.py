@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pecker_fast import files
@@ -37,7 +36,7 @@ def scheduler_of(recipe: Recipe, generator: Denoiser, model: Model) -> dict[str,
 
 def index_of(recipe: Recipe, model: Model) -> dict[str, Any]:
     """model_index.json."""
-    base = files.read_index(folder_of(model))
+    base = files.read_index(model.configs)
     if recipe.one_step:
         return one_step_index(base if model.text is not None else None)
     if base:
@@ -72,11 +71,5 @@ def scheduler_config(generator: Denoiser, t_init: int) -> dict[str, Any]:
 
 def base_scheduler(model: Model) -> dict[str, Any]:
     """The scheduler_config.json that the model came with."""
-    folder = folder_of(model)
-    inside = folder / "scheduler"
-    return files.read_object((inside if inside.is_dir() else folder) / SCHEDULER)
-
-
-def folder_of(model: Model) -> Path:
-    """Where the model's configs are."""
-    return model.folder if model.text is None else model.text.configs
+    inside = model.configs / "scheduler"
+    return files.read_object((inside if inside.is_dir() else model.configs) / SCHEDULER)

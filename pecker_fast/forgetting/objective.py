@@ -39,6 +39,10 @@ class Objective:
     pooled: ClassVar[Mapping[str, str]] = {}
     anchored: ClassVar[bool] = False
 
+    def pools(self, recipe: Recipe) -> Mapping[str, str]:
+        """`pooled`, where the recipe has images drawn once."""
+        return self.pooled if recipe.images.source == "pool" else {}
+
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError, before anything is loaded, for what does not go together."""
 

@@ -68,7 +68,7 @@ class SaliencyPass:
             seed = draws.generator(self.recipe.seed, "random-mask", self.step).initial_seed()
             mask = SaliencyMask.random(self.masked(), density=self._density(), seed=seed, **self._shape())
             return with_excluded(mask, self._shapes())
-        if contrasts_losses(self.recipe) and self.score is not None:
+        if contrasts_losses(self.recipe):
             self.check_contrast()
         return self.salient()
 
@@ -156,16 +156,8 @@ class SaliencyPass:
         """ℓ over batch number `index` of the pass, inside `passing`."""
         batch = self._batch(branch, index)
         if not self.recipe.one_step:
-            return self.denoising_loss(self._user_batch(batch, branch, index), branch)
-        return self.loss(batch, lambda: self._images(batch, branch, index))
-
-    def denoising_loss(self, batch: Batch, branch: str) -> Tensor:
-        """ℓ of a model of many steps, at the x_t of a batch: its noise error (score: mse) or its method's own loss."""
-        recipe, theta = self.recipe, self.generator
-        if recipe.mask.score == "mse":
-            return noise_loss(theta.eps, batch.z, batch.e, batch.t_g, batch.c_g).mean()
-        out = self.objective.forward(recipe, theta, batch)
-        return self.objective.loss(recipe, self.networks, out, batch, [branch]).mean()
+            return self.loss(self._user_batch(batch, branch, index), branch)
+        return self.loss(batch, branch, lambda: self._images(batch, branch, index))
 
     def _user_batch(self, batch: Batch, branch: str, index: int) -> Batch:
         """The batch with x_t of the user's own images of what is forgotten (`mask.data=PATH`), where there are any."""
@@ -185,12 +177,15 @@ class SaliencyPass:
         batch = Batch(z, torch.full_like(t, recipe.timesteps.init), e, t, c_g, c_g, c_p)
         return self.objective.draw(recipe, batch, branch, self.networks, self.pool, rng)
 
-    def loss(self, batch: Batch, images: Callable[[], Tensor] | None = None) -> Tensor:
-        """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error; None = samples of θ."""
+    def loss(self, batch: Batch, branch: str, images: Callable[[], Tensor] | None = None) -> Tensor:
+        """ℓ over given draws, inside `passing`. images: x_0 [N, C, H, W] for the noise-prediction error of a one-step generator;
+        None = samples of θ. A model of many steps has x_t in its draws."""
         recipe, generator, t_init = self.recipe, self.generator, self.recipe.timesteps.init
         if recipe.mask.score == "forget_loss":
             out = self.objective.forward(recipe, generator, batch)
-            return self.objective.loss(recipe, self.networks, out, batch, ["forget"]).mean()
+            return self.objective.loss(recipe, self.networks, out, batch, [branch]).mean()
+        if not recipe.one_step:
+            return noise_loss(generator.eps, batch.z, batch.e, batch.t_g, batch.c_g).mean()
         with torch.no_grad():
             x_0 = images() if images is not None else generate(generator, batch.z, batch.c_g, t_init)
         x_t = generator.schedule.add_noise(x_0, batch.e, batch.t)

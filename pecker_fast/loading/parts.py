@@ -38,6 +38,11 @@ class Model:
     words: WordJudge | None = None  # its judge
     notes: tuple[str, ...] = ()  # what the user should know of it, a line each
 
+    @property
+    def configs(self) -> Path:
+        """The folder of its configs, of a single file the one that was given for it."""
+        return self.folder if self.text is None else self.text.configs
+
     def base_unet(self) -> dict[str, Tensor]:
         """The UNet's tensors as the model's file has them, by diffusers' names."""
         return (

@@ -25,14 +25,16 @@ _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 def one_step_marks(schedule: Schedule, t_init: int) -> dict[str, str]:
     """Metadata of an exported generator's weights file."""
-    prediction = schedule.prediction_type
-    return {KIND: ONE_STEP, T_INIT: str(t_init), PREDICTION: _SHORT.get(prediction, prediction)}
+    return {KIND: ONE_STEP, T_INIT: str(t_init), **_prediction(schedule)}
 
 
 def many_steps_marks(schedule: Schedule) -> dict[str, str]:
     """Metadata of the weights file of a result that is an ordinary model."""
-    prediction = schedule.prediction_type
-    return {KIND: MANY_STEPS, PREDICTION: _SHORT.get(prediction, prediction)}
+    return {KIND: MANY_STEPS, **_prediction(schedule)}
+
+
+def _prediction(schedule: Schedule) -> dict[str, str]:
+    return {PREDICTION: _SHORT.get(schedule.prediction_type, schedule.prediction_type)}
 
 
 def prediction_keys(schedule: Schedule) -> tuple[str, ...]:

@@ -32,6 +32,11 @@ class MethodKeys:
     masked: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def one_step(self) -> bool:
+        """Whether the result is a one-step generator, trained beside a score network; else it is a model of many steps."""
+        return self.kind == "one-step"
+
 
 @functools.cache
 def _methods() -> dict[str, MethodKeys]:

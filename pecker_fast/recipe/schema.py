@@ -105,8 +105,8 @@ class Recipe(Section):
 
     @property
     def one_step(self) -> bool:
-        """Whether the result is a one-step generator, trained beside a score network; else it is a model of many steps."""
-        return self.facts.kind == "one-step"
+        """`MethodKeys.one_step`."""
+        return self.facts.one_step
 
     @property
     def uses_mask(self) -> bool:

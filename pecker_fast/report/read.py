@@ -41,7 +41,7 @@ class RunData:
     def one_step(self) -> bool:
         """Whether the result is a one-step generator."""
         found = methods().get(str(self.recipe.get("method", "pecker")))
-        return found is None or found.kind == "one-step"
+        return found is None or found.one_step
 
 
 def read_run(folder: str | Path) -> RunData:

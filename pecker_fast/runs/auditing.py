@@ -325,7 +325,7 @@ def _beside_judge(recipe: Recipe, model: Model) -> str | None:
     """The folder whose second judge serves: beside the first."""
     if recipe.evaluate.judge is not None:
         return str(Path(recipe.evaluate.judge).parent)
-    return str(model.text.configs if model.text is not None else model.folder)
+    return str(model.configs)
 
 
 def _further(recipe: Recipe, asked: Asked) -> tuple[str, ...]:

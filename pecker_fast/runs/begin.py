@@ -52,12 +52,16 @@ def pool(run: Beginning, state: TrainState) -> None:
 
 
 def anchor(run: Beginning, state: TrainState) -> None:
-    """What holds weights where they were."""
+    """What holds weights where they were; nothing where the method has none."""
+    if not run.engine.objective.anchored:
+        return
     timed(run, state, "what holds the weights was weighed", lambda poll: begin_anchor(run.engine, state, poll))
 
 
 def edit(run: Beginning, state: TrainState) -> None:
-    """All of a method in closed form."""
+    """All of a method in closed form; nothing for one with iterations."""
+    if run.recipe.facts.kind != "edit":
+        return
     timed(run, state, "weights were solved for", lambda poll: engine_edit(run.engine, state))
 
 

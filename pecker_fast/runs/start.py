@@ -103,7 +103,7 @@ def train(
         plan = ranks.told(lambda: plan_run_folder(recipe, identity))
         ranks.agree(lambda: check_exclude(located, parts.generator))
         if plan.checkpoint is None:  # a run that goes on has its mask
-            ranks.agree(lambda: check_begin(located, parts))
+            ranks.agree(lambda: check_start(located, parts.teacher, parts.score))
         if tensorboard:
             ranks.agree(require_tensorboard)
         if dry_run:
@@ -261,12 +261,6 @@ def _known(parts: Parts, without: Sequence[int | str]) -> Conditions:
     return replace(conditions, all_classes=tuple(c for c in conditions.all_classes if c not in gone))
 
 
-def check_begin(recipe: Recipe, parts: Parts) -> None:
-    """Raise RecipeError where it is known before anything runs that the mask would be noise."""
-    if parts.score is not None:
-        check_start(recipe, parts.teacher, parts.score)
-
-
 def identity_of(recipe: Recipe, parts: Parts) -> dict[str, str]:
     """What a checkpoint belongs to, and the prompts in words."""
     prompts = {"prompts_sha256": parts.text.prompts_sha256} if parts.text is not None else {}
@@ -285,7 +279,7 @@ def dry_run_text(recipe: Recipe) -> list[tuple[str, str]] | None:
     plan, _ = plan_of(recipe, None)
     note(notes_of(plan))
     folder = plan_run_folder(recipe, {})
-    if folder.checkpoint is None and recipe.one_step:
+    if folder.checkpoint is None:
         check_start(recipe)
     notes = look_at_hub(recipe)
     note(notes or ())

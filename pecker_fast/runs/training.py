@@ -175,8 +175,7 @@ class Training:
         self.log_mask(fresh)
         begin.anchor(self, fresh)
         begin.attacks(self, fresh)
-        if self.recipe.facts.kind == "edit":
-            begin.edit(self, fresh)
+        begin.edit(self, fresh)
         return fresh
 
     def iterate(self, state: TrainState, steps: int) -> None:

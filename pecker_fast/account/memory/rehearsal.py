@@ -150,11 +150,8 @@ class Rehearsal(LocalEngine):
             scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
             more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
             found = self.saliency_pass(state)
-            batch = self._batch(recipe.batch_size, state, "generator", "forget")
             with found.passing():
-                loss = found.loss(batch) if recipe.one_step else found.denoising_loss(batch, "forget")
-                loss.backward()
-            del loss
+                found.loss(self._batch(recipe.batch_size, state, "generator", "forget"), "forget").backward()
             del scores, more
         self._forget_gradients(generator)
         self._forget_gradients(state.score)
@@ -182,8 +179,8 @@ def planned_adversary(recipe: Recipe, generator: Denoiser) -> Adversary | None:
 
 def planned_pool(recipe: Recipe, generator: Denoiser) -> Pool | None:
     """The images of a method that leaves a model of many steps, without values."""
-    branches = get_method(recipe.method).pooled
-    if recipe.one_step or recipe.images.source != "pool" or not branches:
+    branches = get_method(recipe.method).pools(recipe)
+    if not branches:
         return None
     n = recipe.images.samples
     images = {branch: torch.empty(n, *generator.sample_shape) for branch in branches}
