@@ -40,6 +40,19 @@ def pytest_collection_modifyitems(items):
                     item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """A test that leaves RANK or the like behind changes what other tests find, and only at times."""
+    before = dict(os.environ)
+    yield
+    left = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    left.discard("PYTEST_CURRENT_TEST")
+    for name in left:
+        os.environ.pop(name, None)
+        os.environ.update({name: before[name]} if name in before else {})
+    assert not left, f"left in the environment: {sorted(left)}"
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -136,6 +136,8 @@ def ranks_of(recipe: Recipe, ranks: Ranks) -> Iterator[Ranks]:
             RecipeError(f"engine.zero: 0 is one process, but {ranks.world} were started; use engine.zero=1, 2 or 3")
         )
     if ranks.world == 1 and recipe.engine.zero:
+        check_ranks(recipe, ALONE)  # before DeepSpeed is set up, which a process can do once
+        check_method(recipe)
         with joined(recipe.engine.stall_s) as group:
             yield group
         return

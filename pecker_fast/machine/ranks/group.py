@@ -21,6 +21,7 @@ from pecker_fast.machine.ranks.ranks import ALONE, Ranks, launched_world
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # collectives wait as long as the heartbeat lets them
 Failure = tuple[str, int, int]  # message, exit code, signal or 0
+ALONE_KEYS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 class Group(Ranks):
@@ -146,16 +147,19 @@ class Group(Ranks):
             dist.barrier(group=self.control)
             self.heart.stop()
         dist.destroy_process_group()
+        _as_before()
         _LEFT.append(self.rank)
 
     def abandon(self, error: BaseException) -> None:
         """This rank has failed by itself, or lost the others: let all of them end, and say who it was. Does not return
         where somebody else has failed first."""
-        if self.heart is not None:
-            if threading.current_thread() is threading.main_thread():
-                # a launcher sends it to all who are left; they have to speak first
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.heart.fail(error)
+        if self.heart is None:
+            self.leave()
+            return
+        if threading.current_thread() is threading.main_thread():
+            # a launcher sends it to all who are left; they have to speak first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.heart.fail(error)
 
 
 @contextlib.contextmanager
@@ -190,15 +194,17 @@ def join(stall_s: float, backend: str | None = None) -> Group:
     """
     if _LEFT:
         raise RankError("engine.zero: DeepSpeed can be set up once in a process; start another one for another run", 2)
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ |= {**alone, "MASTER_PORT": str(_free_port())}
+        own = ALONE_KEYS | {"MASTER_PORT": str(_free_port())}
+        _BEFORE.update({name: os.environ.get(name) for name in own})
+        os.environ |= own
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     chosen = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         dist.init_process_group(chosen, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
+        _as_before()
         raise RankError(
             f"the ranks of this run did not find each other ({_line(error)}); check the launcher", 2
         ) from error
@@ -206,6 +212,17 @@ def join(stall_s: float, backend: str | None = None) -> Group:
 
 
 _LEFT: list[int] = []  # not empty once this process has left a group
+_BEFORE: dict[str, str | None] = {}  # the environment as it was, where `join` stood in for a launcher
+
+
+def _as_before() -> None:
+    """Nothing that comes later in this process, or is started by it, takes itself for a rank."""
+    while _BEFORE:
+        name, value = _BEFORE.popitem()
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _failure(error: PeckerError | None) -> Failure | None:

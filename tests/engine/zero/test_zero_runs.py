@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from launch import COMMON, run, start
 from limits import ENDED_S
+from ranks import run_ranks
 from safetensors.torch import load_file
+from zero_cases import without_a_launcher
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 WEIGHTS = Path("pipeline/unet/diffusion_pytorch_model.safetensors")
@@ -129,3 +131,11 @@ def test_mistakes_are_told_once_and_end_all_ranks(more, of_rank, message, tiny_m
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()
+
+
+def test_alone_a_refusal_uses_nothing_up_and_nothing_is_left_in_the_environment(tiny_model, tmp_path):
+    """What follows in the process, and what it starts, would take itself for a rank: no line, no code of a signal."""
+    ((refusal, before, after, checkpoints),) = run_ranks(1, without_a_launcher, tiny_model, tmp_path)
+    assert refusal.startswith("engine.zero: the springs of method sa")
+    assert checkpoints > 0
+    assert after == before

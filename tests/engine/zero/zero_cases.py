@@ -1,6 +1,7 @@
 """What a rank does in the tests of the sharded engine. Everything it returns is plain, and small."""
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,25 @@ def sha256(tensors: dict[str, torch.Tensor]) -> str:
     for name, tensor in tensors.items():
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def without_a_launcher(rank: int, model: Path, folder: Path) -> tuple[str, dict[str, str], dict[str, str], int]:
+    """A refused recipe, then a run, both of engine.zero in a process nobody launched.
+
+    (the refusal, the environment before and after, how many checkpoints the run left).
+    """
+    from pecker_fast.errors import RecipeError
+    from pecker_fast.recipe import recipe_from
+    from pecker_fast.runs import train
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ["MASTER_ADDR"] = "somebody.else"
+    before, refusal = dict(os.environ), ""
+    keys = {**KEYS, "model": str(model), "output": str(folder / "run"), "engine": {"zero": 1}, "steps": 2}
+    try:
+        train(recipe_from({"model": str(model), "output": str(folder / "no"), "method": "sa", "engine": {"zero": 1}}))
+    except RecipeError as error:
+        refusal = str(error)
+    train(recipe_from(keys), quiet=True)
+    return refusal, before, dict(os.environ), len(list((folder / "run" / "checkpoints").iterdir()))
