@@ -27,7 +27,7 @@ from pecker_fast import files
 from pecker_fast.account.live import LiveBytes
 from pecker_fast.machine.hardware import environment
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser
-from pecker_fast.networks.lora import lora_score, pair_x0
+from pecker_fast.networks.lora import pair_x0, with_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "lora.json"
@@ -106,7 +106,7 @@ def measure(teacher: Denoiser, batch: int, rounds: int) -> dict[str, Any]:
     x, e = (torch.randn(batch, *teacher.sample_shape, generator=g) for _ in range(2))
     t = torch.randint(38, 712, (batch,), generator=g)
     given = x, t, torch.ones(batch, dtype=torch.long), torch.zeros(batch, dtype=torch.long), e
-    scores = {"full": teacher.clone(), **{name: lora_score(teacher, *how) for name, how in ADAPTERS.items()}}
+    scores = {"full": teacher.clone(), **{name: with_adapters(teacher, *how) for name, how in ADAPTERS.items()}}
     if not any("attn" in name or "attention" in name for name, _ in teacher.unet.named_modules()):
         del scores["lora, attention"]
     runs: dict[str, dict[str, Callable[[], None]]] = {

@@ -17,6 +17,8 @@ os.environ |= {
     "MPLCONFIGDIR": str(CACHE / "matplotlib"),
     "TRITON_HOME": str(CACHE),
     "TORCH_HOME": str(CACHE / "torch"),
+    "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # as the command line sets it
 }
 os.environ.pop("TORCH_EXTENSIONS_DIR", None)
 # A job in the background of a shell, or under nohup, ignores them, and so do its children.

@@ -111,6 +111,7 @@ class LocalEngine:
 
     def follow(self, state: TrainState, mask: SaliencyMask | None) -> None:
         """Give θ the fresh optimizers of the recipe's rule under a mask."""
+        state.limit(mask)
         named = state.generator.named_parameters()
         state.updates = self.objective.updates(self.recipe, named, mask)
 
@@ -126,8 +127,8 @@ class LocalEngine:
     ) -> SaliencyPass:
         """The pass over the present weights that a mask is cut from."""
         return SaliencyPass(
-            self.recipe, state.teacher, state.score, state.generator, self.conditions, state.step, forget_images, poll,
-            state.pool,
+            self.recipe, state.teacher, state.score, state.whole_generator(), self.conditions, state.step, forget_images,
+            poll, state.pool,
         )  # fmt: skip
 
     def make_mask(

@@ -9,7 +9,7 @@ from pecker_kernels import MaskedAdam, SaliencyMask
 from torch import Tensor
 
 from pecker_fast.forgetting import Adversary, Anchor, Pool, UpdateRule
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import AdaptedUNet, Denoiser
 from pecker_fast.recipe import LearningRates
 
 
@@ -89,12 +89,27 @@ class TrainState:
         return [ema[name] for name, _ in named], [p.detach().float() for _, p in named]
 
     def averaged_generator(self) -> Denoiser:
-        """A frozen copy of θ with the averaged weights; θ itself where there is no average."""
+        """A frozen copy of θ with the averaged weights, adapters merged into it; θ itself where there is no average."""
         if self.ema is None:
-            return self.generator
+            return self.generator.without_adapters()
         copy = self.generator.clone().freeze()
         blend_average(copy, self.ema)
-        return copy
+        return copy.without_adapters()
+
+    def whole_generator(self) -> Denoiser:
+        """θ with weights that have gradients of their own: of adapters a trainable network with them in it."""
+        plain = self.generator.without_adapters()
+        if plain is not self.generator:
+            plain.unet.requires_grad_(True)
+        return plain
+
+    def limit(self, mask: SaliencyMask | None) -> None:
+        """Before the first step of adapters: their products count where the mask says, and those it leaves nothing of are gone."""
+        if mask is None or not isinstance(self.generator.unet, AdaptedUNet):
+            return
+        self.generator.unet.restrict(mask.bool)
+        if self.ema is not None:
+            self.ema = {name: self.ema[name] for name, _ in self.generator.named_parameters()}
 
     def release(self) -> None:
         """Let go of moments and average: another state takes over."""

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pecker_fast import files
 from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.export.delta import write_delta
 from pecker_fast.export.folder import Result, as_stored, card, export_pipeline, facts, sound
-from pecker_fast.export.lora_file import write_lora
+from pecker_fast.export.lora_file import are_products, write_adapters, write_lora
 from pecker_fast.export.outcome import scheduler_of
 from pecker_fast.export.text_pipeline import export_text_pipeline, text_card, text_facts
+from pecker_fast.networks import AdaptedUNet
 from pecker_fast.networks.single_file import replace_unet, to_single_file
 
 GRIDS = ("before", "after", "teacher")
@@ -53,14 +54,19 @@ def export_file(
         raise OutputError(f"{output}: the format {form} is one file; give a name that ends in .safetensors")
     if output.exists():
         raise OutputError(f"{output}: exists already; give another name")
-    base = model.base_unet()
+    base, adapted = model.base_unet(), result.generator.unet
+    result = replace(result, generator=result.generator.without_adapters())
     unet = sound(as_stored(result.generator.unet.state_dict(), base), output)
     marks = result.marks()
     if form == "lora":
         if model.text is None:
             raise RecipeError("format: lora is for models that draw from text; of this one export delta or unet")
         told = {**marks, "base_sha256": files.hash_of(base)}
-        stats = write_lora(result.generator.unet, base, unet, output, rank=lora.rank, names=lora.names, metadata=told)
+        plain = result.generator.unet
+        if isinstance(adapted, AdaptedUNet) and result.recipe.generator is None and are_products(adapted, lora.rank):
+            stats = write_adapters(adapted, output, names=lora.names, metadata=told)
+        else:
+            stats = write_lora(plain, base, unet, output, rank=lora.rank, names=lora.names, metadata=told)
         say(
             f"{stats.layers} layers of rank up to {stats.rank}; {100 * stats.error:.3g} % of the change is not in it"
             + (f", {100 * stats.unheld:.3g} % of biases and norms" if stats.unheld else "")

@@ -1,4 +1,5 @@
-"""What training changed as a LoRA file: of every layer's change the best product of rank r (truncated SVD).
+"""What training changed as a LoRA file: of every layer's change the best product of rank r (truncated SVD); of a LoRA student,
+whose change is such products, those themselves.
 
 Two ways to name its tensors: "diffusers" (PEFT's, as `pipe.load_lora_weights` writes them itself) and "kohya" (as ComfyUI and the
 web interfaces know them). Biases and norms have no place in a LoRA: what they changed is lost, and counts as error.
@@ -10,12 +11,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pecker_fast import files
 from pecker_fast.errors import OutputError, RecipeError
+from pecker_fast.networks import AdaptedUNet
 
 NAMES = ("diffusers", "kohya")
 
@@ -42,8 +45,7 @@ def write_lora(
     """
     if rank < 1:
         raise RecipeError(f"rank: {rank}; give at least 1")
-    if names not in NAMES:
-        raise RecipeError(f"names: {names!r}; give one of {', '.join(NAMES)}")
+    _check_names(names)
     tensors: dict[str, Tensor] = {}
     whole = missed = unheld = 0.0
     most = count = 0
@@ -71,6 +73,31 @@ def write_lora(
     told = {"rank": str(most), "error": f"{stats.error:.3g}", **(metadata or {})}
     files.write_tensors(output, tensors, {"format": "pt", **told})
     return stats
+
+
+def are_products(adapted: AdaptedUNet, rank: int) -> bool:
+    """Whether all that adapters add is products of at most this rank: not where a mask keeps single weights of them."""
+    return all(not one.scattered and one.lora_a.shape[0] <= rank for one in adapted.adapters().values())
+
+
+def write_adapters(
+    adapted: AdaptedUNet, output: Path, *, names: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> LoraStats:
+    """Write adapters as they are: their base + file = the student. Raises RecipeError for names that are none."""
+    _check_names(names)
+    tensors: dict[str, Tensor] = {}
+    adapters = adapted.adapters()
+    for name, one in adapters.items():
+        whole: Any = adapted.base.get_submodule(name).weight
+        tensors |= named(name, one.lora_a.detach(), adapted.scale * one.b().detach().flatten(1), whole.float(), names)
+    rank = max((len(one.lora_a) for one in adapters.values()), default=0)
+    files.write_tensors(output, tensors, {"format": "pt", "rank": str(rank), "error": "0", **(metadata or {})})
+    return LoraStats(rank, len(adapters), 0.0, 0.0)
+
+
+def _check_names(names: str) -> None:
+    if names not in NAMES:
+        raise RecipeError(f"names: {names!r}; give one of {', '.join(NAMES)}")
 
 
 def product(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

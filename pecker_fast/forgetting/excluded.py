@@ -8,24 +8,27 @@ from pecker_kernels import SaliencyMask
 from torch import Size
 
 from pecker_fast.errors import RecipeError
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import Denoiser, adaptable
 from pecker_fast.recipe import Recipe, closest, show
 
 
 def check_exclude(recipe: Recipe, generator: Denoiser) -> None:
     """Raise RecipeError, before anything runs, for patterns that fit nothing, and where they leave too little for the mask."""
     if recipe.uses_mask:
-        sizes = {name: p.numel() for name, p in generator.named_parameters()}
-        left_out = excluded(recipe, sizes)
+        sizes = {name: p.numel() for name, p in generator.whole_parameters()}
+        left_out = excluded(recipe, sizes, generator)
         total = sum(sizes.values())
         share_of_rest(recipe, total, total - sum(sizes[name] for name in left_out))
 
 
-def excluded(recipe: Recipe, names: Collection[str]) -> set[str]:
-    """Of the names of all tensors those that are in no mask. Raises RecipeError for a pattern that fits none."""
+def excluded(recipe: Recipe, names: Collection[str], generator: Denoiser) -> set[str]:
+    """Of the names of all tensors those that are in no mask: of a LoRA student also what has no adapter. Raises RecipeError for a
+    pattern that fits none."""
     left_out = _named(recipe.mask.exclude, names, "mask.exclude")
     if recipe.mask.only:
         left_out |= set(names) - _named(recipe.mask.only, names, "mask.only")
+    if recipe.student == "lora":
+        left_out |= set(names) - adaptable(generator, recipe.lora.targets)
     return left_out
 
 

@@ -51,7 +51,8 @@ class Objective:
 
     def updates(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
         """How gradients become an update of θ: by the recipe's rule under the mask, densely where there is none."""
-        rule = Dense if mask is None else RULES[recipe.update_rule]
+        # of a LoRA student the mask is in the product
+        rule = Dense if mask is None or recipe.student == "lora" else RULES[recipe.update_rule]
         return rule(recipe, named, mask)
 
     def updates_of_sums(

@@ -75,7 +75,7 @@ class SaliencyPass:
     def masked(self) -> list[tuple[str, Tensor]]:
         """Of `weights` those that may be in the mask."""
         weights = self.weights()
-        left_out = excluded(self.recipe, [name for name, _ in weights])
+        left_out = excluded(self.recipe, [name for name, _ in weights], self.generator)
         return [(name, tensor) for name, tensor in weights if name not in left_out]
 
     def _shapes(self) -> list[tuple[str, Size]]:

@@ -2,7 +2,16 @@
 
 from pecker_fast.loading.checks import check_source, fit_timesteps, look_at_hub
 from pecker_fast.loading.exported import check_exported, exported_manifest, is_sound, seal_exported
-from pecker_fast.loading.parts import Model, Parts, load_model, load_parts, pick_device, start_generator, start_of
+from pecker_fast.loading.parts import (
+    Model,
+    Parts,
+    load_model,
+    load_parts,
+    pick_device,
+    start_generator,
+    start_of,
+    start_student,
+)
 from pecker_fast.loading.text_parts import TextParts, config_folder, inlined_prompts, plan_of
 
 __all__ = [
@@ -24,4 +33,5 @@ __all__ = [
     "seal_exported",
     "start_generator",
     "start_of",
+    "start_student",
 ]

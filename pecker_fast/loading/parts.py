@@ -19,7 +19,7 @@ from pecker_fast.forgetting import check_method, get_method
 from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, look_at_hub, timesteps_note
 from pecker_fast.loading.exported import check_exported
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
-from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, lora_score
+from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, with_adapters
 from pecker_fast.recipe import Recipe
 
 _UNUSED = ("dropout", "sample_size")  # dropout is off, and of the size what a network says is compared
@@ -89,9 +89,17 @@ def start_of(recipe: Recipe, model: Model) -> str:
 def _start_sha256(model: Model, generator: Denoiser, score: Denoiser | None) -> str:
     networks = [("teacher", model.teacher), ("generator", generator), *([] if score is None else [("score", score)])]
     tensors: list[tuple[str, Tensor]] = [
-        (f"{name}.{key}", p) for name, network in networks for key, p in network.named_parameters()
+        (f"{name}.{key}", p)
+        for name, network in networks
+        for key, p in (*network.named_parameters(), *_base(network, model))
     ]
     return files.sha256_tensors([*tensors, *prompts_of(model)])
+
+
+def _base(network: Denoiser, model: Model) -> list[tuple[str, Tensor]]:
+    """What adapters stand on, where that is not φ."""
+    base = getattr(network.unet, "base", model.teacher.unet)
+    return [] if base is model.teacher.unet else [(f"base.{key}", p) for key, p in network.whole_parameters()]
 
 
 def prompts_of(model: Model) -> list[tuple[str, Tensor]]:
@@ -172,7 +180,7 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser | 
     """(θ, ψ): copies of φ, or those of the recipe's distilled generator: its `generator/` and `score/`, or a pipeline's
     `unet/`, with ψ from φ where it has none. With `score: lora` ψ is φ with an adapter. Methods that leave a model of many steps
     have no ψ."""
-    generator = start_generator(recipe, teacher)
+    generator = start_student(recipe, teacher)
     if not recipe.one_step:
         return generator, None
     folder = start_folder(recipe)
@@ -181,8 +189,16 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser | 
     return generator, _load_like(teacher, folder / "score")
 
 
+def start_student(recipe: Recipe, teacher: Denoiser) -> Denoiser:
+    """θ as it starts, trainable: with `student: lora` adapters on it, which share φ's weights where it starts as φ."""
+    if recipe.student == "full":
+        return start_generator(recipe, teacher)
+    start = teacher if recipe.generator is None else start_generator(recipe, teacher)
+    return with_adapters(start, recipe.lora.rank, recipe.lora.targets, recipe.seed)
+
+
 def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
-    """θ as it starts."""
+    """θ as it starts, a network of its own."""
     folder = start_folder(recipe)
     if folder is None:
         return teacher.clone()
@@ -222,7 +238,7 @@ def new_score(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     """ψ as it starts: φ's weights of its own, or an adapter on φ's."""
     if recipe.score == "full":
         return teacher.clone()
-    return lora_score(teacher, recipe.lora.rank, recipe.lora.targets, recipe.seed)
+    return with_adapters(teacher, recipe.lora.rank, recipe.lora.targets, recipe.seed)
 
 
 def _match_teacher(network: Denoiser, teacher: Denoiser, where: Path) -> None:

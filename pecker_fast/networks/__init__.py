@@ -2,7 +2,7 @@
 
 from pecker_fast.networks.aligned import aligned_tokens
 from pecker_fast.networks.denoiser import Denoiser, check_class_folder, load_denoiser, load_unet, load_weights
-from pecker_fast.networks.lora import lora_score, pair_x0, same_function
+from pecker_fast.networks.lora import AdaptedUNet, adaptable, pair_x0, same_function, with_adapters
 from pecker_fast.networks.marks import (
     MANY_STEPS,
     MARKS,
@@ -23,11 +23,13 @@ __all__ = [
     "MANY_STEPS",
     "MARKS",
     "ONE_STEP",
+    "AdaptedUNet",
     "Denoiser",
     "PromptWindow",
     "Schedule",
     "TextDenoiser",
     "TextTable",
+    "adaptable",
     "aligned_tokens",
     "are_weights",
     "check_class_folder",
@@ -40,11 +42,11 @@ __all__ = [
     "load_schedule",
     "load_unet",
     "load_weights",
-    "lora_score",
     "many_steps_marks",
     "one_step_marks",
     "one_step_start",
     "pair_x0",
     "same_function",
     "save_part",
+    "with_adapters",
 ]

@@ -73,6 +73,16 @@ class Denoiser:
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.unet.named_parameters())
 
+    def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """As `named_parameters`; of adapters on a network those of the network."""
+        network: Any = getattr(self.unet, "base", self.unet)
+        return list(network.named_parameters())
+
+    def without_adapters(self) -> Self:
+        """The same function as one plain frozen network: a new one where there are adapters, else itself."""
+        merged: Any = getattr(self.unet, "merged", None)
+        return self if merged is None else self.with_network(merged())
+
     def freeze(self) -> Self:
         self.unet.requires_grad_(False)
         return self

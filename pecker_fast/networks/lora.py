@@ -1,7 +1,7 @@
-"""The lightweight score network (`score: lora`): ψ = φ + low-rank adapters, on one copy of φ's weights.
+"""Networks as low-rank adapters on another's weights: ψ = φ + adapters (`score: lora`), θ = its start + adapters (`student: lora`).
 
 An adapted layer gives y = base(x) + gate_n · scale · B(A(x)). φ and ψ then differ by rows of a batch, not by network: one pass
-serves both.
+serves both. Of a student under a mask m the product counts where the mask keeps the weight: W + m ⊙ scale · B A.
 """
 
 import contextlib
@@ -27,8 +27,11 @@ Rows = Tensor | slice | None
 class LowRank(nn.Module):
     """B(A(x)) beside one Linear or Conv2d: A is a layer of the base's geometry to `rank` channels, B is 1×1. B starts at zero.
 
-    The rank is at most what the layer's matrix can have.
+    The rank is at most what the layer's matrix can have. kept: where the product counts: None = everywhere, whole rows [out], or
+    [out, …] as the base's weight.
     """
+
+    kept: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -38,10 +41,36 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.lora_a = nn.Parameter(a.to(layer.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(out, rank, *(1 for _ in inside[1:]), device=layer.weight.device))
+        self.register_buffer("kept", None, persistent=False)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether single weights are kept: such a change is no product of low rank."""
+        return self.kept is not None and self.kept.dim() > 1
+
+    def keep(self, kept: Tensor) -> None:
+        """Let the product count where `kept`, bool in the shape of the base's weight, says."""
+        flat = kept.flatten(1)
+        whole, some = flat.all(1), flat.any(1)
+        self.kept = None if bool(whole.all()) else whole if torch.equal(whole, some) else kept
+
+    def b(self) -> Tensor:
+        """B, zero in rows that are not kept."""
+        if self.kept is None or self.scattered:
+            return self.lora_b
+        return self.lora_b * self.kept.view(-1, *(1 for _ in self.lora_b.shape[1:]))
 
     def product(self) -> Tensor:
         """B A in the shape of the base's weight, float32."""
-        return (self.lora_b.flatten(1) @ self.lora_a.flatten(1)).view(-1, *self.lora_a.shape[1:])
+        return (self.b().flatten(1) @ self.lora_a.flatten(1)).view(-1, *self.lora_a.shape[1:])
+
+    def added_to(self, weight: Tensor, scale: float) -> Tensor:
+        """weight + scale · B A; what is not kept is the weight to the bit."""
+        found = (weight.float() + scale * self.product()).to(weight.dtype)
+        if self.kept is None:
+            return found
+        kept = self.kept if self.scattered else self.kept.view(-1, *(1 for _ in weight.shape[1:]))
+        return torch.where(kept, found, weight)
 
 
 class AdaptedUNet(nn.Module):
@@ -84,6 +113,27 @@ class AdaptedUNet(nn.Module):
     @property
     def config(self) -> Any:
         return self.base.config
+
+    def adapters(self) -> dict[str, LowRank]:
+        """By name of the base's layer."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LowRank)}
+
+    def restrict(self, kept: Callable[[str], Tensor]) -> None:
+        """Keep of every product what a mask keeps of the base's weight of that name (bool). Layers that keep nothing lose their
+        adapter."""
+        for name, adapter in self.adapters().items():
+            bits = kept(f"{name}.weight")
+            if bool(bits.any()):
+                adapter.keep(bits)
+            else:
+                self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """The layer goes on without an adapter."""
+        path, _, last = name.rpartition(".")
+        parent, layer = self.get_submodule(path), self.base.get_submodule(name)
+        del parent._modules[last]
+        self._swaps = [swap for swap in self._swaps if swap[0] is not layer]
 
     def enable_gradient_checkpointing(self, *args: Any, **keys: Any) -> None:
         """The base's, whose passes these are: φ's run with it as well."""
@@ -136,6 +186,12 @@ class AdaptedUNet(nn.Module):
             return function(*args)
 
     def _adapted(self, base: Callable[[Tensor], Tensor], layer: nn.Module, adapter: LowRank, x: Tensor) -> Tensor:
+        if adapter.scattered and self._rows is None:  # one product with the sum, as the network will be exported
+            found: Any = layer
+            weight = adapter.added_to(found.weight, self.scale)
+            if isinstance(layer, nn.Conv2d):
+                return layer._conv_forward(x, weight, layer.bias)
+            return F.linear(x, weight, found.bias)
         rows, y = self._rows, base(x)
         count = rows.stop if isinstance(rows, slice) else x.shape[0] if rows is None else rows.shape[0]
         if x.shape[0] != count:
@@ -144,7 +200,7 @@ class AdaptedUNet(nn.Module):
             )
         first = rows.start if isinstance(rows, slice) else 0
         x = x[first:]
-        a, b = adapter.lora_a.to(x.dtype), adapter.lora_b.to(x.dtype)
+        a, b = adapter.lora_a.to(x.dtype), adapter.b().to(x.dtype)
         h = layer._conv_forward(x, a, None) if isinstance(layer, nn.Conv2d) else F.linear(x, a)
         if isinstance(rows, Tensor):
             h = h * rows.to(h.dtype).view(-1, *(1 for _ in h.shape[1:]))
@@ -159,10 +215,9 @@ class AdaptedUNet(nn.Module):
         """A network of its own with the weights φ + scale · B A, frozen, without adapters: ψ for export."""
         network: nn.Module = copy.deepcopy(self.base)
         with torch.no_grad():
-            for name, adapter in self.named_modules():
-                if isinstance(adapter, LowRank):
-                    weight: Any = network.get_submodule(name).weight
-                    weight.copy_(weight.float() + self.scale * adapter.product())
+            for name, adapter in self.adapters().items():
+                weight: Any = network.get_submodule(name).weight
+                weight.copy_(adapter.added_to(weight, self.scale))
         return network
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedUNet":
@@ -172,6 +227,12 @@ class AdaptedUNet(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "AdaptedUNet":
         twin = AdaptedUNet(self.base, **self.options)
         twin.train(self.training)
+        ours = self.adapters()
+        for name, adapter in twin.adapters().items():
+            if name in ours:
+                adapter.kept = ours[name].kept
+            else:
+                twin.drop(name)
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), twin.parameters()):
                 theirs.data = mine.detach().clone()
@@ -219,22 +280,30 @@ def target_layers(unet: nn.Module, targets: str) -> list[tuple[str, nn.Linear | 
         ):
             raise ModelError(
                 f"adapters on unsupported layers: {name} is a {type(module).__name__} of {type(parent).__name__}, they go on "
-                "plain Linear and Conv2d layers; use score=full"
+                "plain Linear and Conv2d layers; use score=full and student=full"
             )
         if wanted:
             found.append((name, module))
     if not found:
-        raise ModelError(f"adapters: {type(unet).__name__} has no layers for targets {targets!r}; use score=full")
+        raise ModelError(
+            f"adapters: {type(unet).__name__} has no layers for targets {targets!r}; use score=full and student=full"
+        )
     return found
 
 
-def lora_score(teacher: Denoiser, rank: int = 16, targets: str = "all", seed: int = 0, scale: float = 1.0) -> Denoiser:
-    """ψ = φ + adapters, equal to φ bit for bit at the start: the teacher's like (whatever kind of Denoiser it is), with an
-    AdaptedUNet over the teacher's own network, which stays frozen for ever. Its parameters are the adapters', float32.
+def adaptable(network: Denoiser, targets: str) -> set[str]:
+    """Names of the weights that adapters stand beside. Raises ModelError as `target_layers`."""
+    base: Any = getattr(network.unet, "base", network.unet)
+    return {f"{name}.weight" for name, _ in target_layers(base, targets)}
+
+
+def with_adapters(start: Denoiser, rank: int = 16, targets: str = "all", seed: int = 0, scale: float = 1.0) -> Denoiser:
+    """A network + adapters, equal to it bit for bit at the start: its like (whatever kind of Denoiser it is), with an AdaptedUNet
+    over its very own network, which stays frozen for ever. Its parameters are the adapters', float32.
     """
-    score = copy.copy(teacher)
-    score.unet = AdaptedUNet(teacher.unet, rank, targets, seed, scale).eval()
-    return score
+    adapted = copy.copy(start)
+    adapted.unet = AdaptedUNet(start.unet, rank, targets, seed, scale).eval()
+    return adapted
 
 
 def same_function(teacher: Denoiser, score: Denoiser) -> bool:
@@ -258,7 +327,7 @@ def pair_x0(
 ) -> tuple[Tensor, Tensor]:
     """(f_φ(x_t, c_p), f_ψ(x_t, c_g)), each [N, C, H, W].
 
-    One pass of 2N rows where the score network is `lora_score` of this teacher, and N more for every guided side; otherwise
+    One pass of 2N rows where the score network is `with_adapters` of this teacher, and N more for every guided side; otherwise
     a pass for each.
     """
     adapted: Any = score.unet

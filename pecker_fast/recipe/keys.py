@@ -61,7 +61,7 @@ def idle_keys(recipe: Recipe) -> list[str]:
             "engine.zero=0",
             tuple(f"engine.{k}" for k in ("stall_s", "offload", "deepspeed", "shard_teacher")),
         ),
-        (recipe.score == "full", "score=full", ("lora.rank", "lora.targets")),
+        ("lora" not in (recipe.score, recipe.student), "score=full and student=full", ("lora.rank", "lora.targets")),
         (recipe.uses_prompts, "prompts to forget", ("null_class",)),
         (not recipe.uses_prompts, "classes to forget", ("resolution", "guidance.unconditional", "evaluate.prompts")),
     ]

@@ -89,7 +89,8 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16"] = key("fp32", "number format the networks compute in")
     resolution: int | None = key(None, "pixels a side of a text-to-image model's images; null = its own", ge=8, le=8192)
     score: Literal["full", "lora"] = key("full", "how ψ is trained: all its weights, or φ with an adapter")
-    lora: Lora = section(Lora, "the adapter of `score: lora`")
+    student: Literal["full", "lora"] = key("full", "how θ is trained: all its weights, or adapters on where it starts")
+    lora: Lora = section(Lora, "adapters, of `score: lora` and `student: lora`")
     engine: Engine = section(Engine, "where tensors live")
     evaluate: Evaluate = section(Evaluate, "when and how the model is judged")
     audit: Audit = section(Audit, "what the result has to stand at the end")
@@ -173,6 +174,28 @@ class Recipe(Section):
                 what = "is in closed form" if kind == "edit" else "makes a model of many steps"
                 raise ValueError(f"{one}: method {name} {what} and has no use for it; leave it out")
 
+    def _student_fits(self) -> None:
+        """What goes with adapters as θ."""
+        if self.facts.kind == "edit":
+            raise ValueError(f"student: method {self.method} changes weights in closed form; leave it out")
+        if self.distill_steps:
+            raise ValueError(
+                "student: adapters stand on a distilled generator; `pecker-fast distil` makes one for generator="
+            )
+        if self.engine.zero:
+            raise ValueError(
+                "engine.zero: adapters are few and are not spread over ranks; leave it out, or use student=full"
+            )
+        if self.uses_mask and self.mask.refresh:
+            raise ValueError(
+                "mask.refresh: adapters stand where the first mask says; leave it out, or use student=full"
+            )
+        if self.uses_mask and self.update_rule != "salient_only":
+            raise ValueError(
+                f"update_rule: the mask of a LoRA student is in its product, for every branch; {self.update_rule} moves more: use "
+                "salient_only, or student=full"
+            )
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         self._same_kind()
@@ -184,10 +207,12 @@ class Recipe(Section):
             )
         if self.engine.compile != "none" and self.mask.refresh and self.mask.skip and self.uses_mask:
             raise ValueError("mask.refresh: with engine.compile every new mask is compiled anew; add mask.skip=false")
-        if self.engine.compile != "none" and self.score == "lora":
+        if self.engine.compile != "none" and "lora" in (self.score, self.student):
             raise ValueError(
-                "engine.compile: adapters change their layers between passes; use score=full, or no compile"
+                "engine.compile: adapters change their layers between passes; use score=full and student=full, or no compile"
             )
+        if self.student == "lora":
+            self._student_fits()
         if self.engine.weights == "bf16" and self.precision != "bf16":
             raise ValueError("engine.weights: bf16 weights need precision=bf16")
         w = self.weights

@@ -144,7 +144,7 @@ class Optimizer(Section):
 
 
 class Lora(Section):
-    """The adapter that makes ψ out of φ with `score: lora`."""
+    """The adapters that make ψ out of φ with `score: lora`, and θ out of its start with `student: lora`."""
 
     rank: int = key(16, "rank of the adapter in every layer", ge=1, le=4096)
     targets: Literal["all", "attention"] = key("all", "layers that get one: attention projections, or convolutions too")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pecker_fast import files
 from pecker_fast.conditions import concept_names, placed, read_prompts, short_range, shown_classes
@@ -11,8 +11,8 @@ from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeE
 from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector
 from pecker_fast.export import FORMATS, LoraForm, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, save_grid
-from pecker_fast.loading import Model, start_generator
-from pecker_fast.networks import MANY_STEPS, ONE_STEP, Denoiser, TextDenoiser
+from pecker_fast.loading import Model, start_generator, start_student
+from pecker_fast.networks import MANY_STEPS, ONE_STEP, AdaptedUNet, Denoiser, TextDenoiser
 from pecker_fast.records import (
     PIPELINE,
     generator_tensors,
@@ -200,7 +200,9 @@ def _export(run: Run, target: Path, weights: str, form: str, lora: LoraForm) -> 
     if read_checkpoint_stage(checkpoint)[0] != "forget":
         raise CheckpointError(f"{checkpoint}: nothing is forgotten yet at this step; resume the run first")
     model, base_sha256 = _exported_from(run, form)
-    generator = checkpointed_generator(model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
+    generator = checkpointed_generator(run, model, checkpoint, averaged=weights == "ema" and run.recipe.ema > 0)
+    if form != "lora":
+        generator = generator.without_adapters()
     metrics = sound_metrics(run.folder, recipe_sha256)
     judged = weights == "ema" and metrics.get("step") == read_manifest(checkpoint)["step"]  # these very weights
     facts = Result(generator, run.recipe, model, base_sha256, metrics if judged else None)
@@ -216,7 +218,7 @@ def _exported_from(run: Run, form: str) -> tuple[Model, str]:
         model = base_model(run)
         return model, known_base(run.folder, run.inputs) or files.hash_of(model.base_unet())
     except ModelError as reason:
-        if form in ("delta", "lora") or not (run.folder / PIPELINE).is_dir():
+        if form in ("delta", "lora") or run.recipe.student == "lora" or not (run.folder / PIPELINE).is_dir():
             raise
         warn(f"{reason}; what the export needs of it is taken from {run.folder / PIPELINE}")
     model = held_model(run)
@@ -224,9 +226,15 @@ def _exported_from(run: Run, form: str) -> tuple[Model, str]:
     return model, base if base is not None else files.read_object(run.pipeline / "model.json")["base_sha256"]
 
 
-def checkpointed_generator(model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
+def checkpointed_generator(run: Run, model: Model, checkpoint: Path, averaged: bool) -> Denoiser:
     """θ of a checkpoint, its average or its raw weights."""
-    generator = model.teacher.clone()
+    if run.recipe.student == "lora":
+        generator = start_student(run.located(BASE_KEYS), model.teacher)
+        mask = read_checkpoint_stage(checkpoint)[1]
+        if mask is not None:
+            cast(AdaptedUNet, generator.unet).restrict(mask.bool)
+    else:
+        generator = model.teacher.clone()
     shapes = {name: p.shape for name, p in generator.named_parameters()}
     generator.load_state(generator_tensors(checkpoint, shapes, "weights"), checkpoint)
     if averaged:

@@ -64,6 +64,12 @@ def slow(*values):
         slow("batch_size=4 mask.structure=element mask.density=0.3 update_rule=alternating"),
         slow("batch_size=4 mask.structure=tensor mask.density=0.1 update_rule=salient_only ema=0"),
         slow("batch_size=2 optimizer.betas=[0.9,0.999] precision=bf16"),
+        slow("batch_size=2 student=lora mask.structure=row mask.density=0.1 update_rule=salient_only"),
+        slow(
+            "batch_size=2 student=lora lora.rank=4 score=lora mask.density=0.1 mask.contrast=false update_rule=salient_only"
+        ),
+        slow("batch_size=2 student=lora generator=digits mask.source=none"),
+        slow("method=spare batch_size=4 student=lora mask.structure=element images.samples=2"),
     ],
 )
 def test_prediction_is_what_the_digits_take(keys):
@@ -144,7 +150,8 @@ def test_a_planned_mask_has_the_size_of_a_real_one():
     named += [(f"c{i}", torch.nn.Parameter(torch.zeros(16, 8))) for i in range(20)]
     total = sum(p.numel() for _, p in named)
     for structure, error in (("element", 1), ("row", 16), ("tensor", 288)):
-        mask = planned_mask(load_recipe(None, ["mask.density=0.3", f"mask.structure={structure}"]), named)
+        network = SimpleNamespace(whole_parameters=lambda: named)
+        mask = planned_mask(load_recipe(None, ["mask.density=0.3", f"mask.structure={structure}"]), network)
         assert abs(mask.count - 0.3 * total) <= error, structure
         assert all(int(mask.bool(name).sum()) == mask.count_of(name) for name, _ in named)
 

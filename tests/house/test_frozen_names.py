@@ -19,7 +19,7 @@ weights.forget mask.source mask.score mask.contrast mask.density mask.threshold 
 mask.reduction mask.samples mask.data mask.timesteps mask.skip mask.refresh mask.only mask.exclude
 adversary.conditions adversary.tokens adversary.steps adversary.rate adversary.restart adversary.share adversary.half_way
 adversary.starts adversary.batch adversary.samples update_rule optimizer.betas optimizer.eps
-optimizer.weight_decay optimizer.clip_value ema precision resolution score lora.rank lora.targets engine.zero
+optimizer.weight_decay optimizer.clip_value ema precision resolution score student lora.rank lora.targets engine.zero
 engine.offload engine.shard_teacher engine.deepspeed engine.stall_s engine.compile engine.cuda_graph
 engine.channels_last engine.threads engine.weights
 engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final evaluate.judge evaluate.prompts
@@ -41,6 +41,7 @@ CHOICES = {
     "update_rule": "differentiated | salient_only | alternating",
     "precision": "fp32 | bf16",
     "score": "full | lora",
+    "student": "full | lora",
     "engine.offload": "none | cpu",
     "engine.compile": "none | blocks",
     "engine.weights": "fp32 | bf16",

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from pecker_fast import files
 from pecker_fast.errors import ModelError
 from pecker_fast.networks.denoiser import Denoiser, load_denoiser, load_weights
-from pecker_fast.networks.lora import ATTENTION, AdaptedUNet, LowRank, lora_score, pair_x0, target_layers
+from pecker_fast.networks.lora import ATTENTION, AdaptedUNet, LowRank, pair_x0, target_layers, with_adapters
 
 N, RANK = 3, 4
 KINDS = ("digits", "sd1", "sdxl")
@@ -103,7 +103,7 @@ def trace(unet):
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_the_start_is_the_teacher_bit_for_bit(teacher, inputs, targets):
     x, t, c, _ = inputs
-    score = lora_score(teacher, RANK, targets)
+    score = with_adapters(teacher, RANK, targets)
     assert type(score) is type(teacher)
     assert score.sample_shape == teacher.sample_shape
     for w in (1.0, 3.0):
@@ -111,11 +111,11 @@ def test_the_start_is_the_teacher_bit_for_bit(teacher, inputs, targets):
             want = teacher.eps(x, t, c, w)
             assert torch.equal(score.eps(x, t, c, w), want)
             assert torch.equal(score.x0(x, t, c, w), teacher.x0(x, t, c, w))
-            assert not close(stir(lora_score(teacher, RANK, targets)).eps(x, t, c, w), want, 1e-3)
+            assert not close(stir(with_adapters(teacher, RANK, targets)).eps(x, t, c, w), want, 1e-3)
 
 
 def test_parameters_are_the_adapters_alone(teacher):
-    score, weights = lora_score(teacher, RANK), [name for name, _ in teacher.named_parameters()]
+    score, weights = with_adapters(teacher, RANK), [name for name, _ in teacher.named_parameters()]
     named = score.named_parameters()
     assert {name.rpartition(".")[2] for name, _ in named} == {"lora_a", "lora_b"}
     order = [weights.index(name.replace("lora_a", "weight")) for name, _ in named if name.endswith("lora_a")]
@@ -124,13 +124,13 @@ def test_parameters_are_the_adapters_alone(teacher):
     assert all(p.dtype == torch.float32 and p.requires_grad for _, p in named)
     assert not any(p.requires_grad for _, p in teacher.named_parameters())
     assert list(score.unet.state_dict()) == [name for name, _ in named]
-    few = [name for name, _ in lora_score(teacher, RANK, "attention").named_parameters()]
+    few = [name for name, _ in with_adapters(teacher, RANK, "attention").named_parameters()]
     assert few == [name for name, _ in named if name.rpartition(".")[0].endswith(ATTENTION)]
 
 
 def test_starts_are_a_function_of_the_seed():
     teacher = load_teacher("sd1")
-    a, b, c = (lora_score(teacher, RANK, seed=seed).unet.state_dict() for seed in (0, 0, 1))
+    a, b, c = (with_adapters(teacher, RANK, seed=seed).unet.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not any(torch.equal(a[name], c[name]) for name in a if name.endswith("lora_a"))
     assert not torch.equal(
@@ -140,7 +140,7 @@ def test_starts_are_a_function_of_the_seed():
 
 def test_the_rank_is_no_more_than_a_layer_can_use():
     teacher = load_teacher("digits")
-    adapters = {name: m for name, m in lora_score(teacher, 16).unet.named_modules() if isinstance(m, LowRank)}
+    adapters = {name: m for name, m in with_adapters(teacher, 16).unet.named_modules() if isinstance(m, LowRank)}
     assert adapters["conv_in"].lora_a.shape == (9, 1, 3, 3)
     assert adapters["conv_out"].lora_b.shape == (1, 1, 1, 1)
     assert adapters["down_blocks.0.resnets.0.conv1"].lora_a.shape[0] == 16
@@ -148,7 +148,7 @@ def test_the_rank_is_no_more_than_a_layer_can_use():
 
 def test_rows_of_the_gate_are_psi_and_the_others_phi(teacher, inputs):
     x, t, c, _ = inputs
-    score = stir(lora_score(teacher, RANK))
+    score = stir(with_adapters(teacher, RANK))
     with torch.no_grad():
         phi, psi = teacher.output(x, t, c), score.output(x, t, c)
         for gate in ((1, 0, 1), (0, 1, 1), (0, 0, 1), (0, 1, 0), (0, 0, 0), (1, 1, 1)):
@@ -167,7 +167,7 @@ def test_rows_of_the_gate_are_psi_and_the_others_phi(teacher, inputs):
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (4.5, 1.0), (1.0, 2.0), (4.5, 2.0)])
 def test_a_pair_is_one_pass_and_equals_two(teacher, inputs, guidance):
     x, t, c_p, c_g = inputs
-    score, rows = stir(lora_score(teacher, RANK)), []
+    score, rows = stir(with_adapters(teacher, RANK)), []
     w_p, w_g = guidance
 
     def gradient(pair):
@@ -190,7 +190,7 @@ def test_a_pair_is_one_pass_and_equals_two(teacher, inputs, guidance):
 def test_a_gate_that_is_ignored_shows(teacher, inputs, monkeypatch):
     """The gates above, on an adapter that takes no notice of the rows it is given."""
     x, t, c_p, c_g = inputs
-    score = stir(lora_score(teacher, RANK))
+    score = stir(with_adapters(teacher, RANK))
     whole = AdaptedUNet._adapted
 
     def ignorant(self, *args):
@@ -204,26 +204,26 @@ def test_a_gate_that_is_ignored_shows(teacher, inputs, monkeypatch):
         want = teacher.x0(x, t, c_p)
         assert close(pair_x0(teacher, score, x, t, c_p, c_g)[0], want)
         monkeypatch.setattr(AdaptedUNet, "_adapted", ignorant)
-        score = stir(lora_score(teacher, RANK))
+        score = stir(with_adapters(teacher, RANK))
         assert not close(pair_x0(teacher, score, x, t, c_p, c_g)[0], want, 1e-3)
 
 
 def test_any_other_pair_goes_separately(inputs, teacher):
     x, t, c_p, c_g = inputs
     other = load_teacher("digits") if type(teacher) is Denoiser else teacher.clone()
-    for score in (teacher.clone(), stir(lora_score(other, RANK))):
+    for score in (teacher.clone(), stir(with_adapters(other, RANK))):
         f_p, f_g = pair_x0(teacher, score, x, t, c_p, c_g, 2.0, 1.0)
         assert torch.equal(f_p, teacher.x0(x, t, c_p, 2.0))
         assert torch.equal(f_g, score.x0(x, t, c_g))
     teacher.null_class = None
     with pytest.raises(ModelError, match="null class"):
-        pair_x0(teacher, lora_score(teacher, RANK), x, t, c_p, c_g, 2.0, 1.0)
+        pair_x0(teacher, with_adapters(teacher, RANK), x, t, c_p, c_g, 2.0, 1.0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_merged_weights_are_the_gated_network(teacher, inputs, scale):
     x, t, c, _ = inputs
-    score = stir(lora_score(teacher, RANK, scale=scale))
+    score = stir(with_adapters(teacher, RANK, scale=scale))
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     merged = copy.copy(teacher)
     merged.unet = score.unet.merged()
@@ -239,7 +239,7 @@ def test_the_base_keeps_no_trace(teacher, inputs):
     before, state = trace(teacher.unet), copy.deepcopy(teacher.unet.state_dict())
     with torch.no_grad():
         want = teacher.output(x, t, c)
-    score = stir(lora_score(teacher, RANK))
+    score = stir(with_adapters(teacher, RANK))
     assert trace(teacher.unet) == before
     score.output(x, t, c).sum().backward()
     with score.unet.rows(slice(1, N)):
@@ -260,7 +260,7 @@ def test_gradients_are_those_of_the_formula(teacher, inputs):
     """ε of the weights W + scale · B A, differentiated by autograd in float64, to the adapters and to x_t."""
     x, t, c, _ = inputs
     teacher.unet.double()
-    score, x = stir(lora_score(teacher, RANK, scale=0.5)), x.double().requires_grad_(True)
+    score, x = stir(with_adapters(teacher, RANK, scale=0.5)), x.double().requires_grad_(True)
     named = dict(score.named_parameters())
     got = torch.autograd.grad(score.output(x, t, c).square().sum(), [*named.values(), x])
 
@@ -288,7 +288,7 @@ def test_gradients_are_those_of_the_formula(teacher, inputs):
 
 
 def test_freezing_leaves_the_base_frozen(teacher):
-    score = lora_score(teacher, RANK)
+    score = with_adapters(teacher, RANK)
     with score.frozen():
         assert not any(p.requires_grad for _, p in score.named_parameters())
     assert all(p.requires_grad for _, p in score.named_parameters())
@@ -299,7 +299,7 @@ def test_freezing_leaves_the_base_frozen(teacher):
 
 def test_a_clone_has_adapters_of_its_own_over_one_base(teacher, inputs):
     x, t, c, _ = inputs
-    score = stir(lora_score(teacher, RANK, "attention", scale=0.5))
+    score = stir(with_adapters(teacher, RANK, "attention", scale=0.5))
     twin = score.clone()
     assert twin.unet.base is score.unet.base is teacher.unet
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_a_clone_has_adapters_of_its_own_over_one_base(teacher, inputs):
 
 def test_moving_takes_base_and_adapters_along():
     teacher = load_teacher("digits")
-    score = lora_score(teacher, RANK).to("meta")
+    score = with_adapters(teacher, RANK).to("meta")
     assert score.device.type == "meta"
     assert {p.device.type for _, p in [*score.named_parameters(), *teacher.named_parameters()]} == {"meta"}
     assert isinstance(score.unet, AdaptedUNet)
@@ -321,23 +321,23 @@ def test_moving_takes_base_and_adapters_along():
 
 def test_adapters_are_stored_and_loaded_like_a_network(teacher, inputs, tmp_path):
     x, t, c, _ = inputs
-    score, fresh = stir(lora_score(teacher, RANK)), lora_score(teacher, RANK, seed=5)
+    score, fresh = stir(with_adapters(teacher, RANK)), with_adapters(teacher, RANK, seed=5)
     files.write_tensors(tmp_path / "score.safetensors", score.unet.state_dict())
     tensors, _ = files.read_tensors(tmp_path / "score.safetensors", error=ModelError)
     load_weights(fresh.unet, tensors, tmp_path)
     with torch.no_grad():
         assert torch.equal(fresh.output(x, t, c), score.output(x, t, c))
     with pytest.raises(ModelError, match=r"lora_[ab] has shape"):
-        load_weights(lora_score(teacher, RANK - 1).unet, tensors, tmp_path)
+        load_weights(with_adapters(teacher, RANK - 1).unet, tensors, tmp_path)
     with pytest.raises(ModelError, match=r"lora_[ab] (is missing|is unknown)"):
-        load_weights(lora_score(teacher, RANK, "attention").unet, tensors, tmp_path)
+        load_weights(with_adapters(teacher, RANK, "attention").unet, tensors, tmp_path)
 
 
 @pytest.mark.some(3)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_checkpointed_passes_repeat_the_same_rows(teacher, inputs, reentrant):
     x, t, c_p, c_g = inputs
-    score, x = stir(lora_score(teacher, RANK)), x.requires_grad_(True)
+    score, x = stir(with_adapters(teacher, RANK)), x.requires_grad_(True)
     named, calls = [p for _, p in score.named_parameters()], []
 
     def gradients():
@@ -368,7 +368,7 @@ def test_checkpointed_passes_repeat_the_same_rows(teacher, inputs, reentrant):
 
 def test_a_compiled_block_is_one_piece_and_is_compiled_once():
     teacher = load_teacher("digits")
-    score, x = stir(lora_score(teacher, RANK)), torch.randn(N, *teacher.sample_shape)
+    score, x = stir(with_adapters(teacher, RANK)), torch.randn(N, *teacher.sample_shape)
     t, c = torch.tensor([38, 300, 500]), torch.tensor([0, 1, 2])
     pieces = []
 
@@ -388,7 +388,7 @@ def test_a_compiled_block_is_one_piece_and_is_compiled_once():
 
 def test_autocast_computes_the_adapters_in_its_own_dtype(teacher, inputs):
     x, t, c_p, c_g = inputs
-    score = stir(lora_score(teacher, RANK))
+    score = stir(with_adapters(teacher, RANK))
     want = score.eps(x, t, c_g).detach()
     seen = set()
     apply = torch.nn.functional.linear
@@ -412,7 +412,7 @@ def test_a_base_in_half_precision_has_adapters_in_float32(inputs, teacher):
     x, t, c, _ = inputs
     want = teacher.output(x, t, c)
     teacher.unet.bfloat16()
-    score = lora_score(teacher, RANK)
+    score = with_adapters(teacher, RANK)
     assert {p.dtype for _, p in score.named_parameters()} == {torch.float32}
     out = score.output(x.bfloat16(), t, c)
     assert out.dtype == torch.bfloat16
@@ -448,11 +448,11 @@ def test_layers_whose_weights_others_take_are_refused():
 def test_options_and_batches_are_checked(inputs, teacher):
     x, t, c, _ = inputs
     with pytest.raises(ModelError, match="rank of at least 1, got 0"):
-        lora_score(teacher, 0)
+        with_adapters(teacher, 0)
     with pytest.raises(ModelError, match="targets 'attn' is not one of attention, all"):
-        lora_score(teacher, RANK, "attn")
+        with_adapters(teacher, RANK, "attn")
     with (
         pytest.raises(ModelError, match=f"is fed {N} rows of a batch of {N + 1}"),
-        lora_score(teacher, RANK).unet.rows(torch.ones(N + 1)),
+        with_adapters(teacher, RANK).unet.rows(torch.ones(N + 1)),
     ):
         teacher.output(x, t, c)

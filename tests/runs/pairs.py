@@ -67,7 +67,7 @@ def common(folder: Path) -> dict[str, list[Any]]:
         "update_rule": ["differentiated", "salient_only", "alternating"],
         "optimizer.betas": [[0.0, 0.999], [0.9, 0.99]], "optimizer.eps": [1e-8, 1e-3], "optimizer.weight_decay": [0.0, 0.1],
         "optimizer.clip_value": [1.0, None], "ema": [0.98, 0.0], "precision": ["fp32", "bf16"],
-        "score": ["full", "lora"], "lora.rank": [2, 4096], "lora.targets": ["all", "attention"],
+        "score": ["full", "lora"], "student": ["full", "lora"], "lora.rank": [2, 4096], "lora.targets": ["all", "attention"],
         "engine.channels_last": [True, False], "engine.threads": [0, 1], "engine.weights": ["fp32", "bf16"],
         "engine.checkpointing": [False, True], "engine.micro_batch": [0, 3],
         "evaluate.every": [0, 1], "evaluate.samples": [2, 5], "evaluate.final": [0, 6], "evaluate.teacher_steps": [2, 1],
@@ -76,7 +76,16 @@ def common(folder: Path) -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
+STUDENT = [
+    Refused({"student": ["lora"], "mask.refresh": [1]}, r"mask\.refresh: adapters"),
+    Refused(
+        {"student": ["lora"], "update_rule": ["differentiated", "alternating"]},
+        r"update_rule: the mask of a LoRA student",
+    ),
+]
 REFUSED = [
+    Refused({"student": ["lora"], "distill_steps": [2]}, r"student: adapters stand on"),
+    *STUDENT,
     Refused({"engine.weights": ["bf16"], "precision": ["fp32"]}, r"engine\.weights: bf16 weights need precision=bf16"),
     Refused({"weights.score_retain": [0.0], "weights.score_forget": [0.0]}, r"weights\.score_retain: both"),
     Refused({"weights.retain": [0.0], "weights.forget": [0.0]}, r"weights\.retain: both"),
@@ -92,6 +101,8 @@ REFUSED = [
             r"mask\.contrast: .*rounding noise"),
     Refused({"mask.contrast": [True], "mask.score": ["forget_loss"], "score": ["lora"], "distill_steps": [0]},
             r"mask\.contrast: .*rounding noise"),
+    Refused({"mask.contrast": [True], "mask.score": ["forget_loss"], "score": ["lora"], "precision": ["bf16"]},
+            r"mask\.contrast: .*rounding noise"),  # after two steps of distillation ψ is still near φ
 ]  # fmt: skip
 
 
@@ -149,7 +160,7 @@ steps batch_size lr.generator lr.warmup weights.retain weights.forget mask.densi
 mask.structure mask.tile mask.scope mask.reduction mask.samples mask.skip mask.refresh mask.exclude
 update_rule optimizer.betas optimizer.weight_decay optimizer.clip_value ema precision engine.channels_last
 engine.weights engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final
-checkpoint.every resume output
+checkpoint.every resume output student lora.rank lora.targets
 """  # keys of `common` that methods of many steps have use for
 
 
@@ -178,8 +189,11 @@ def denoiser_space(folder: Path) -> Space:
         **{f"mask.{key}": {"method": masked, "mask.source": ["saliency", "names", "random"]}
            for key in ("only", "exclude", "skip")},
         "images.samples": {"images.source": ["pool"]},
+        "lora.rank": {"student": ["lora"]}, "lora.targets": {"student": ["lora"]},
     }  # fmt: skip
     refused = [
+        Refused({"method": ["sa"], "student": ["lora"]}, r"student: the springs"),
+        *STUDENT,
         Refused({"method": ["salun", "sa"], "images.source": ["trajectory"]}, r"images\.source: method"),
         Refused({"images.source": ["trajectory"], "mask.score": ["mse"]}, r"mask\.score: mse"),
         Refused({"images.source": ["trajectory"], "mask.contrast": [True]}, r"mask\.score: mse"),

@@ -17,6 +17,7 @@ from pecker_fast.account.memory.measured import LiveMode, alive
 from pecker_fast.account.memory.networks import Blank, Kernels, blank_schedule, build
 from pecker_fast.account.memory.rehearsal import (
     Rehearsal,
+    limit_adapters,
     planned_adversary,
     planned_anchor,
     planned_mask,
@@ -25,7 +26,7 @@ from pecker_fast.account.memory.rehearsal import (
 from pecker_fast.engine import TrainState, start_ema
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting import Dense, UpdateRule, adam, get_method
-from pecker_fast.networks import Denoiser, lora_score
+from pecker_fast.networks import Denoiser, with_adapters
 from pecker_fast.recipe import Recipe
 
 DECODED_AT_ONCE = 1  # latents that pass through the VAE together
@@ -176,6 +177,7 @@ class Settings:
             (split, "activations", "engine.micro_batch=1"),
             (recipe.precision == "fp32", "activations", "precision=bf16"),
             (recipe.one_step and recipe.score == "full", "state", "score=lora"),
+            (recipe.facts.kind == "denoiser" and recipe.student == "full", "state", "student=lora"),
             (self.weights == torch.float32, "state", "engine.weights=bf16"),
             (recipe.uses_mask and recipe.update_rule != "salient_only", "state", "update_rule=salient_only"),
             (recipe.ema > 0, "state", "ema=0"),
@@ -200,22 +202,30 @@ class _Plan:
         recipe = self.recipe
         make = partial(build, unet_config, setting.weights, kernels if setting.checkpointing else None)
         self.teacher = Blank(make, blank_schedule(), recipe.engine.channels_last, tokens)
-        self.generator = self.teacher.clone()
+        self.generator = self._student()
         self.score: Denoiser | None = self.teacher.clone() if recipe.one_step else None
         if recipe.score == "lora":
-            self.score = lora_score(self.teacher, recipe.lora.rank, recipe.lora.targets)
+            self.score = with_adapters(self.teacher, recipe.lora.rank, recipe.lora.targets)
         self.teacher.freeze()
         self.vae: nn.Module | None = None
         if vae_config is not None:
             self.vae = build(vae_config, torch.float32).requires_grad_(False)  # whatever the weights of the UNets
-        self.ema = start_ema(self.generator, recipe.ema)
         self.engine = Rehearsal(recipe, device)
         self.mask = self._mask()
+        limit_adapters(self.generator, self.mask)
+        self.ema = start_ema(self.generator, recipe.ema)
+
+    def _student(self) -> Denoiser:
+        """θ: adapters stand on φ's own weights, or on a copy where θ starts elsewhere."""
+        recipe = self.recipe
+        if recipe.student == "full":
+            return self.teacher.clone()
+        start = self.teacher if recipe.generator is None else self.teacher.clone()
+        return with_adapters(start, recipe.lora.rank, recipe.lora.targets)
 
     def _mask(self) -> SaliencyMask | None:
-        named = self.generator.named_parameters()
         with unset_fake_temporarily():
-            mask = planned_mask(self.recipe, named)
+            mask = planned_mask(self.recipe, self.generator)
         if mask is None or mask.structure == "element":
             self.engine.live.wanted = False  # of an element mask hardly a row is dead
         return mask
@@ -299,11 +309,15 @@ class _Plan:
         return live.peak_since()
 
     def _parts(self, state: TrainState) -> dict[str, int]:
+        teachers = [p for _, p in self.teacher.named_parameters()]
+        shared = set(map(id, teachers))  # what adapters on φ stand on is counted once
+
         def weights(network: Denoiser) -> int:
-            return unique_bytes([p for _, p in network.named_parameters()])
+            held = [p for _, p in (*network.named_parameters(), *network.whole_parameters())]
+            return unique_bytes([p for p in held if id(p) not in shared])
 
         return {
-            "teacher": weights(self.teacher),
+            "teacher": unique_bytes([*teachers]),
             "score network": 0 if self.score is None else weights(self.score),
             "generator": weights(self.generator),
             "VAE": unique_bytes(list(self.vae.parameters())) if self.vae is not None else 0,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pecker_kernels import MaskedAdam, SaliencyMask
 from pecker_kernels.mask.bits import popcount
-from torch import Tensor, nn
+from torch import Tensor
 
 from pecker_fast.account.iteration import unique_bytes
 from pecker_fast.account.memory.measured import LiveMode
@@ -26,7 +26,7 @@ from pecker_fast.forgetting import (
     get_method,
     share_of_rest,
 )
-from pecker_fast.networks import Denoiser
+from pecker_fast.networks import AdaptedUNet, Denoiser
 from pecker_fast.recipe import Recipe
 
 Gradients = Any
@@ -144,16 +144,17 @@ class Rehearsal(LocalEngine):
 
     def saliency(self, state: TrainState, live: LiveMode) -> int:
         """Peak bytes of one batch of the saliency pass, with the scores it is added to."""
-        recipe, generator = self.recipe, state.generator
+        recipe = self.recipe
         with live, self.autocast():
             live.peak_since()
-            scores = [torch.empty(p.shape) for _, p in generator.named_parameters()]
+            scores = [torch.empty(p.shape) for _, p in state.generator.whole_parameters()]
             more = [torch.empty_like(s) for s in scores] if recipe.mask.contrast else []
             found = self.saliency_pass(state)
             with found.passing():
                 found.loss(self._batch(recipe.batch_size, state, "generator", "forget"), "forget").backward()
             del scores, more
-        self._forget_gradients(generator)
+            del found
+        self._forget_gradients(state.generator)
         self._forget_gradients(state.score)
         return live.peak_since()
 
@@ -165,7 +166,7 @@ def planned_adversary(recipe: Recipe, generator: Denoiser) -> Adversary | None:
     options, config = recipe.adversary, generator.config
     width = getattr(config, "cross_attention_dim", None)
     if width is None:
-        network: Any = generator.unet
+        network: Any = getattr(generator.unet, "base", generator.unet)
         shape = tuple(network.class_embedding.weight.shape[1:])
     else:
         shape = (options.tokens, width if isinstance(width, int) else width[0])
@@ -197,14 +198,15 @@ def planned_anchor(recipe: Recipe, generator: Denoiser) -> Anchor | None:
     return Anchor(parameters, start, weight)
 
 
-def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> SaliencyMask | None:
+def planned_mask(recipe: Recipe, generator: Denoiser) -> SaliencyMask | None:
     """A mask of the recipe's size. Which weights it keeps is not known yet: each tensor keeps its share, and with
     `structure: tensor` whole tensors are kept evenly over the network. A threshold may keep everything, so it does here."""
     if not recipe.uses_mask:
         return None
     options = recipe.mask
     density = 1.0 if options.threshold is not None else options.density
-    left_out = excluded(recipe, [name for name, _ in named])
+    named = generator.whole_parameters()
+    left_out = excluded(recipe, [name for name, _ in named], generator)
     rest = sum(p.numel() for name, p in named if name not in left_out)
     density = share_of_rest(recipe, sum(p.numel() for _, p in named), rest) if density < 1 else density
     counts: dict[str, int] = {}
@@ -228,6 +230,20 @@ def planned_mask(recipe: Recipe, named: list[tuple[str, nn.Parameter]]) -> Salie
     # rows stand for tiles: as many weights, and gradients of about the same size
     structure = "row" if options.structure == "tile" else options.structure
     return PlannedMask(bits, {name: p.shape for name, p in named}, structure=structure)
+
+
+def limit_adapters(generator: Denoiser, mask: SaliencyMask | None) -> None:
+    """As `TrainState.limit` does, by how much of each tensor the mask keeps."""
+    if mask is None or not isinstance(generator.unet, AdaptedUNet):
+        return
+    for name, adapter in generator.unet.adapters().items():
+        if not mask.count_of(f"{name}.weight"):
+            generator.unet.drop(name)
+            continue
+        if mask.structure == "tensor":
+            continue
+        whole = adapter.product().shape
+        adapter.kept = torch.empty(whole if mask.structure in ("element", "tile") else whole[:1], dtype=torch.bool)
 
 
 class PlannedMask(SaliencyMask):

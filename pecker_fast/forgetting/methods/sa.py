@@ -23,6 +23,10 @@ class SelectiveAmnesia(DenoiserObjective):
         super().check(recipe)
         if recipe.engine.zero:
             raise RecipeError("engine.zero: the springs of method sa are not spread over ranks; leave it out")
+        if recipe.student == "lora":
+            raise RecipeError(
+                "student: the springs of method sa hold weights, and adapters leave those alone; use student=full"
+            )
 
     def target(self, recipe: Recipe, networks: Networks, batch: Batch, branch: str) -> Tensor:
         return batch.e
