@@ -175,7 +175,7 @@ def _needed(backward: dict[str, Count], state: TrainState, limited: set[str], ge
     mask, separate = state.mask, state.updates.separate
     live: dict[str | tuple[int, ...], list[float]] = {}
     for name, p in generator.items():
-        if mask is None or p.dim() < 2:
+        if mask is None or p.dim() < 2 or name not in mask.shapes:  # adapters need all of theirs
             continue
         share = float(mask.bool(name).reshape(p.shape[0], -1).any(1).float().mean())
         live[f"generator.{name}"] = [share]

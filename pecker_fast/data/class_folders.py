@@ -40,7 +40,7 @@ def class_folders(path: Path, classes: Sequence[int], names: Sequence[str] | Non
     names: class folders of the data that the model was made from, by number; None = folders are named by number. Where no
     name is a number, numbers serve as well. Raises DataError.
     """
-    found = [(_folder_of(path, label, names), label) for label in classes]
+    found = [(folder_of(path, label, names), label) for label in classes]
     if len(classes) == 1 and found[0][0] is None:
         return [(path, classes[0])]
     for folder, label in found:
@@ -53,7 +53,8 @@ def class_folders(path: Path, classes: Sequence[int], names: Sequence[str] | Non
     return [(folder, label) for folder, label in found if folder is not None]
 
 
-def _folder_of(path: Path, label: int, names: Sequence[str] | None) -> Path | None:
+def folder_of(path: Path, label: int, names: Sequence[str] | None) -> Path | None:
+    """The subfolder of a class, by its name or its number; None where there is none."""
     wanted = [names[label]] if names and label < len(names) else []
     if not names or not any(name.isdecimal() for name in names):
         wanted.append(str(label))

@@ -1,4 +1,5 @@
-"""Data sets, for `pretrain`, and for forgetting only where the user names images of their own (`mask.data=PATH`).
+"""Data sets, for `pretrain`, and for forgetting only where the user names images of their own (`mask.data=PATH`,
+`images=PATH`).
 
 Every reader goes through `open_data`, so a single replaced function proves that no data set was touched. Nothing is
 downloaded: the user names a file or a folder. Whatever is wrong with it raises `DataError`.
@@ -181,10 +182,7 @@ def forget_images(
     if channels not in (1, 3) or height != width:
         raise DataError(f"{path}: images cannot be fitted to the model's samples of {channels}×{height}×{width}")
     found = open_data("images", path, size=height, classes=classes, names=names)
-    images = found.batch(slice(None))
-    if found.channels == 3 and channels == 1:
-        images = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)  # ITU-R BT.601
-    images = images.expand(-1, channels, -1, -1)
+    images = as_channels(found.batch(slice(None)), channels)
     rows = {label: (found.labels == label).nonzero()[:, 0] for label in classes}
 
     def deal(labels: Tensor, index: int) -> Tensor:
@@ -192,6 +190,13 @@ def forget_images(
         return images[[int(rows[int(c)][i % len(rows[int(c)])]) for c, i in zip(labels, place)]]
 
     return deal
+
+
+def as_channels(images: Tensor, channels: int) -> Tensor:
+    """float32 `[N, C, H, W]` of 1 or 3 channels, turned grey or coloured where `channels` asks for the other."""
+    if images.shape[1] == 3 and channels == 1:
+        images = (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)  # ITU-R BT.601
+    return images.expand(-1, channels, -1, -1)
 
 
 def _read_digits() -> Dataset:

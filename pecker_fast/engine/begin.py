@@ -4,17 +4,19 @@ from collections.abc import Callable
 
 from pecker_fast.engine.local import LocalEngine
 from pecker_fast.engine.state import TrainState
-from pecker_fast.forgetting import Networks, SaliencyPass, anchor_of, make_pool
+from pecker_fast.forgetting import Networks, OwnImages, SaliencyPass, anchor_of, make_pool
 
 
-def begin_pool(engine: LocalEngine, state: TrainState, poll: Callable[[], object] = lambda: None) -> None:
-    """The images that a method learns from, drawn by φ now; nothing where it has none. Takes all ranks."""
+def begin_pool(
+    engine: LocalEngine, state: TrainState, poll: Callable[[], object] = lambda: None, own: OwnImages | None = None
+) -> None:
+    """The images that a method learns from, the user's own or drawn by φ now; nothing where it has none. Takes all ranks."""
     recipe, objective = engine.recipe, engine.objective
     branches = objective.pools(recipe)
     if not branches:
         return
     with engine.autocast():
-        pool = make_pool(recipe, engine.conditions, state.teacher, branches, poll)
+        pool = make_pool(recipe, engine.conditions, state.teacher, branches, poll, own)
         state.pool = objective.with_times(recipe, state.teacher, pool, poll)
 
 

@@ -28,7 +28,7 @@ from pecker_fast.forgetting.inversion import (
 from pecker_fast.forgetting.losses import generate, generator_loss, noise_loss
 from pecker_fast.forgetting.methods import UpdateRule, check_method, get_method, register, unregister
 from pecker_fast.forgetting.objective import DenoiserObjective, Edit, Networks, Objective, ScoreDistillation
-from pecker_fast.forgetting.pool import Pool, make_pool
+from pecker_fast.forgetting.pool import OwnImages, Pool, make_pool
 from pecker_fast.forgetting.saliency import CONTRAST_FLOOR, ForgetImages, SaliencyPass, batches_of
 from pecker_fast.forgetting.samplers import (
     batch_of,
@@ -54,6 +54,7 @@ __all__ = [
     "Gradients",
     "Networks",
     "Objective",
+    "OwnImages",
     "Pool",
     "SaliencyPass",
     "ScoreDistillation",

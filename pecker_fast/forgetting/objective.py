@@ -40,8 +40,8 @@ class Objective:
     anchored: ClassVar[bool] = False
 
     def pools(self, recipe: Recipe) -> Mapping[str, str]:
-        """`pooled`, where the recipe has images drawn once."""
-        return self.pooled if recipe.images.source == "pool" else {}
+        """`pooled`, where the recipe has images that are there once and for all."""
+        return {} if recipe.images.source == "trajectory" else self.pooled
 
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError, before anything is loaded, for what does not go together."""

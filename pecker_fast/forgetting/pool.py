@@ -46,26 +46,54 @@ class Pool:
         return cls(kind("images"), kind("c"), kind("covers"), times)
 
 
+@dataclass(frozen=True)
+class OwnImages:
+    """Images of the user. rows: condition -> int64 indices of its images; read: indices [n] -> samples [n, C, H, W], float32."""
+
+    rows: Mapping[int, Tensor]
+    read: Callable[[Tensor], Tensor]
+
+    def of(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """(which of the conditions [N] have images, bool [N]; an image for each of those): conditions deal their own in turn."""
+        dealt: dict[int, int] = {}
+        index = []
+        for one in c.tolist():
+            images = self.rows.get(one)
+            if images is None:
+                index.append(-1)
+                continue
+            place = dealt[one] = dealt.get(one, -1) + 1
+            index.append(int(images[place % len(images)]))
+        found = torch.tensor(index)
+        return found >= 0, found[found >= 0]
+
+
 @torch.no_grad()
 def make_pool(
     recipe: Recipe, conditions: Conditions, teacher: Denoiser, pooled: Mapping[str, str],
-    poll: Callable[[], object] = lambda: None,
+    poll: Callable[[], object] = lambda: None, own_images: OwnImages | None = None,
 ) -> Pool:  # fmt: skip
-    """A pool drawn by the teacher's own sampler: a function of the recipe's seed. pooled: branch -> whose images it holds, those of
-    its "own" conditions or of their "cover"; poll is called before every batch and may raise."""
+    """A pool drawn by the teacher's own sampler, a function of the recipe's seed; of conditions that `own_images` has images of,
+    these. pooled: branch -> whose images it holds, those of its "own" conditions or of their "cover"; poll is called before every
+    batch and may raise."""
     options = recipe.images
     images, c, covers = {}, {}, {}
     for branch, whose in pooled.items():
         rng = draws.generator(recipe.seed, f"pool-{branch}", 0, "cpu")
         own, cover = conditions.draw(branch, options.samples, rng)
         z = torch.randn(options.samples, *teacher.sample_shape, generator=rng)
-        found = []
-        asked = (own if whose == "own" else cover).split(batch_of(teacher))
-        for z_i, c_i in zip(z.split(batch_of(teacher)), asked):
+        asked, x_0 = own if whose == "own" else cover, torch.empty_like(z, device=teacher.device)
+        drawn = torch.arange(len(asked))
+        if own_images is not None:
+            theirs, images_of = own_images.of(asked)
+            if bool(theirs.any()):
+                x_0[theirs] = own_images.read(images_of).to(x_0)
+            drawn = drawn[~theirs]
+        for index in drawn.split(batch_of(teacher)) if len(drawn) else ():
             poll()
-            z_i, c_i = z_i.to(teacher.device), c_i.to(teacher.device)
-            found.append(denoised(teacher, z_i, c_i, options.steps, options.guidance).float())
-        images[branch], c[branch], covers[branch] = torch.cat(found), own.to(teacher.device), cover.to(teacher.device)
+            z_i, c_i = z[index].to(teacher.device), asked[index].to(teacher.device)
+            x_0[index] = denoised(teacher, z_i, c_i, options.steps, options.guidance).float()
+        images[branch], c[branch], covers[branch] = x_0, own.to(teacher.device), cover.to(teacher.device)
     return Pool(images, c, covers)
 
 

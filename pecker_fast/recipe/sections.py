@@ -38,12 +38,17 @@ class Timesteps(Section):
 class Images(Section):
     """Samples that x_t is made of by noise, for methods that leave a model of many steps."""
 
-    source: Literal["pool", "trajectory"] = key(
-        "pool", "pool = drawn once by the model itself, trajectory = half denoised by it in every iteration"
+    source: PathName = key(
+        "pool",
+        "pool = drawn once by the model itself, trajectory = half denoised by it in every iteration, or a folder of your own",
     )
     samples: Positive = key(256, "images of the pool for each branch")
     steps: Positive = key(20, "DDIM steps that draw them")
     guidance: float = key(1.0, "guidance they are drawn with", ge=0, le=100, allow_inf_nan=False)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.source not in ("pool", "trajectory")
 
 
 class Objective(Section):

@@ -20,7 +20,8 @@ from pecker_fast.recipe import Recipe
 INPUTS = "inputs.json"
 _REMEDY = "delete it to go by the names in recipe.yaml"
 FORMAT, VERSION = "pecker-fast inputs", 2  # 1 had no checksum
-PATHS = ("model", "model_config", "generator", "evaluate.judge", "mask.data", "engine.deepspeed")
+PATHS = ("model", "model_config", "generator", "evaluate.judge", "mask.data", "images.source", "engine.deepspeed")
+_WORDS = {"mask.data": ("pseudo", "teacher"), "images.source": ("pool", "trajectory")}  # that are no paths
 _ATTRIBUTES = {"model_config": "config_folder"}
 
 
@@ -118,8 +119,8 @@ def changed_prompts(inputs: Inputs, recipe: Recipe) -> str | None:
 
 
 def _is_local(key: str, value: str) -> bool:
-    if key == "mask.data":
-        return value not in ("pseudo", "teacher")
+    if key in _WORDS:
+        return value not in _WORDS[key]
     return value not in files.shipped_models() and os.path.exists(value)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from pecker_fast.engine import LocalEngine, TrainState, begin_anchor, begin_pool
 from pecker_fast.engine import edit as engine_edit
+from pecker_fast.forgetting import OwnImages
 from pecker_fast.machine import StopFlag
 from pecker_fast.machine.ranks import Ranks
 from pecker_fast.recipe import Recipe
@@ -30,6 +31,7 @@ class Beginning(Protocol):
     stop: StopFlag
     device: torch.device
     run_dir: Path
+    own_images: OwnImages | None
 
     def leaving(self, state: TrainState, where: str) -> AbstractContextManager[None]: ...
 
@@ -47,7 +49,9 @@ def pool(run: Beginning, state: TrainState) -> None:
     """The images that a method learns from: drawn once, kept in the run folder."""
     if run.recipe.one_step:
         return
-    timed(run, state, "images to learn from were drawn", lambda poll: begin_pool(run.engine, state, poll))
+    timed(
+        run, state, "images to learn from were drawn", lambda poll: begin_pool(run.engine, state, poll, run.own_images)
+    )
     _keep(run, state)
 
 

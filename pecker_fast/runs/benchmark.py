@@ -77,6 +77,8 @@ def bench(recipe: Recipe, iterations: int, json_file: Path | None = None) -> dic
     """
     if recipe.uses_mask and recipe.mask.source == "saliency" and recipe.mask.data not in ("pseudo", "teacher"):
         raise RecipeError(f"mask.data: bench opens no images, got {recipe.mask.data!r}; use pseudo or teacher")
+    if recipe.images.is_folder and not recipe.one_step:
+        raise RecipeError(f"images.source: bench opens no images, got {recipe.images.source!r}; use pool or trajectory")
     if recipe.engine.cuda_graph:
         raise RecipeError("engine.cuda_graph: a graph has no parts to be timed by; bench without it")
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):

@@ -49,6 +49,7 @@ from pecker_fast.records import (
 )
 from pecker_fast.runs.auditing import check_audit, with_audit
 from pecker_fast.runs.forecast import check_memory, lighter, surely_fits
+from pecker_fast.runs.own_images import own_images
 from pecker_fast.runs.planning import found_rows, planned, prompt_rows, run_rows
 from pecker_fast.runs.result import RunResult
 from pecker_fast.runs.training import Training
@@ -98,6 +99,7 @@ def train(
             recipe, located = (one.model_copy(update={"revision": commit}) for one in (recipe, located))
         ranks.agree(lambda: check_audit(located, parts))
         forget_images = ranks.agree(lambda: _forget_images(located, parts))
+        own = ranks.agree(lambda: own_images(located, parts, _class_names(parts.folder)))
         identity = identity_of(recipe, parts)
         alike(ranks, identity["start_sha256"], "model: the ranks have loaded different models")
         plan = ranks.told(lambda: plan_run_folder(recipe, identity))
@@ -119,7 +121,7 @@ def train(
             tracker = ranks.first(lambda: Tracker(plan.run_dir, tensorboard, console)) or NoTracker()
             stack.enter_context(tracker)
             training = Training(located, parts, identity, tracker, stop, forget_images, started, ranks)
-            training.prediction, training.written = prediction, recipe
+            training.prediction, training.written, training.own_images = prediction, recipe, own
             result = training.run(plan.checkpoint)
             del training
             return ranks.first(lambda: with_audit(located, parts, result, quiet)) or result

@@ -16,7 +16,7 @@ from pecker_fast.engine.zero import ZeroEngine
 from pecker_fast.errors import CheckpointError, Interrupted, OutputError
 from pecker_fast.evaluate import Sampler
 from pecker_fast.export import Result, export_folder
-from pecker_fast.forgetting import ForgetImages
+from pecker_fast.forgetting import ForgetImages, OwnImages
 from pecker_fast.loading import Parts, is_sound, pick_device, start_generator
 from pecker_fast.machine import StopFlag, answering, hardware
 from pecker_fast.machine.ranks import ALONE, Ranks
@@ -75,6 +75,7 @@ class Training:
         self.mask_cost: dict[str, float] = {}  # of one mask
         self.prediction: Prediction | None = None  # of the memory this run will take
         self.written = recipe  # in the user's own words, for the model card
+        self.own_images: OwnImages | None = None  # that a method learns from
         self.metrics: dict[str, Any] = {"before": None, "after": None, "teacher": None}
 
     # -- stages -------------------------------------------------------------------------------------------------

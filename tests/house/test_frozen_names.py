@@ -28,7 +28,6 @@ evaluate.teacher_steps audit.budget audit.probes audit.against audit.samples che
 RECIPE_KEYS = KEYS_TEXT.split()
 
 CHOICES = {
-    "images.source": "pool | trajectory",
     "mask.source": "saliency | random | names | none",
     "mask.score": "mse | forget_loss",
     "mask.structure": "element | row | tile | tensor",

@@ -83,6 +83,14 @@ def test_what_is_outside_the_mask_stays_and_a_cut_run_comes_to_the_same_bits(tin
     assert sample_run(whole.run_dir, count=2).is_file()
 
 
+@pytest.mark.books
+@pytest.mark.parametrize("structure", ["element", pytest.param("row", marks=pytest.mark.slow)])
+def test_books_are_kept_of_adapters_too(tiny_recipe, structure):
+    result = train(tiny_recipe(**keys("spare", mask={"structure": structure, "density": 0.2})), quiet=True)
+    assert result.metrics["cost"]["flops"] > 0
+    assert result.metrics["cost"]["parts"]
+
+
 @pytest.mark.parametrize("structure", ["row", "tensor", None])
 @pytest.mark.parametrize("names", ["diffusers", "kohya"])
 def test_the_lora_file_of_a_student_is_its_adapters(sd1, tmp_path, structure, names):
