@@ -39,6 +39,7 @@ from pecker_fast.forgetting.samplers import (
     one_step_sample,
     save_grid,
 )
+from pecker_fast.forgetting.sld import sld_sample
 from pecker_fast.forgetting.updates import Dense, Gradients, adam
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "restarting",
     "save_grid",
     "share_of_rest",
+    "sld_sample",
     "start_of",
     "turns",
     "unregister",

@@ -11,7 +11,13 @@ from typing import Any
 from pecker_fast import files
 
 NONE = "–"
-KINDS = {"one-step": "one step", "denoiser": "many steps", "edit": "many steps"}
+KINDS = {
+    "one-step": "one step",
+    "denoiser": "many steps",
+    "edit": "many steps",
+    "sampling": "many steps, steered",
+    "never": "many steps",
+}
 
 
 def cell(value: Any, form: str) -> str:

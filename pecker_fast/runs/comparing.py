@@ -14,6 +14,7 @@ from pecker_fast.loading import load_model, start_generator
 from pecker_fast.recipe import Recipe, known, load_recipe, methods
 from pecker_fast.runs.held import BASE_KEYS, load_run
 from pecker_fast.runs.start import train
+from pecker_fast.runs.yardsticks import KINDS, NEVER, SLD, concepts, judged
 
 COMPARISON = "compare.json"
 
@@ -54,12 +55,15 @@ def compare(
     seeds: int = 1,
     output: str | Path = "runs/compare",
     overrides: Sequence[str] = (),
+    never: str | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Train the recipe's task by each of the methods with seeds 0 … seeds − 1 and put their figures beside each other.
 
     source: a recipe, each method takes its own settings for it (`load_recipe`); overrides: `key=value`, of all methods alike.
     output: a folder; every run has one of its own in it, METHOD-SEED, and is taken up, or left as it is where it is finished.
+    names may have `sld`, sampling that is steered away from the concept; never: a model that never knew what is forgotten, one row
+    more. Both are judged once, and nothing is trained for them.
     Returns what compare.json holds. Raises RecipeError, and whatever a run raises.
     """
     if not names:
@@ -67,11 +71,14 @@ def compare(
     if seeds < 1:
         raise RecipeError(f"--seeds: {seeds}; give at least 1")
     for name in names:
-        known("--methods", name, methods())
-    folder = Path(output)
+        known("--methods", name, [*methods(), SLD])
+    folder, yardsticks = Path(output), [SLD] * (SLD in names) + [NEVER] * (never is not None)
+    if SLD in names:
+        concepts(recipe_of(source, _many_steps(names), 0, folder, overrides))
     recipes = [
         (name, seed, recipe_of(source, name, seed, folder, overrides))
         for name in dict.fromkeys(names)
+        if name != SLD
         for seed in range(seeds)
     ]
     runs = []
@@ -79,10 +86,21 @@ def compare(
         say(f"{number}/{len(recipes)}: {name}, seed {seed}")
         train(recipe, quiet=True)
         runs.append({"method": name, "seed": seed, "run": recipe.output, **figures_of(Path(recipe.output))})
+    for name in yardsticks:
+        say(f"{name}: judged")
+        recipe, place = recipe_of(source, _many_steps(names), 0, folder, overrides), folder / name.replace(" ", "-")
+        figures = judged(recipe, name, never, place)
+        blank = dict.fromkeys(column.key for column in COLUMNS)
+        runs.append({"method": name, "seed": 0, "run": str(place), **blank, **shares_of(recipe, figures)})
     found = {"task": str(source), "overrides": list(overrides), "runs": runs, "rows": rows_of(runs)}
     files.make_folder(folder)
     files.write_json(folder / COMPARISON, found)
     return found
+
+
+def _many_steps(names: Sequence[str]) -> str:
+    """A method whose recipe draws in many steps, as yardsticks do."""
+    return next((name for name in names if name != SLD and not methods()[name].one_step), "spare")
 
 
 def recipe_of(source: str | Path, name: str, seed: int, folder: Path, overrides: Sequence[str]) -> Recipe:
@@ -100,13 +118,10 @@ def figures_of(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise OutputError(f"{run}: the run is not finished; the same command goes on")
     metrics = files.read_json(path)
-    after, teacher, cost = (metrics.get(key) or {} for key in ("after", "teacher", "cost"))
-    fid, reference = after.get("fid"), teacher.get("fid")
+    cost = metrics.get("cost") or {}
     audit = files.read_json(run / "audit.json") if (run / "audit.json").is_file() else {}
     return {
-        **{key: after.get(key) for key in ("ua", "cover_rate", "retain_accuracy", "precision", "recall")},
-        "neighbour_loss": neighbour_loss(run, after, teacher),
-        "fid_ratio": fid / reference if fid is not None and reference else None,
+        **shares_of(load_run(run).recipe, metrics),
         "recovery": _recovery(audit, "condition"),
         "relearn": _recovery(audit, "relearn"),
         **{key: cost.get(key) for key in ("training_s", "images", "flops", "peak_memory_bytes")},
@@ -115,10 +130,20 @@ def figures_of(run: Path) -> dict[str, Any]:
     }
 
 
-def neighbour_loss(run: Path, after: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
+def shares_of(recipe: Recipe, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `after` what it draws, beside `teacher`."""
+    after, teacher = (metrics.get(key) or {} for key in ("after", "teacher"))
+    fid, reference = after.get("fid"), teacher.get("fid")
+    return {
+        **{key: after.get(key) for key in ("ua", "cover_rate", "retain_accuracy", "precision", "recall")},
+        "neighbour_loss": neighbour_loss(recipe, after, teacher),
+        "fid_ratio": fid / reference if fid is not None and reference else None,
+    }
+
+
+def neighbour_loss(recipe: Recipe, after: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
     """How many points the kept class, or word, that has lost most has lost against the teacher; None where it is not known."""
     mine, theirs = after.get("per_class") or {}, teacher.get("per_class") or {}
-    recipe = load_run(run).recipe
     gone = {str(c) for c in (recipe.forget if isinstance(recipe.forget, list) else [recipe.forget])}
     if recipe.uses_prompts:
         # a judge of words knows the forgotten one by what it was seen as before
@@ -155,7 +180,8 @@ def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == name]
-        row: dict[str, Any] = {"method": name, "result": methods()[name].kind, "seeds": len(of_method)}
+        kind = KINDS[name] if name in KINDS else methods()[name].kind
+        row: dict[str, Any] = {"method": name, "result": kind, "seeds": len(of_method)}
         for column in COLUMNS:
             values = [run[column.key] for run in of_method if run[column.key] is not None]
             row[column.key] = _summary(values, column.form == "text")

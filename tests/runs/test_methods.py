@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tiny_models import write_tiny_model
 from tiny_text_models import tiny_pipeline
 
 from pecker_fast import unlearn
@@ -23,6 +24,7 @@ from pecker_fast.recipe import load_recipe, recipe_from, recipe_to_dict, shipped
 from pecker_fast.records import read_metrics
 from pecker_fast.report import write_comparison
 from pecker_fast.runs import COMPARED, compare_methods, export_run, sample_run
+from pecker_fast.runs.prompt_judging import judging_of
 from pecker_fast.runs.start import train
 from pecker_fast.runs.technique import PeckerFastTechnique
 
@@ -282,6 +284,42 @@ def test_a_recipe_of_another_method_keeps_the_task_and_not_the_settings():
     for name in own:
         base = name.removesuffix("_spare")
         assert load_recipe(base, ["method=spare"]) == load_recipe(name)
+
+
+def test_a_comparison_has_a_row_of_a_model_that_never_knew(tiny_model, tmp_path, monkeypatch):
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    recipe = tmp_path / "task.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\nforget: 0\ncover: 1\nevaluate: {{every: 0, final: 12, teacher_steps: 2}}\nbatch_size: 4\nsteps: 2\n"
+        "mask: {samples: 8}\n"
+    )
+    asked = {"output": tmp_path / "all", "never": str(other)}
+    found = compare_methods(recipe, ["relabel"], **asked)
+    last = found["rows"][-1]
+    assert (last["method"], last["result"], last["training_s"]) == ("never knew", "never", None)
+    task = recipe_from({"model": str(tiny_model), "forget": 0, "cover": 1, "method": "spare",
+                        "evaluate": {"teacher_steps": 2}})  # fmt: skip
+    base, twin = (load_model(task.model_copy(update={"model": str(m)})) for m in (tiny_model, other))
+    want = judging_of(task, base).figures(judging_of(task, twin).multi_step(), 12)
+    assert last["ua"]["mean"] == want["ua"]
+    teacher = judging_of(task, base).figures(judging_of(task, base).multi_step(), 12)
+    assert last["fid_ratio"]["mean"] == pytest.approx(want["fid"] / teacher["fid"])
+    assert (tmp_path / "all" / "never-knew" / "samples" / "after.png").is_file()
+    assert "never knew" in write_comparison(found, COMPARED, tmp_path / "all").read_text()
+    monkeypatch.setattr("pecker_fast.runs.yardsticks.load_model", None)  # judged once
+    assert compare_methods(recipe, ["relabel"], **asked)["rows"] == found["rows"]
+    with pytest.raises(RecipeError, match="--methods: sld steers prompts away from a concept"):
+        compare_methods(recipe, ["relabel", "sld"], output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_comparison_has_a_row_of_steered_sampling(models, tmp_path):
+    recipe = tmp_path / "task.yaml"
+    recipe.write_text(json.dumps(recipe_to_dict(text_recipe(models["sd1"], tmp_path / "x", method="uce", steps=0))))
+    found = compare_methods(recipe, ["uce", "sld"], output=tmp_path / "all")
+    assert [(row["method"], row["result"]) for row in found["rows"]] == [("uce", "edit"), ("sld", "sampling")]
+    assert (tmp_path / "all" / "sld" / "samples" / "after.png").is_file()
+    assert "many steps, steered" in write_comparison(found, COMPARED, tmp_path / "all").read_text()
 
 
 def test_methods_are_compared_in_one_table(tiny_model, tmp_path, capsys):
