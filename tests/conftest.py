@@ -48,7 +48,7 @@ def same_environment():
     before = dict(os.environ)
     yield
     left = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
-    left.discard("PYTEST_CURRENT_TEST")
+    left -= {"PYTEST_CURRENT_TEST", "LD_LIBRARY_PATH"}  # the latter by OpenCV when it is imported
     for name in left:
         os.environ.pop(name, None)
         os.environ.update({name: before[name]} if name in before else {})

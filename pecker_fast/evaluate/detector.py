@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pecker_fast.errors import ModelError, PeckerError, RecipeError
 from pecker_fast.evaluate.judge import CONFIG, Judge, load_network
+from pecker_fast.evaluate.nudity import NAME, nudenet
 from pecker_fast.files import guarded
 
 KEYS = ("score", "faces", "flag")
@@ -110,8 +111,8 @@ def load_detector(spec: str) -> Detector:
 
     Args:
         spec: `FOLDER:WORD`, a judge folder and one of its words (or, for a judge of classes, a class number; a judge of
-            two classes may go without and looks for class 1), or `package.module:callable`, a function of the user's.
-            A folder wins over a module of its name.
+            two classes may go without and looks for class 1), `nudenet` or `nudenet:THRESHOLD` (see `nudity`), or
+            `package.module:callable`, a function of the user's. A folder wins over all that have its name.
 
     The score of a judge folder is the softmax probability of the word among the words of its attribute, its verdict
     that no other is more probable, and it calls every image one face. A module is looked for where Python looks, and
@@ -127,10 +128,12 @@ def load_detector(spec: str) -> Detector:
         return _of_folder(spec, Path(spec), None)
     if colon and os.path.isdir(head):
         return _of_folder(spec, Path(head), tail)
+    if (spec if not colon else head) == NAME:
+        return Detector(*nudenet(spec))
     if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec):
         return Detector(spec, _imported(spec, head, tail))
     raise RecipeError(
-        f"--detector {spec}: no such folder; give a judge folder and a word (judge:circle), or package.module:callable"
+        f"--detector {spec}: no such folder; give a judge folder and a word (judge:circle), nudenet, or package.module:callable"
     )
 
 
