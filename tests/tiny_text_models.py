@@ -126,3 +126,25 @@ def tiny_pipeline(folder: Path, kind: str, seed: int = 0, prediction_type: str |
             raise ValueError(f"unknown kind {kind!r}")
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Path(folder)
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A CLIPModel folder as transformers saves it, for pictures of 24×24."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    tokenizer = tiny_tokenizer()
+    words = len(tokenizer)
+    both = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        "vocab_size": words,
+        "max_position_embeddings": LENGTH,
+        "eos_token_id": words - 1,
+        "bos_token_id": words - 2,
+        **both,
+    }
+    vision = {"image_size": 24, "patch_size": 8, **both}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -43,6 +43,8 @@ def sample(
     "pecker-fast evaluate runs/digits",
     "pecker-fast evaluate runs/digits --samples 5000 --seed 1 --all --json figures.json",
     "pecker-fast evaluate runs/shapes --protocol classes",
+    "pecker-fast evaluate runs/sd15 --protocol i2p --prompts i2p.csv --detector nudenet",
+    "pecker-fast evaluate runs/sd15 --protocol clip --clip models/clip-vit-large-patch14",
     "pecker-fast evaluate runs/sd15 --protocol celebrity --prompts people.txt --detector my_detector:faces",
 )
 def evaluate(
@@ -54,7 +56,7 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", help="celebrity, i2p or classes: how a concept is judged (docs/concepts.md)."),
+        typer.Option("--protocol", help="celebrity, i2p, classes or clip: how a concept is judged (docs/concepts.md)."),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -67,6 +69,9 @@ def evaluate(
         typer.Option("--detector", help="Judge folder or module:function; i2p takes several.", callback=at_home),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Images of each prompt of the protocol.")] = None,
+    clip: Annotated[
+        Path | None, typer.Option("--clip", help="Folder of a CLIP model, for --protocol clip.", callback=at_home)
+    ] = None,
     before: Annotated[bool, typer.Option("--before", help="With --protocol: the model before forgetting.")] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Also draw the model before forgetting and the teacher again, all alike.")
@@ -84,13 +89,13 @@ def evaluate(
         from pecker_fast.evaluate import TABLE_HEADER, protocol_table
         from pecker_fast.runs import evaluate_protocol
 
-        figures = evaluate_protocol(run, protocol, detector or (), prompts, seeds, samples, seed, before)
+        figures = evaluate_protocol(run, protocol, detector or (), prompts, seeds, samples, seed, before, clip)
         kept(figures, run if keep else None, json)
         show(protocol_table(figures), TABLE_HEADER)
         return
-    given = {"--prompts": prompts, "--detector": detector, "--seeds": seeds, "--before": before}
+    given = {"--prompts": prompts, "--detector": detector, "--seeds": seeds, "--clip": clip, "--before": before}
     if used := [name for name, value in given.items() if value]:
-        raise RecipeError(f"{used[0]}: needs --protocol celebrity, i2p or classes")
+        raise RecipeError(f"{used[0]}: needs --protocol celebrity, i2p, classes or clip")
     from pecker_fast.report import metrics_table
     from pecker_fast.runs import evaluate_run
 

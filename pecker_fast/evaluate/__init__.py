@@ -2,6 +2,7 @@
 
 from pecker_fast.evaluate.classes import Sampler, evaluate
 from pecker_fast.evaluate.classifiers import Classifier, PatchMixer, SmallClassifier
+from pecker_fast.evaluate.clip import clip_score, load_clip
 from pecker_fast.evaluate.concepts import PROTOCOLS, TABLE_HEADER, celebrity, i2p, protocol_table
 from pecker_fast.evaluate.detector import load_detector
 from pecker_fast.evaluate.drawing import Prompt
@@ -27,12 +28,14 @@ __all__ = [
     "Verdict",
     "WordJudge",
     "celebrity",
+    "clip_score",
     "disagreement",
     "evaluate",
     "fid",
     "fid_floor",
     "i2p",
     "inception_score",
+    "load_clip",
     "load_detector",
     "load_judge",
     "load_second_judge",

@@ -20,10 +20,11 @@ from pecker_fast.evaluate.obedience import WordJudge, word_figures
 
 __all__ = ["PROTOCOLS", "TABLE_HEADER", "WordJudge", "celebrity", "i2p", "protocol_table", "word_figures"]
 
-PROTOCOLS = ("celebrity", "i2p", "classes")
+PROTOCOLS = ("celebrity", "i2p", "classes", "clip")
 TABLE_HEADER = ("figure", "value", "95 % interval", "what it says")
 
 _ROWS = {
+    "clip": (("clip_score", "CLIP score: {}", "100 · cosine of image and text, mean over samples"),),
     "celebrity": (
         ("score", "Detector score ↓", "mean over the images with a face"),
         ("no_face", "Without faces ↓", "images in which no face is found"),
@@ -182,6 +183,9 @@ def protocol_table(figures: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = []
     for key, name, says in _ROWS[figures["protocol"]]:
         value, interval = figures[key], figures["intervals"].get(key)
+        if figures["protocol"] == "clip":
+            rows += [(name.format(part), f"{value[part]:.2f}", _plain(interval[part]), says) for part in value]
+            continue
         if not isinstance(value, dict):
             rows.append((name, _percent(value), _range(interval), says))
             continue
@@ -208,6 +212,10 @@ def _per_category(flag: Tensor, categories: Sequence[Sequence[str]]) -> dict[str
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def _plain(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.2f} … {interval[1]:.2f}"
 
 
 def _range(interval: Sequence[float] | None) -> str:

@@ -33,7 +33,7 @@ class Networks:
 
 
 class Objective:
-    """A method. pooled: of what each branch's images are drawn, "own" condition or "cover"; empty = it has no pool. anchored:
+    """A method. pooled: of what each branch's images are drawn, see `asked_for`; empty = it has no pool. anchored:
     whether weights are held where they were by how much each matters to what is kept."""
 
     pooled: ClassVar[Mapping[str, str]] = {}

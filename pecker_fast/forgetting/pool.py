@@ -74,7 +74,7 @@ def make_pool(
     poll: Callable[[], object] = lambda: None, own_images: OwnImages | None = None,
 ) -> Pool:  # fmt: skip
     """A pool drawn by the teacher's own sampler, a function of the recipe's seed; of conditions that `own_images` has images of,
-    these. pooled: branch -> whose images it holds, those of its "own" conditions or of their "cover"; poll is called before every
+    these. pooled: branch -> whose images it holds, see `asked_for`; poll is called before every
     batch and may raise."""
     options = recipe.images
     images, c, covers = {}, {}, {}
@@ -82,7 +82,7 @@ def make_pool(
         rng = draws.generator(recipe.seed, f"pool-{branch}", 0, "cpu")
         own, cover = conditions.draw(branch, options.samples, rng)
         z = torch.randn(options.samples, *teacher.sample_shape, generator=rng)
-        asked, x_0 = own if whose == "own" else cover, torch.empty_like(z, device=teacher.device)
+        asked, x_0 = asked_for(whose, own, cover), torch.empty_like(z, device=teacher.device)
         drawn = torch.arange(len(asked))
         if own_images is not None:
             theirs, images_of = own_images.of(asked)
@@ -95,6 +95,13 @@ def make_pool(
             x_0[index] = denoised(teacher, z_i, c_i, options.steps, options.guidance).float()
         images[branch], c[branch], covers[branch] = x_0, own.to(teacher.device), cover.to(teacher.device)
     return Pool(images, c, covers)
+
+
+def asked_for(whose: str, own: Tensor, cover: Tensor) -> Tensor:
+    """Conditions [N] that images are drawn of: the "own" ones, their "cover", or "both" in turn."""
+    if whose == "both":
+        return torch.where(torch.arange(len(own)) % 2 == 0, own, cover)
+    return own if whose == "own" else cover
 
 
 @torch.no_grad()

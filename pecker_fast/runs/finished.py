@@ -8,7 +8,7 @@ from pecker_fast import files
 from pecker_fast.conditions import concept_names, placed, read_prompts, short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError, memory_errors
-from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, i2p, load_detector
+from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, clip_score, i2p, load_clip, load_detector
 from pecker_fast.export import FORMATS, LoraForm, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, save_grid
 from pecker_fast.loading import Model, start_generator, start_student
@@ -258,23 +258,30 @@ def evaluate_protocol(
     samples: int | None = None,
     seed: int | None = None,
     before: bool = False,
+    clip: str | Path | None = None,
 ) -> dict[str, Any]:
     """Figures of a protocol of docs/concepts.md over the exported generator (before: over what θ started as).
 
     detectors: judge folders or module:function. prompts: a file; None = the run's own forget prompts. seeds: images of each
-    prompt. samples: images of each group, for `classes`. Raises RecipeError, ModelError, DataError.
+    prompt. samples: images of each group, for `classes` and `clip`.
+    clip: folder of a CLIP model, for `clip`. Raises RecipeError, ModelError, DataError.
     """
     run = load_run(run_dir)
     if protocol not in PROTOCOLS:
         raise RecipeError(f"protocol: {protocol!r}; give one of {', '.join(PROTOCOLS)}")
     if not run.recipe.uses_prompts:
         raise RecipeError("protocol: protocols are for text-to-image runs; this run's model draws from classes")
-    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no"}[protocol]
+    if (protocol == "clip") != (clip is not None):
+        raise RecipeError("clip: protocol clip takes a folder of a CLIP model (--clip), and no other does")
+    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no", "clip": "no"}[protocol]
     if (protocol == "celebrity" and len(detectors) != 1) or (protocol == "i2p") > len(detectors):
         raise RecipeError(f"detector: {protocol} takes {needed} --detector, got {len(detectors)}")
     if protocol == "classes" and (detectors or prompts):
         raise RecipeError("detector: classes is judged by the run's judge of words and its own prompts; give neither")
+    if protocol == "clip" and detectors:
+        raise RecipeError("detector: clip is judged by its CLIP folder; leave detectors out")
     found = [load_detector(detector) for detector in detectors]
+    similarity = load_clip(clip) if clip is not None else None
     file = placed(read_prompts(prompts), concept_names(run.recipe.forget)) if prompts is not None else None
     judge = judge_of(run) if protocol == "classes" else None
     model, start = _drawing(run, before, file.texts if file else (), judge)
@@ -288,6 +295,10 @@ def evaluate_protocol(
         if not judging.possible:
             raise RecipeError("protocol: classes needs a judge of words beside the model, or evaluate.judge")
         return judging.figures(sampler, samples or run.recipe.evaluate.final or 2000, number)
+    if similarity is not None:
+        return clip_score(
+            sampler, _clip_groups(model, file.texts if file else None), similarity, samples or 500, number
+        )
     texts = file.texts if file else [model.teacher.table.prompts[row] for row in model.text.judged.forget]
     asked = [Prompt(row, text) for row, text in zip(model.teacher.table.index(texts), texts)]
     if protocol == "celebrity":
@@ -295,6 +306,26 @@ def evaluate_protocol(
     of_file = (file.seeds, file.categories) if file else (None, None)
     figures = i2p(sampler, asked, found, seeds or 10, number, *of_file)
     return figures | {"seed": number if of_file[0] is None else None}  # None: of each prompt, as the file has them
+
+
+def _clip_groups(model: Model, texts: Sequence[str] | None) -> dict[str, tuple[list[Prompt], list[str]]]:
+    """What a CLIP score is made of: the file's prompts, else those to forget, also beside their covers, and the kept ones."""
+    assert model.text is not None
+    table: Any = model.teacher
+    prompts, judged = table.table.prompts, model.text.judged
+
+    def asked(rows: Sequence[int]) -> list[Prompt]:
+        return [Prompt(row, prompts[row]) for row in rows]
+
+    if texts is not None:
+        rows = table.table.index(texts)
+        return {"prompts": (asked(rows), list(texts))}
+    forget, kept = asked(judged.forget), asked(judged.retain)
+    return {
+        "forget": (forget, [one.text for one in forget]),
+        "forget:cover": (forget, [prompts[row] for row in judged.cover]),
+        "retain": (kept, [one.text for one in kept]),
+    }
 
 
 def _is_export(folder: Path) -> bool:

@@ -25,7 +25,9 @@ def own_images(recipe: Recipe, parts: Parts, names: Sequence[str] | None) -> Own
     path, teacher, c = Path(recipe.images.source), parts.teacher, parts.conditions
     wanted: set[int] = set()
     for branch, whose in branches.items():
-        wanted |= set(c.retain if branch == "retain" else c.forget if whose == "own" else c.cover)
+        wanted |= set(c.retain if branch == "retain" else ())
+        wanted |= set(c.forget if branch == "forget" and whose != "cover" else ())
+        wanted |= set(c.cover if branch == "forget" and whose != "own" else ())
     if isinstance(teacher, TextDenoiser) and parts.text is not None:
         height, width = parts.text.pixels
         data, captions = captioned_images(path, _side(path, 3, height, width))

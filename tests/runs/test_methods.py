@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_models import write_tiny_model
-from tiny_text_models import tiny_pipeline
+from tiny_text_models import tiny_clip, tiny_pipeline
 
 from pecker_fast import unlearn
 from pecker_fast.errors import OutputError, RecipeError
@@ -211,6 +211,29 @@ def test_a_lora_file_makes_the_base_the_result(models, tmp_path, kind, names):
         pipe.set_progress_bar_config(disable=True)
         drawn.append(pipe("a red circle", generator=torch.Generator().manual_seed(1), **call).images)
     assert (drawn[0] - drawn[1]).abs().max() < 1e-3
+
+
+def test_a_run_is_judged_by_clip(models, tmp_path):
+    from pecker_fast.runs import evaluate_protocol
+
+    clip = tiny_clip(tmp_path / "clip")
+    run = train(text_recipe(models["sd1"], tmp_path / "run", method="uce", steps=0), quiet=True).run_dir
+    found = evaluate_protocol(run, "clip", samples=4, clip=clip)
+    assert set(found["clip_score"]) == {"forget", "forget:cover", "retain"}
+    assert found == evaluate_protocol(run, "clip", samples=4, clip=clip)
+    assert found != evaluate_protocol(run, "clip", samples=4, clip=clip, before=True)
+    (tmp_path / "prompts.txt").write_text("a red dog\n")
+    assert set(
+        evaluate_protocol(run, "clip", samples=2, clip=clip, prompts=tmp_path / "prompts.txt")["clip_score"]
+    ) == {"prompts"}
+    for keys, says in (
+        ({}, "takes a folder of a CLIP model"),
+        ({"clip": clip, "detectors": ["x"]}, "leave detectors out"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            evaluate_protocol(run, "clip", **keys)
+    with pytest.raises(RecipeError, match="and no other does"):
+        evaluate_protocol(run, "celebrity", ["x"], clip=clip)
 
 
 def test_a_lora_says_what_it_does_not_hold(models, tmp_path, capsys):

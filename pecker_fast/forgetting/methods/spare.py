@@ -1,7 +1,8 @@
 """SPARE (arXiv 2602.07058): masked self-distillation, at the timesteps that decide."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ GRID, EACH = 20, 32  # timesteps that are looked at, and samples of each
 
 
 class Spare(DenoiserObjective):
-    """Asked for the concept, θ answers as φ does when asked for its cover; asked for what is kept, as φ does."""
+    """Asked for the concept, θ answers as φ does when asked for its cover; asked for what is kept, as φ does.
+
+    It is asked on images of both: on its way to a cover θ meets noise that hides one.
+    """
+
+    pooled: ClassVar[Mapping[str, str]] = {"forget": "both", "retain": "own"}
 
     def targets(self, recipe: Recipe, networks: Networks, batch: Batch, branches: Sequence[str]) -> Tensor:
         return networks.teacher.eps(batch.z, batch.t_g, batch.c_p)
