@@ -84,11 +84,16 @@ class Space:
         return all(other == beside or row.get(other, -1) in {-1, *chosen} for other, chosen in needs.items())
 
     def covered(self, row: Row) -> set[Pair]:
-        return {
-            ((a, row[a]), (b, row[b]))
-            for a, b in combinations(self.values, 2)
-            if self.live(row, a, b) and self.live(row, b, a)
-        }
+        waiting = {key: self._waiting(row, key) for key in self.values}  # for what else than its partner it does nothing
+        alive = [key for key in self.values if not waiting[key]]
+        found = {((a, row[a]), (b, row[b])) for a, b in combinations(alive, 2)}
+        for key, others in waiting.items():
+            if len(others) == 1 and waiting[other := others[0]] in ([], [key]):
+                found.add(self.pair((key, row[key]), (other, row[other])))
+        return found
+
+    def _waiting(self, row: Row, key: str) -> list[str]:
+        return [other for other, chosen in self.needs.get(key, {}).items() if row[other] not in chosen]
 
 
 def covering(space: Space, seed: int = 0, tries: int = 20) -> tuple[list[dict[str, Any]], set[Pair]]:

@@ -55,7 +55,7 @@ def slow(*values):
     "keys",
     [
         "batch_size=8 mask.structure=element",
-        "batch_size=2 mask.structure=row mask.density=0.1 update_rule=salient_only",
+        slow("batch_size=2 mask.structure=row mask.density=0.1 update_rule=salient_only"),
         slow("batch_size=4 mask.exclude=[class_embedding.*] adversary.conditions=4"),
         slow(
             "batch_size=2 adversary.conditions=4 adversary.batch=32 adversary.steps=2 adversary.half_way=0.4 mask.density=0.1"

@@ -123,12 +123,12 @@ def test_a_pool_is_drawn_under_the_conditions_its_method_names(tiny_recipe, monk
         return x
 
     monkeypatch.setattr("pecker_fast.forgetting.pool.denoised", denoised)
-    for method, under in (("spare", 0), ("sa", 1)):
+    for method, under in (("spare", [0, 1, 0, 1, 0]), ("salun", [0] * 5), ("sa", [1] * 5)):
         asked.clear()
         recipe = tiny_recipe(method=method, images={"samples": 5, "steps": 7, "guidance": 1.5})
         parts = load_parts(recipe)
         pool = make_pool(recipe, parts.conditions, parts.teacher, get_method(method).pooled)
-        assert asked[0] == ([under] * 5, 7, 1.5)
+        assert asked[0] == (under, 7, 1.5)
         assert pool.c["forget"].tolist() == [0] * 5
         assert pool.covers["forget"].tolist() == [1] * 5
         assert pool.covers["retain"].tolist() == pool.c["retain"].tolist()
