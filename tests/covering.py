@@ -84,7 +84,9 @@ class Space:
         return all(other == beside or row.get(other, -1) in {-1, *chosen} for other, chosen in needs.items())
 
     def covered(self, row: Row) -> set[Pair]:
-        waiting = {key: self._waiting(row, key) for key in self.values}  # for what else than its partner it does nothing
+        waiting = {
+            key: self._waiting(row, key) for key in self.values
+        }  # for what else than its partner it does nothing
         alive = [key for key in self.values if not waiting[key]]
         found = {((a, row[a]), (b, row[b])) for a, b in combinations(alive, 2)}
         for key, others in waiting.items():

@@ -56,7 +56,10 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", help="celebrity, i2p, classes or clip: how a concept is judged (docs/concepts.md)."),
+        typer.Option(
+            "--protocol",
+            help="celebrity, i2p, classes, clip, unlearncanvas: how a concept is judged (docs/concepts.md).",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -95,7 +98,7 @@ def evaluate(
         return
     given = {"--prompts": prompts, "--detector": detector, "--seeds": seeds, "--clip": clip, "--before": before}
     if used := [name for name, value in given.items() if value]:
-        raise RecipeError(f"{used[0]}: needs --protocol celebrity, i2p, classes or clip")
+        raise RecipeError(f"{used[0]}: needs --protocol celebrity, i2p, classes, clip or unlearncanvas")
     from pecker_fast.report import metrics_table
     from pecker_fast.runs import evaluate_run
 

@@ -1,5 +1,6 @@
 """Evaluation: the judge, unlearning accuracy and the distribution metrics. torchmetrics is imported at first use."""
 
+from pecker_fast.evaluate.canvas import canvas_prompts, unlearncanvas
 from pecker_fast.evaluate.classes import Sampler, evaluate
 from pecker_fast.evaluate.classifiers import Classifier, PatchMixer, SmallClassifier
 from pecker_fast.evaluate.clip import clip_score, load_clip
@@ -27,6 +28,7 @@ __all__ = [
     "SmallClassifier",
     "Verdict",
     "WordJudge",
+    "canvas_prompts",
     "celebrity",
     "clip_score",
     "disagreement",
@@ -45,6 +47,7 @@ __all__ = [
     "save_judge",
     "save_word_judge",
     "share",
+    "unlearncanvas",
     "verdict_of",
     "wilson",
     "word_figures",

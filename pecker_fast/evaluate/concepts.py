@@ -20,7 +20,7 @@ from pecker_fast.evaluate.obedience import WordJudge, word_figures
 
 __all__ = ["PROTOCOLS", "TABLE_HEADER", "WordJudge", "celebrity", "i2p", "protocol_table", "word_figures"]
 
-PROTOCOLS = ("celebrity", "i2p", "classes", "clip")
+PROTOCOLS = ("celebrity", "i2p", "classes", "clip", "unlearncanvas")
 TABLE_HEADER = ("figure", "value", "95 % interval", "what it says")
 
 _ROWS = {
@@ -49,6 +49,8 @@ _ROWS = {
         ("per_class", "Accuracy: {}", "samples asked for the word in which it is seen"),
     ),
 }
+
+_CANVAS = tuple(row for row in _ROWS["classes"] if row[0] in ("ua", "ira", "cra", "per_class"))  # of unlearncanvas
 
 
 def celebrity(
@@ -181,7 +183,7 @@ def i2p(
 def protocol_table(figures: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows under `TABLE_HEADER` of what a protocol returned: name, value, interval and meaning of each figure."""
     rows = []
-    for key, name, says in _ROWS[figures["protocol"]]:
+    for key, name, says in _ROWS.get(figures["protocol"], _CANVAS):
         value, interval = figures[key], figures["intervals"].get(key)
         if figures["protocol"] == "clip":
             rows += [(name.format(part), f"{value[part]:.2f}", _plain(interval[part]), says) for part in value]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate.classes import Sampler
-from pecker_fast.evaluate.drawing import Prompt, dealt, drawn
+from pecker_fast.evaluate.drawing import Prompt, dealt, drawn, drawn_with_seeds
 from pecker_fast.evaluate.intervals import Share, figures
 
 
@@ -44,6 +44,7 @@ def word_figures(
     retain: Sequence[Prompt],
     samples: int,
     seed: int,
+    seeds: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Judge `samples` images of forget prompts and `samples` of retain prompts, prompts dealt in turn.
 
@@ -60,6 +61,7 @@ def word_figures(
         retain: prompts that must stay.
         samples: images of each group.
         seed: any whole number.
+        seeds: in the place of both: an image of every prompt with each of these, equal noise for all prompts.
 
     Returns:
         `ua`: 1 − share of forget samples in which a forgotten word is seen.
@@ -82,7 +84,7 @@ def word_figures(
     """
     if len(cover) != len(forget):
         raise RecipeError(f"cover: one prompt for each of the {len(forget)} forget prompts, got {len(cover)}")
-    if samples < 1:
+    if seeds is None and samples < 1:
         raise RecipeError(f"evaluate: needs samples ≥ 1, got {samples}")
     asked = [_split(judge, prompt, of_cover) for prompt, of_cover in zip(forget, cover)]
     lost = [one for one in asked if one.forgotten]
@@ -98,13 +100,13 @@ def word_figures(
     shares |= {key: defaultdict(Share) for key in ("obeyed", "retain_obeyed", "per_class")}
     domains = {True: Share(images=0), False: Share(images=0)}
 
-    for one, seen in _judged(sampler, judge, lost, samples, seed, "forget"):
+    for one, seen in _judged(sampler, judge, lost, samples, seed, "forget", seeds):
         shares["ua"].add(all(seen[a] != word for a, word in one.forgotten.items()))
         for attribute, word in one.forgotten.items():
             shares["per_class"][word].add(seen[attribute] == word)
         _count(shares["cover_rate"], one.wanted, seen)
         _count(shares["obeyed_all"], one.other, seen, shares["obeyed"])
-    for one, seen in _judged(sampler, judge, kept, samples, seed, "retain"):
+    for one, seen in _judged(sampler, judge, kept, samples, seed, "retain", seeds):
         _count(shares["retain_accuracy"], one.other, seen, shares["retain_obeyed"])
         counted = {(a, word): seen[a] == word for a, word in one.other.items() if (a, word) not in gone}
         for (_, word), hit in counted.items():
@@ -120,7 +122,7 @@ def word_figures(
     return {
         "protocol": "classes",
         **figures(shares | {"ira": domains[True], "cra": domains[False]}),
-        "samples": samples,
+        "samples": samples if seeds is None else len(lost) * len(seeds),
         "unjudged": {"forget": len(forget) - len(lost), "retain": len(retain) - len(kept)},
     }
 
@@ -133,13 +135,19 @@ def _split(judge: WordJudge, prompt: Prompt, cover: str) -> _Asked:
 
 
 def _judged(
-    sampler: Sampler, judge: WordJudge, asked: Sequence[_Asked], samples: int, seed: int, group: str
-) -> Iterable[tuple[_Asked, dict[str, str]]]:
+    sampler: Sampler, judge: WordJudge, asked: Sequence[_Asked], samples: int, seed: int, group: str,
+    seeds: Sequence[int] | None,
+) -> Iterable[tuple[_Asked, dict[str, str]]]:  # fmt: skip
     """What was asked and what is seen, by attribute, of each of `samples` images."""
-    order = dealt(len(asked), samples, seed, group)
-    rows = torch.tensor([one.row for one in asked])[order]
+    if seeds is None:
+        order = dealt(len(asked), samples, seed, group)
+        blocks = drawn(sampler, torch.tensor([one.row for one in asked])[order], seed, group)
+    else:
+        order = torch.arange(len(asked)).repeat_interleave(len(seeds))
+        rows = [asked[place].row for place in order.tolist()]
+        blocks = drawn_with_seeds(sampler, rows, 1, [*seeds] * len(asked), group)
     done = 0
-    for images in drawn(sampler, rows, seed, group):
+    for images in blocks:
         seen = judge.seen(images)
         for attribute in judge.attributes:
             if len(seen.get(attribute, ())) != len(images):

@@ -8,7 +8,19 @@ from pecker_fast import files
 from pecker_fast.conditions import concept_names, placed, read_prompts, short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError, memory_errors
-from pecker_fast.evaluate import PROTOCOLS, Prompt, Sampler, celebrity, clip_score, i2p, load_clip, load_detector
+from pecker_fast.evaluate import (
+    PROTOCOLS,
+    Prompt,
+    Sampler,
+    canvas_prompts,
+    celebrity,
+    clip_score,
+    i2p,
+    load_clip,
+    load_detector,
+    load_word_judge,
+    unlearncanvas,
+)
 from pecker_fast.export import FORMATS, LoraForm, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, save_grid
 from pecker_fast.loading import Model, start_generator, start_student
@@ -273,19 +285,22 @@ def evaluate_protocol(
         raise RecipeError("protocol: protocols are for text-to-image runs; this run's model draws from classes")
     if (protocol == "clip") != (clip is not None):
         raise RecipeError("clip: protocol clip takes a folder of a CLIP model (--clip), and no other does")
-    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no", "clip": "no"}[protocol]
+    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no", "clip": "no", "unlearncanvas": "no"}[protocol]
     if (protocol == "celebrity" and len(detectors) != 1) or (protocol == "i2p") > len(detectors):
         raise RecipeError(f"detector: {protocol} takes {needed} --detector, got {len(detectors)}")
-    if protocol == "classes" and (detectors or prompts):
-        raise RecipeError("detector: classes is judged by the run's judge of words and its own prompts; give neither")
+    if protocol in ("classes", "unlearncanvas") and (detectors or prompts):
+        raise RecipeError(
+            f"detector: {protocol} is judged by the run's judge of words and has its own prompts; give neither"
+        )
     if protocol == "clip" and detectors:
         raise RecipeError("detector: clip is judged by its CLIP folder; leave detectors out")
     found = [load_detector(detector) for detector in detectors]
     similarity = load_clip(clip) if clip is not None else None
     file = placed(read_prompts(prompts), concept_names(run.recipe.forget)) if prompts is not None else None
-    judge = judge_of(run) if protocol == "classes" else None
-    model, start = _drawing(run, before, file.texts if file else (), judge)
-    _tell_cut(model, file.texts if file else ())
+    judge = judge_of(run) if protocol in ("classes", "unlearncanvas") else None
+    texts = _canvas(run, judge) if protocol == "unlearncanvas" and judge else file.texts if file else ()
+    model, start = _drawing(run, before, texts, judge)
+    _tell_cut(model, texts)
     assert model.text is not None
     assert isinstance(model.teacher, TextDenoiser)
     judging = judging_of(run.recipe, model)
@@ -295,6 +310,10 @@ def evaluate_protocol(
         if not judging.possible:
             raise RecipeError("protocol: classes needs a judge of words beside the model, or evaluate.judge")
         return judging.figures(sampler, samples or run.recipe.evaluate.final or 2000, number)
+    if protocol == "unlearncanvas":
+        assert model.words is not None
+        rows = dict(zip(texts, model.teacher.table.index(texts)))
+        return unlearncanvas(sampler, model.words, concept_names(run.recipe.forget), rows.__getitem__, seeds or 5)
     if similarity is not None:
         return clip_score(
             sampler, _clip_groups(model, file.texts if file else None), similarity, samples or 500, number
@@ -306,6 +325,17 @@ def evaluate_protocol(
     of_file = (file.seeds, file.categories) if file else (None, None)
     figures = i2p(sampler, asked, found, seeds or 10, number, *of_file)
     return figures | {"seed": number if of_file[0] is None else None}  # None: of each prompt, as the file has them
+
+
+def _canvas(run: Run, judge: str) -> list[str]:
+    """The benchmark's prompts of this judge's styles and objects. Raises RecipeError."""
+    words, concepts = load_word_judge(judge), concept_names(run.recipe.forget)
+    if words is None or not concepts:
+        raise RecipeError(
+            "protocol: unlearncanvas needs a judge of words (style, object), and a concept that is forgotten by name"
+        )
+    forget, retain = canvas_prompts(words.attributes, concepts)
+    return [*forget, *retain]
 
 
 def _clip_groups(model: Model, texts: Sequence[str] | None) -> dict[str, tuple[list[Prompt], list[str]]]:

@@ -414,7 +414,7 @@ def test_the_table_has_every_figure():
         "i2p": i2p(FOUR, PROMPTS, [reader()], categories=[("hate",)] * 4),
         "classes": words(swap("circle", "square", until=36)),
     }
-    assert tuple(found) == concepts.PROTOCOLS
+    assert tuple(found) == concepts.PROTOCOLS[:3]  # the others are in test_clip and test_canvas
     for result in found.values():
         table = protocol_table(result)
         assert {len(row) for row in table} == {len(concepts.TABLE_HEADER)}

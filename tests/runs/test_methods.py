@@ -15,7 +15,7 @@ from tiny_models import write_tiny_model
 from tiny_text_models import tiny_clip, tiny_pipeline
 
 from pecker_fast import unlearn
-from pecker_fast.errors import OutputError, RecipeError
+from pecker_fast.errors import OutputError, PeckerError, RecipeError
 from pecker_fast.forgetting import DenoiserObjective, ddim_sample
 from pecker_fast.forgetting.methods import METHODS
 from pecker_fast.forgetting.samplers import sample_noise
@@ -234,6 +234,28 @@ def test_a_run_is_judged_by_clip(models, tmp_path):
             evaluate_protocol(run, "clip", **keys)
     with pytest.raises(RecipeError, match="and no other does"):
         evaluate_protocol(run, "celebrity", ["x"], clip=clip)
+
+
+def test_a_run_is_judged_by_unlearncanvas(models, tmp_path):
+    from pecker_fast.evaluate import SmallClassifier, save_word_judge
+    from pecker_fast.runs import evaluate_protocol
+
+    torch.manual_seed(0)
+    words = {"style": ["Crayon", "Pop Art"], "object": ["circle", "Dogs", "Sea"]}
+    judge = tmp_path / "judge"
+    save_word_judge(judge, SmallClassifier(3, 32, 5, width=4, features=8), words)
+    keys = {"evaluate": {"judge": str(judge)}, "steps": 0, "ema": 0}
+    run = train(text_recipe(models["sd1"], tmp_path / "run", method="uce", **keys), quiet=True).run_dir
+    found = evaluate_protocol(run, "unlearncanvas", seeds=2)
+    assert found["samples"] == 2 * 2  # circles in two styles
+    assert found["seeds"] == [188, 288]
+    assert 0 <= found["ira"] <= 1
+    assert found == evaluate_protocol(run, "unlearncanvas", seeds=2)
+    with pytest.raises(RecipeError, match="give neither"):
+        evaluate_protocol(run, "unlearncanvas", ["x"])
+    plain = train(text_recipe(models["sd1"], tmp_path / "plain", method="uce", steps=0), quiet=True).run_dir
+    with pytest.raises(PeckerError, match="judge"):
+        evaluate_protocol(plain, "unlearncanvas")
 
 
 def test_a_lora_says_what_it_does_not_hold(models, tmp_path, capsys):
