@@ -55,6 +55,8 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
         del data[key]
     if data["null_class"] is None:  # as in runs that were started before there was such a key
         del data["null_class"]
+    if recipe.student == "full":
+        del data["student"]
     if not recipe.adversary.conditions:
         del data["adversary"]
     elif not recipe.adversary.half_way:
