@@ -50,11 +50,10 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "keys",
     [
-        "batch_size=8 mask.structure=element",
+        slow("batch_size=8 mask.structure=element"),
         slow("batch_size=2 mask.structure=row mask.density=0.1 update_rule=salient_only"),
         slow("batch_size=4 mask.exclude=[class_embedding.*] adversary.conditions=4"),
         slow(

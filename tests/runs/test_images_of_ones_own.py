@@ -42,7 +42,7 @@ def pool_of(run):
     return load_file(Path(run) / "pool.safetensors")
 
 
-@pytest.mark.parametrize("method", ["spare", "salun", "sa"])
+@pytest.mark.parametrize("method", ["spare", pytest.param("salun", marks=pytest.mark.slow), "sa"])
 def test_images_of_some_classes_and_drawings_of_the_rest(tiny_recipe, tmp_path, method):
     """sa learns from the cover in the place of the concept, spare from both in turn."""
     pictures(tmp_path / "data" / "0", [10, 60])

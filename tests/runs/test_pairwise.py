@@ -17,7 +17,7 @@ from pecker_fast.errors import PeckerError
 from pecker_fast.recipe import recipe_from, recipe_help
 from pecker_fast.runs.start import train
 
-FIRST = {"classes": 6, "sd1": 3, "denoisers": 6}  # rows that hold most pairs
+FIRST = {"classes": 5, "sd1": 2, "denoisers": 5}  # rows that hold most pairs
 SPACES = {"classes": class_space, "denoisers": denoiser_space}
 
 
@@ -74,7 +74,7 @@ def test_most_pairs_of_values_run(spaces, light, kind):
     lost = [pair for pair in never if space.possible(pair)]
     assert not lost, lost  # whatever is not refused can be run
     held = set().union(*(space.covered(space.indices(row)) for row in rows[: FIRST[kind]]))
-    assert len(held) > 0.4 * len(space.pairs() - never)
+    assert len(held) > 0.3 * len(space.pairs() - never)
     assert set().union(*(space.covered(space.indices(row)) for row in rows)) >= space.pairs() - never
     check_rows(space, rows[: FIRST[kind]])
 

@@ -55,6 +55,7 @@ def weights(folder):
     return load_file(Path(folder) / WEIGHTS)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("method", "more"),
     [
@@ -91,6 +92,7 @@ def test_books_are_kept_of_adapters_too(tiny_recipe, structure):
     assert result.metrics["cost"]["parts"]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("structure", ["row", "tensor", None])
 @pytest.mark.parametrize("names", ["diffusers", "kohya"])
 def test_the_lora_file_of_a_student_is_its_adapters(sd1, tmp_path, structure, names):

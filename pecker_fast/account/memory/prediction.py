@@ -177,13 +177,19 @@ class Settings:
             (split, "activations", "engine.micro_batch=1"),
             (recipe.precision == "fp32", "activations", "precision=bf16"),
             (recipe.one_step and recipe.score == "full", "state", "score=lora"),
-            (recipe.facts.kind == "denoiser" and recipe.student == "full", "state", "student=lora"),
+            (_may_be_lora(recipe), "state", "student=lora"),
             (self.weights == torch.float32, "state", "engine.weights=bf16"),
             (recipe.uses_mask and recipe.update_rule != "salient_only", "state", "update_rule=salient_only"),
             (recipe.ema > 0, "state", "ema=0"),
             (batch_size > 1, "activations", f"batch_size below {batch_size}"),
         )
         return tuple((kind, key) for applies, kind, key in found if applies)
+
+
+def _may_be_lora(recipe: Recipe) -> bool:
+    """Whether adapters would do in the place of θ's weights, and everything else stay."""
+    masked = recipe.uses_mask and (recipe.update_rule != "salient_only" or recipe.mask.refresh > 0)
+    return recipe.facts.kind == "denoiser" and recipe.student == "full" and not recipe.engine.zero and not masked
 
 
 def lighter_keys(recipe: Recipe) -> list[str]:
