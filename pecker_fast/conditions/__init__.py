@@ -4,7 +4,7 @@ from pecker_fast.conditions.classes import SHOWN, Conditions, class_conditions, 
 from pecker_fast.conditions.forms import plural as plural_of
 from pecker_fast.conditions.inlined import inlined, inlined_captions
 from pecker_fast.conditions.notes import notes_of
-from pecker_fast.conditions.prompt_file import placed, read_prompts
+from pecker_fast.conditions.prompt_file import clean, placed, read_prompts
 from pecker_fast.conditions.prompts import PromptPlan, concept_names, plan_prompts
 from pecker_fast.conditions.words import Names, put
 
@@ -14,6 +14,7 @@ __all__ = [
     "Names",
     "PromptPlan",
     "class_conditions",
+    "clean",
     "concept_names",
     "inlined",
     "inlined_captions",

@@ -5,9 +5,10 @@ https://github.com/OPTML-Group/UnlearnCanvas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pecker_fast.conditions import clean
 from pecker_fast.errors import RecipeError
 from pecker_fast.evaluate.classes import Sampler
 from pecker_fast.evaluate.drawing import Prompt
@@ -32,11 +33,11 @@ def canvas_prompts(attributes: Mapping[str, Sequence[str]], concepts: Sequence[s
         raise RecipeError(
             f"protocol: unlearncanvas needs a judge of the attributes style and object, this one has {found}"
         )
-    known = {_plain(word): word for words in attributes.values() for word in words}
+    known = {_plain(word) for words in attributes.values() for word in words}
     for concept in concepts:
         if _plain(concept) not in known:
             raise RecipeError(
-                f"protocol: the judge has no word for {concept!r}; its styles and objects are {', '.join(known)[:200]}"
+                f"protocol: the judge has no word for {concept!r}; its styles and objects are {', '.join(sorted(known))[:200]}"
             )
     gone = {_plain(concept) for concept in concepts}
     forget: list[str] = []
@@ -48,22 +49,23 @@ def canvas_prompts(attributes: Mapping[str, Sequence[str]], concepts: Sequence[s
 
 
 def unlearncanvas(
-    sampler: Sampler, judge: WordJudge, concepts: Sequence[str], row: Callable[[str], int], seeds: int = len(SEEDS)
+    sampler: Sampler, judge: WordJudge, concepts: Sequence[str], rows: Mapping[str, int], seeds: int = len(SEEDS)
 ) -> dict[str, Any]:
     """`word_figures` over the benchmark's prompts, an image of each with each of its first `seeds` seeds.
 
     UA: images of prompts with a concept that are not classified as it. IRA, CRA: of all other prompts the words of the concept's
-    attribute, and of the other one, that are seen. row: of a prompt in the sampler's table. Raises RecipeError as `canvas_prompts`.
+    attribute, and of the other one, that are seen. rows: of the prompts in the sampler's table. Raises RecipeError as
+    `canvas_prompts`.
     """
     if not 1 <= seeds <= len(SEEDS):
         raise RecipeError(f"seeds: unlearncanvas has {len(SEEDS)} seeds, {', '.join(map(str, SEEDS))}; got {seeds}")
     forget, retain = canvas_prompts(judge.attributes, concepts)
     gone = {_plain(concept) for concept in concepts}
     covers = [" ".join(word for word in judge.expected(text).values() if _plain(word) not in gone) for text in forget]
-    asked = [[Prompt(row(text), text) for text in texts] for texts in (forget, retain)]
+    asked = [[Prompt(rows[text], text) for text in texts] for texts in (forget, retain)]
     found = word_figures(sampler, judge, asked[0], covers, asked[1], 0, 0, seeds=SEEDS[:seeds])
     return {**found, "protocol": "unlearncanvas", "seeds": list(SEEDS[:seeds])}
 
 
 def _plain(word: str) -> str:
-    return " ".join(word.replace("_", " ").split()).casefold()
+    return clean(word.replace("_", " ")).casefold()

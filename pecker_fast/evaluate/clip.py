@@ -55,15 +55,15 @@ def load_clip(folder: str | Path) -> Similarity:
     return similarity
 
 
-Groups = Mapping[str, tuple[Sequence[Prompt], Sequence[str]]]
+Groups = Mapping[str, tuple[Sequence[Prompt], Sequence[str] | None]]
 
 
 def clip_score(sampler: Sampler, groups: Groups, similarity: Similarity, samples: int, seed: int = 0) -> dict[str, Any]:
     """100 · max(cos, 0), the mean over `samples` images of each group.
 
-    groups: by name the prompts that are drawn, dealt in turn, and the text each is compared with. Groups of one name up to ":" are
-    drawn once: "forget" with its own text, "forget:cover" with the cover's. Returns the mean of each group, with its 95 % interval,
-    `samples`, `images`. Raises RecipeError for no samples, ModelError where a similarity is no number.
+    groups: by name the prompts that are drawn, dealt in turn, and the text each is compared with (None: its own). Groups of one
+    name up to ":" are drawn once: "forget" with its own text, "forget:cover" with the cover's. Returns the mean of each group, with
+    its 95 % interval, and `samples`. Raises RecipeError for no samples, ModelError where a similarity is no number.
     """
     if samples < 1:
         raise RecipeError(f"clip: needs samples ≥ 1, got {samples}")
@@ -75,9 +75,10 @@ def clip_score(sampler: Sampler, groups: Groups, similarity: Similarity, samples
         done = 0
         for images in drawn(sampler, rows, seed, group):
             places = order[done : done + len(images)].tolist()
-            for name, (_, texts) in groups.items():
+            for name, (asked, texts) in groups.items():
                 if name.partition(":")[0] == group:
-                    values[name].append(_compared(similarity, images, [texts[i] for i in places]))
+                    beside = [asked[i].text if texts is None else texts[i] for i in places]
+                    values[name].append(_compared(similarity, images, beside))
             done += len(images)
     found = {name: torch.cat(parts) for name, parts in values.items()}
     means = {name: float(value.mean()) for name, value in found.items()}

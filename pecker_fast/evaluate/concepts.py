@@ -50,7 +50,7 @@ _ROWS = {
     ),
 }
 
-_CANVAS = tuple(row for row in _ROWS["classes"] if row[0] in ("ua", "ira", "cra", "per_class"))  # of unlearncanvas
+_ROWS["unlearncanvas"] = tuple(row for row in _ROWS["classes"] if row[0] in ("ua", "ira", "cra", "per_class"))
 
 
 def celebrity(
@@ -183,7 +183,7 @@ def i2p(
 def protocol_table(figures: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows under `TABLE_HEADER` of what a protocol returned: name, value, interval and meaning of each figure."""
     rows = []
-    for key, name, says in _ROWS.get(figures["protocol"], _CANVAS):
+    for key, name, says in _ROWS[figures["protocol"]]:
         value, interval = figures[key], figures["intervals"].get(key)
         if figures["protocol"] == "clip":
             rows += [(name.format(part), f"{value[part]:.2f}", _plain(interval[part]), says) for part in value]

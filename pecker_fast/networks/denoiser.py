@@ -60,9 +60,14 @@ class Denoiser:
         return next(self.unet.parameters()).device
 
     @property
+    def base(self) -> Any:
+        """The network itself: of adapters what they stand on."""
+        return getattr(self.unet, "base", self.unet)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the network's weights are kept in; images go in and out as float32."""
-        network: Any = getattr(self.unet, "base", self.unet)  # adapters are float32 beside whatever they adapt
+        network = self.base  # adapters are float32 beside whatever they adapt
         weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         return torch.float32 if weight is None else weight.dtype
 
@@ -75,8 +80,7 @@ class Denoiser:
 
     def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """As `named_parameters`; of adapters on a network those of the network."""
-        network: Any = getattr(self.unet, "base", self.unet)
-        return list(network.named_parameters())
+        return list(self.base.named_parameters())
 
     def without_adapters(self) -> Self:
         """The same function as one plain frozen network: a new one where there are adapters, else itself."""
@@ -116,8 +120,8 @@ class Denoiser:
     @torch.no_grad()
     def own_vectors(self, c: Tensor) -> Tensor:
         """What stands at the place of free vectors in the network's own conditions c [N]: [N, D], float32, where a fit starts."""
-        network: Any = getattr(self.unet, "base", self.unet)
-        return network.class_embedding.weight[c].float().clone()
+        weight: Tensor = self.base.class_embedding.weight
+        return weight[c].float().clone()
 
     def clone(self) -> Self:
         """An independent trainable copy of the network; the schedule is shared."""

@@ -293,8 +293,7 @@ def target_layers(unet: nn.Module, targets: str) -> list[tuple[str, nn.Linear | 
 
 def adaptable(network: Denoiser, targets: str) -> set[str]:
     """Names of the weights that adapters stand beside. Raises ModelError as `target_layers`."""
-    base: Any = getattr(network.unet, "base", network.unet)
-    return {f"{name}.weight" for name, _ in target_layers(base, targets)}
+    return {f"{name}.weight" for name, _ in target_layers(network.base, targets)}
 
 
 def with_adapters(start: Denoiser, rank: int = 16, targets: str = "all", seed: int = 0, scale: float = 1.0) -> Denoiser:

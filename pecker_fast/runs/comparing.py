@@ -73,8 +73,9 @@ def compare(
     for name in names:
         known("--methods", name, [*methods(), SLD])
     folder, yardsticks = Path(output), [SLD] * (SLD in names) + [NEVER] * (never is not None)
-    if SLD in names:
-        concepts(recipe_of(source, _many_steps(names), 0, folder, overrides))
+    task = recipe_of(source, _many_steps(names), 0, folder, overrides) if yardsticks else None
+    if task is not None and SLD in yardsticks:
+        concepts(task)
     recipes = [
         (name, seed, recipe_of(source, name, seed, folder, overrides))
         for name in dict.fromkeys(names)
@@ -86,12 +87,15 @@ def compare(
         say(f"{number}/{len(recipes)}: {name}, seed {seed}")
         train(recipe, quiet=True)
         runs.append({"method": name, "seed": seed, "run": recipe.output, **figures_of(Path(recipe.output))})
+    teacher = None  # of all yardsticks alike
     for name in yardsticks:
+        assert task is not None
         say(f"{name}: judged")
-        recipe, place = recipe_of(source, _many_steps(names), 0, folder, overrides), folder / name.replace(" ", "-")
-        figures = judged(recipe, name, never, place)
+        place = folder / name.replace(" ", "-")
+        figures = judged(task, name, never, place, teacher)
+        teacher = figures["teacher"]
         blank = dict.fromkeys(column.key for column in COLUMNS)
-        runs.append({"method": name, "seed": 0, "run": str(place), **blank, **shares_of(recipe, figures)})
+        runs.append({"method": name, "seed": 0, "run": str(place), **blank, **shares_of(task, figures)})
     found = {"task": str(source), "overrides": list(overrides), "runs": runs, "rows": rows_of(runs)}
     files.make_folder(folder)
     files.write_json(folder / COMPARISON, found)

@@ -5,22 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from pecker_fast import files
-from pecker_fast.conditions import concept_names, placed, read_prompts, short_range, shown_classes
+from pecker_fast.conditions import short_range, shown_classes
 from pecker_fast.engine import blend_average
 from pecker_fast.errors import CheckpointError, ModelError, OutputError, RecipeError, memory_errors
-from pecker_fast.evaluate import (
-    PROTOCOLS,
-    Prompt,
-    Sampler,
-    canvas_prompts,
-    celebrity,
-    clip_score,
-    i2p,
-    load_clip,
-    load_detector,
-    load_word_judge,
-    unlearncanvas,
-)
+from pecker_fast.evaluate import Sampler
 from pecker_fast.export import FORMATS, LoraForm, Result, apply_to_folder, export_file, export_folder
 from pecker_fast.forgetting import grid_labels, save_grid
 from pecker_fast.loading import Model, start_generator, start_student
@@ -52,7 +40,6 @@ from pecker_fast.terminal import note, warn
 
 __all__ = [
     "apply_delta_file",
-    "evaluate_protocol",
     "evaluate_run",
     "export_run",
     "load_run",
@@ -87,14 +74,14 @@ def sample_run(
         raise RecipeError(f"{other}: this run's model draws from {given}; give {given}")
     name = f"{'before' if before else 'sample'}-seed{seed}.png"
     target = files.check_picture(output or run.folder / "samples" / name)
-    model, generator = _drawing(run, before, prompts or ())
-    _tell_cut(model, prompts or ())
+    model, generator = drawing(run, before, prompts or ())
+    tell_cut(model, prompts or ())
     wanted = _wanted(model, classes, prompts)
     images = judging_of(run.recipe, model).of(generator)(grid_labels(wanted, count), seed)
     return save_grid(images, count, target)
 
 
-def _drawing(run: Run, before: bool, prompts: Sequence[str], judge: str | None = None) -> tuple[Model, Denoiser]:
+def drawing(run: Run, before: bool, prompts: Sequence[str], judge: str | None = None) -> tuple[Model, Denoiser]:
     """(the rest of the model, what draws): the run's result, or what θ started as."""
     if not before:
         model = held_model(run, prompts, judge)
@@ -103,7 +90,7 @@ def _drawing(run: Run, before: bool, prompts: Sequence[str], judge: str | None =
     return model, start_generator(run.located(BASE_KEYS), model.teacher).freeze()
 
 
-def _tell_cut(model: Model, prompts: Sequence[str]) -> None:
+def tell_cut(model: Model, prompts: Sequence[str]) -> None:
     """Which of the prompts asked for are longer than the model reads."""
     if model.text is not None:
         note(model.text.window.notes(prompts))
@@ -258,104 +245,6 @@ def checkpointed_generator(run: Run, model: Model, checkpoint: Path, averaged: b
 def apply_delta_file(delta: str | Path, base: str, output: str | Path) -> Path:
     """Base + delta = result: a diffusers folder for a folder, a single file for a single file. See `delta.apply_to_folder`."""
     return apply_to_folder(Path(delta), files.resolve_model(base), Path(output))
-
-
-@memory_errors("judge fewer samples, or free memory")
-def evaluate_protocol(
-    run_dir: str | Path,
-    protocol: str,
-    detectors: Sequence[str] = (),
-    prompts: str | Path | None = None,
-    seeds: int | None = None,
-    samples: int | None = None,
-    seed: int | None = None,
-    before: bool = False,
-    clip: str | Path | None = None,
-) -> dict[str, Any]:
-    """Figures of a protocol of docs/concepts.md over the exported generator (before: over what θ started as).
-
-    detectors: judge folders or module:function. prompts: a file; None = the run's own forget prompts. seeds: images of each
-    prompt. samples: images of each group, for `classes` and `clip`.
-    clip: folder of a CLIP model, for `clip`. Raises RecipeError, ModelError, DataError.
-    """
-    run = load_run(run_dir)
-    if protocol not in PROTOCOLS:
-        raise RecipeError(f"protocol: {protocol!r}; give one of {', '.join(PROTOCOLS)}")
-    if not run.recipe.uses_prompts:
-        raise RecipeError("protocol: protocols are for text-to-image runs; this run's model draws from classes")
-    if (protocol == "clip") != (clip is not None):
-        raise RecipeError("clip: protocol clip takes a folder of a CLIP model (--clip), and no other does")
-    needed = {"celebrity": "one", "i2p": "at least one", "classes": "no", "clip": "no", "unlearncanvas": "no"}[protocol]
-    if (protocol == "celebrity" and len(detectors) != 1) or (protocol == "i2p") > len(detectors):
-        raise RecipeError(f"detector: {protocol} takes {needed} --detector, got {len(detectors)}")
-    if protocol in ("classes", "unlearncanvas") and (detectors or prompts):
-        raise RecipeError(
-            f"detector: {protocol} is judged by the run's judge of words and has its own prompts; give neither"
-        )
-    if protocol == "clip" and detectors:
-        raise RecipeError("detector: clip is judged by its CLIP folder; leave detectors out")
-    found = [load_detector(detector) for detector in detectors]
-    similarity = load_clip(clip) if clip is not None else None
-    file = placed(read_prompts(prompts), concept_names(run.recipe.forget)) if prompts is not None else None
-    judge = judge_of(run) if protocol in ("classes", "unlearncanvas") else None
-    texts = _canvas(run, judge) if protocol == "unlearncanvas" and judge else file.texts if file else ()
-    model, start = _drawing(run, before, texts, judge)
-    _tell_cut(model, texts)
-    assert model.text is not None
-    assert isinstance(model.teacher, TextDenoiser)
-    judging = judging_of(run.recipe, model)
-    sampler = judging.of(start)
-    number = EVALUATION_SEED if seed is None else seed
-    if protocol == "classes":
-        if not judging.possible:
-            raise RecipeError("protocol: classes needs a judge of words beside the model, or evaluate.judge")
-        return judging.figures(sampler, samples or run.recipe.evaluate.final or 2000, number)
-    if protocol == "unlearncanvas":
-        assert model.words is not None
-        rows = dict(zip(texts, model.teacher.table.index(texts)))
-        return unlearncanvas(sampler, model.words, concept_names(run.recipe.forget), rows.__getitem__, seeds or 5)
-    if similarity is not None:
-        return clip_score(
-            sampler, _clip_groups(model, file.texts if file else None), similarity, samples or 500, number
-        )
-    texts = file.texts if file else [model.teacher.table.prompts[row] for row in model.text.judged.forget]
-    asked = [Prompt(row, text) for row, text in zip(model.teacher.table.index(texts), texts)]
-    if protocol == "celebrity":
-        return celebrity(sampler, asked, found[0], seeds or 20, number) | {"seed": number}
-    of_file = (file.seeds, file.categories) if file else (None, None)
-    figures = i2p(sampler, asked, found, seeds or 10, number, *of_file)
-    return figures | {"seed": number if of_file[0] is None else None}  # None: of each prompt, as the file has them
-
-
-def _canvas(run: Run, judge: str) -> list[str]:
-    """The benchmark's prompts of this judge's styles and objects. Raises RecipeError."""
-    words, concepts = load_word_judge(judge), concept_names(run.recipe.forget)
-    if words is None or not concepts:
-        raise RecipeError(
-            "protocol: unlearncanvas needs a judge of words (style, object), and a concept that is forgotten by name"
-        )
-    forget, retain = canvas_prompts(words.attributes, concepts)
-    return [*forget, *retain]
-
-
-def _clip_groups(model: Model, texts: Sequence[str] | None) -> dict[str, tuple[list[Prompt], list[str]]]:
-    """What a CLIP score is made of: the file's prompts, else those to forget, also beside their covers, and the kept ones."""
-    assert model.text is not None
-    table: Any = model.teacher
-    prompts, judged = table.table.prompts, model.text.judged
-
-    def asked(rows: Sequence[int]) -> list[Prompt]:
-        return [Prompt(row, prompts[row]) for row in rows]
-
-    if texts is not None:
-        rows = table.table.index(texts)
-        return {"prompts": (asked(rows), list(texts))}
-    forget, kept = asked(judged.forget), asked(judged.retain)
-    return {
-        "forget": (forget, [one.text for one in forget]),
-        "forget:cover": (forget, [prompts[row] for row in judged.cover]),
-        "retain": (kept, [one.text for one in kept]),
-    }
 
 
 def _is_export(folder: Path) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pecker_fast.data import Dataset, as_channels, captioned_images, class_images
+from pecker_fast.conditions import clean
+from pecker_fast.data import as_channels, captioned_images, class_images
 from pecker_fast.errors import DataError
 from pecker_fast.forgetting import OwnImages, get_method
 from pecker_fast.loading import Parts
@@ -23,29 +24,21 @@ def own_images(recipe: Recipe, parts: Parts, names: Sequence[str] | None) -> Own
     if not recipe.images.is_folder or not branches:
         return None
     path, teacher, c = Path(recipe.images.source), parts.teacher, parts.conditions
-    wanted: set[int] = set()
-    for branch, whose in branches.items():
-        wanted |= set(c.retain if branch == "retain" else ())
-        wanted |= set(c.forget if branch == "forget" and whose != "cover" else ())
-        wanted |= set(c.cover if branch == "forget" and whose != "own" else ())
+    sides = {"own": c.forget, "cover": c.cover, "both": (*c.forget, *c.cover)}  # as `asked_for` has them
+    wanted = {one for branch, whose in branches.items() for one in (c.retain if branch == "retain" else sides[whose])}
     if isinstance(teacher, TextDenoiser) and parts.text is not None:
         height, width = parts.text.pixels
         data, captions = captioned_images(path, _side(path, 3, height, width))
         of_forget = sorted(set(c.forget) & wanted)
         rows = _by_caption(path, captions, teacher.table.prompts) if captions else _of_all(len(data), of_forget)
-        found = _only(rows, wanted)
-        _check(path, found, recipe.method)
-        return OwnImages(found, lambda index: teacher.to_latents(data.batch(index).to(teacher.device)))
+        return OwnImages(
+            _only(rows, wanted, recipe), lambda index: teacher.to_latents(data.batch(index).to(teacher.device))
+        )
     channels, height, width = teacher.sample_shape
     own = c.forget[0] if len(c.forget) == 1 and c.forget[0] in wanted else None
     data = class_images(path, _side(path, channels, height, width), sorted(wanted), own, names)
     found = {label: (data.labels == label).nonzero()[:, 0] for label in sorted(wanted)}
-    _check(path, found, recipe.method)
-    return OwnImages(_only(found, wanted), _dealt(data, channels))
-
-
-def _dealt(data: Dataset, channels: int) -> Callable[[Tensor], Tensor]:
-    return lambda index: as_channels(data.batch(index), channels)
+    return OwnImages(_only(found, wanted, recipe), lambda index: as_channels(data.batch(index), channels))
 
 
 def _side(path: Path, channels: int, height: int, width: int) -> int:
@@ -72,16 +65,16 @@ def _of_all(count: int, rows: Iterable[int]) -> dict[int, Tensor]:
     return {row: torch.arange(count) for row in rows}
 
 
-def _only(found: dict[int, Tensor], wanted: set[int]) -> dict[int, Tensor]:
-    return {row: images for row, images in found.items() if row in wanted and len(images)}
-
-
-def _check(path: Path, found: dict[int, Tensor], method: str) -> None:
-    if not any(map(len, found.values())):
+def _only(found: dict[int, Tensor], wanted: set[int], recipe: Recipe) -> dict[int, Tensor]:
+    """Of the images those of conditions that the method draws images of. Raises DataError where there are none."""
+    kept = {row: images for row, images in found.items() if row in wanted and len(images)}
+    if not kept:
         raise DataError(
-            f"{path}: none of its images is of what method {method} learns from: concept or cover, and what is kept"
+            f"{recipe.images.source}: none of its images is of what method {recipe.method} learns from: concept or cover, and "
+            "what is kept"
         )
+    return kept
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return clean(text).casefold()

@@ -20,9 +20,14 @@ SLD, NEVER = "sld", "never knew"
 KINDS = {SLD: "sampling", NEVER: "never"}
 
 
-def judged(recipe: Recipe, name: str, never: str | None, folder: Path) -> dict[str, Any]:
+def judged(
+    recipe: Recipe, name: str, never: str | None, folder: Path, teacher: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Figures of a yardstick: {"after", "teacher"}, as a run's metrics.json has them; kept in `folder`, with a grid, and taken from
-    there where they were made for the same recipe. never: the model of `NEVER`. Raises RecipeError, ModelError, OutputError."""
+    there where they were made for the same recipe.
+
+    never: the model of `NEVER`. teacher: its figures, where they are known. Raises RecipeError, ModelError, OutputError.
+    """
     asked = {"yardstick": name, "never": never, "task": _task(recipe)}
     kept = folder / "figures.json"
     if kept.is_file():
@@ -37,7 +42,8 @@ def judged(recipe: Recipe, name: str, never: str | None, folder: Path) -> dict[s
     judging.grid(sampler, folder / "samples" / "after.png")
     found = {"asked": asked, "after": None, "teacher": None}
     if judging.possible and samples:
-        found |= {"after": judging.figures(sampler, samples), "teacher": judging.figures(judging.multi_step(), samples)}
+        found["after"] = judging.figures(sampler, samples)
+        found["teacher"] = teacher or judging.figures(judging.multi_step(), samples)
     files.write_json(kept, found)
     return found
 

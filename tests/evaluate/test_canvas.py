@@ -14,6 +14,8 @@ PROMPTS = [
     f"A {thing} image in {style.replace('_', ' ')} style." for style in WORDS["style"] for thing in WORDS["object"]
 ]
 
+ROWS = {prompt: row for row, prompt in enumerate(PROMPTS)}
+
 
 def judge(words=WORDS):
     plain = {name: tuple(word.replace("_", " ") for word in group) for name, group in words.items()}
@@ -54,7 +56,7 @@ def test_figures_are_the_benchmarks():
         return style, thing
 
     draw, calls = sampler(told)
-    found = unlearncanvas(draw, judge(), ["Van Gogh"], PROMPTS.index)
+    found = unlearncanvas(draw, judge(), ["Van Gogh"], ROWS)
     assert sorted(calls) == [(row, seed) for row in range(6) for seed in SEEDS]
     assert found["ua"] == 8 / 10
     assert found["ira"] == (10 + 6) / 20  # styles of Crayon and Pop Art
@@ -65,7 +67,7 @@ def test_figures_are_the_benchmarks():
         "Unlearning accuracy ↑", "In-domain retain accuracy ↑", "Cross-domain retain accuracy ↑"
     ]  # fmt: skip
     draw, calls = sampler(told)
-    assert unlearncanvas(draw, judge(), ["Van Gogh"], PROMPTS.index, 2)["ira"] == (4 + 0) / 8
+    assert unlearncanvas(draw, judge(), ["Van Gogh"], ROWS, 2)["ira"] == (4 + 0) / 8
     assert {seed for _, seed in calls} == {188, 288}
 
 
@@ -85,5 +87,5 @@ def test_figures_are_the_benchmarks():
 )
 def test_what_does_not_fit_is_one_line(words, concepts, seeds, says):
     with pytest.raises(RecipeError, match=says) as caught:
-        unlearncanvas(sampler(lambda *_: (0, 0))[0], judge(words), concepts, PROMPTS.index, seeds)
+        unlearncanvas(sampler(lambda *_: (0, 0))[0], judge(words), concepts, ROWS, seeds)
     assert "\n" not in str(caught.value)

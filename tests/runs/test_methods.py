@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from many_steps import SMALL, text_recipe
 from tiny_models import write_tiny_model
-from tiny_text_models import tiny_clip, tiny_pipeline
+from tiny_text_models import tiny_pipeline
 
 from pecker_fast import unlearn
-from pecker_fast.errors import OutputError, PeckerError, RecipeError
+from pecker_fast.errors import OutputError, RecipeError
 from pecker_fast.forgetting import DenoiserObjective, ddim_sample
 from pecker_fast.forgetting.methods import METHODS
 from pecker_fast.forgetting.samplers import sample_noise
@@ -29,8 +30,6 @@ from pecker_fast.runs.start import train
 from pecker_fast.runs.technique import PeckerFastTechnique
 
 DENOISERS = [name for name, method in METHODS.items() if isinstance(method, DenoiserObjective)]
-SMALL = {"steps": 4, "batch_size": 4, "images": {"samples": 6, "steps": 3}, "mask": {"samples": 8}}
-CAPTIONS = ["a red circle on the left", "a photo of the blue circle", "small circle", "a red square", "a white dog"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -109,17 +108,6 @@ def test_a_result_of_many_steps_is_a_model_as_its_base_was(tiny_recipe, tmp_path
         quiet=True,
     )
     assert (more.run_dir / "pipeline").is_dir()
-
-
-def text_recipe(model, output, **keys):
-    given = {
-        "model": str(model), "forget": {"concept": "circle", "captions": CAPTIONS}, "cover": "square",
-        "retain": ["a red square", "a blue triangle on the right", "green star", "a white dog"],
-        "evaluate": {"every": 0, "final": 0, "teacher_steps": 2}, "output": str(output), **SMALL,
-    }  # fmt: skip
-    for key, value in keys.items():
-        given[key] = {**given[key], **value} if isinstance(value, dict) and isinstance(given.get(key), dict) else value
-    return recipe_from(given)
 
 
 @pytest.fixture(scope="module")
@@ -211,51 +199,6 @@ def test_a_lora_file_makes_the_base_the_result(models, tmp_path, kind, names):
         pipe.set_progress_bar_config(disable=True)
         drawn.append(pipe("a red circle", generator=torch.Generator().manual_seed(1), **call).images)
     assert (drawn[0] - drawn[1]).abs().max() < 1e-3
-
-
-def test_a_run_is_judged_by_clip(models, tmp_path):
-    from pecker_fast.runs import evaluate_protocol
-
-    clip = tiny_clip(tmp_path / "clip")
-    run = train(text_recipe(models["sd1"], tmp_path / "run", method="uce", steps=0), quiet=True).run_dir
-    found = evaluate_protocol(run, "clip", samples=4, clip=clip)
-    assert set(found["clip_score"]) == {"forget", "forget:cover", "retain"}
-    assert found == evaluate_protocol(run, "clip", samples=4, clip=clip)
-    assert found != evaluate_protocol(run, "clip", samples=4, clip=clip, before=True)
-    (tmp_path / "prompts.txt").write_text("a red dog\n")
-    assert set(
-        evaluate_protocol(run, "clip", samples=2, clip=clip, prompts=tmp_path / "prompts.txt")["clip_score"]
-    ) == {"prompts"}
-    for keys, says in (
-        ({}, "takes a folder of a CLIP model"),
-        ({"clip": clip, "detectors": ["x"]}, "leave detectors out"),
-    ):
-        with pytest.raises(RecipeError, match=says):
-            evaluate_protocol(run, "clip", **keys)
-    with pytest.raises(RecipeError, match="and no other does"):
-        evaluate_protocol(run, "celebrity", ["x"], clip=clip)
-
-
-def test_a_run_is_judged_by_unlearncanvas(models, tmp_path):
-    from pecker_fast.evaluate import SmallClassifier, save_word_judge
-    from pecker_fast.runs import evaluate_protocol
-
-    torch.manual_seed(0)
-    words = {"style": ["Crayon", "Pop Art"], "object": ["circle", "Dogs", "Sea"]}
-    judge = tmp_path / "judge"
-    save_word_judge(judge, SmallClassifier(3, 32, 5, width=4, features=8), words)
-    keys = {"evaluate": {"judge": str(judge)}, "steps": 0, "ema": 0}
-    run = train(text_recipe(models["sd1"], tmp_path / "run", method="uce", **keys), quiet=True).run_dir
-    found = evaluate_protocol(run, "unlearncanvas", seeds=2)
-    assert found["samples"] == 2 * 2  # circles in two styles
-    assert found["seeds"] == [188, 288]
-    assert 0 <= found["ira"] <= 1
-    assert found == evaluate_protocol(run, "unlearncanvas", seeds=2)
-    with pytest.raises(RecipeError, match="give neither"):
-        evaluate_protocol(run, "unlearncanvas", ["x"])
-    plain = train(text_recipe(models["sd1"], tmp_path / "plain", method="uce", steps=0), quiet=True).run_dir
-    with pytest.raises(PeckerError, match="judge"):
-        evaluate_protocol(plain, "unlearncanvas")
 
 
 def test_a_lora_says_what_it_does_not_hold(models, tmp_path, capsys):

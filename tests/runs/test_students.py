@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from many_steps import text_recipe
 from tiny_text_models import tiny_pipeline
 
 from pecker_fast.errors import RecipeError
@@ -23,7 +24,6 @@ SMALL = {
     "lora": {"rank": 2}, "lr": {"generator": 1e-2}, "update_rule": "salient_only",
 }  # fmt: skip
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-CAPTIONS = ["a red circle on the left", "a photo of the blue circle", "small circle"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +43,8 @@ def keys(method, **more):
     return given
 
 
-def text_recipe(model, output, **more):
-    return recipe_from({
-        "model": str(model), "forget": {"concept": "circle", "captions": CAPTIONS}, "cover": "square",
-        "retain": ["a red square", "a blue triangle on the right", "green star", "a white dog"],
-        "evaluate": {"every": 0, "final": 0, "teacher_steps": 2}, "output": str(output), **keys("spare", **more),
-    })  # fmt: skip
+def lora_recipe(model, output, **more):
+    return text_recipe(model, output, **keys("spare", **more))
 
 
 def weights(folder):
@@ -97,7 +93,7 @@ def test_books_are_kept_of_adapters_too(tiny_recipe, structure):
 @pytest.mark.parametrize("names", ["diffusers", "kohya"])
 def test_the_lora_file_of_a_student_is_its_adapters(sd1, tmp_path, structure, names):
     mask = {"source": "none"} if structure is None else {"structure": structure, "density": 0.2}
-    run = train(text_recipe(sd1, tmp_path / "run", mask=mask), quiet=True).run_dir
+    run = train(lora_recipe(sd1, tmp_path / "run", mask=mask), quiet=True).run_dir
     file = export_run(run, tmp_path / "lora.safetensors", form="lora", names=names)
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["error"] == "0"
@@ -121,7 +117,7 @@ def test_the_lora_file_of_a_student_is_its_adapters(sd1, tmp_path, structure, na
 
 def test_single_weights_of_products_are_no_product(sd1, tmp_path, capsys):
     """The file of an element mask is a truncated one, and says so; at full rank nothing is lost."""
-    run = train(text_recipe(sd1, tmp_path / "run", mask={"density": 0.1}), quiet=True).run_dir
+    run = train(lora_recipe(sd1, tmp_path / "run", mask={"density": 0.1}), quiet=True).run_dir
     capsys.readouterr()
     export_run(run, tmp_path / "small.safetensors", form="lora", rank=1)
     assert "% of the change is not in it" in capsys.readouterr().err
@@ -136,7 +132,7 @@ def test_a_lora_file_draws_what_its_run_draws(sd1, tmp_path):
     pytest.importorskip("peft")
     import diffusers
 
-    run = train(text_recipe(sd1, tmp_path / "run", mask={"structure": "row", "density": 0.3}), quiet=True).run_dir
+    run = train(lora_recipe(sd1, tmp_path / "run", mask={"structure": "row", "density": 0.3}), quiet=True).run_dir
     file = export_run(run, tmp_path / "lora.safetensors", form="lora")
     call = {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "pt"}
     drawn = []

@@ -166,8 +166,7 @@ def planned_adversary(recipe: Recipe, generator: Denoiser) -> Adversary | None:
     options, config = recipe.adversary, generator.config
     width = getattr(config, "cross_attention_dim", None)
     if width is None:
-        network: Any = getattr(generator.unet, "base", generator.unet)
-        shape = tuple(network.class_embedding.weight.shape[1:])
+        shape = tuple(generator.base.class_embedding.weight.shape[1:])
     else:
         shape = (options.tokens, width if isinstance(width, int) else width[0])
     images = torch.empty(options.samples, *generator.sample_shape)
