@@ -80,6 +80,20 @@ def no_books(request, monkeypatch):
 
 
 @pytest.fixture
+def no_forecast(monkeypatch, plain_plots, no_books):
+    """Runs this small need no rehearsal of their memory, no plots and no books."""
+    monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion 1 that nobody writes to."""
+    from tiny_text_models import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("models") / "sd1", "sd1")
+
+
+@pytest.fixture
 def tiny_recipe(tiny_model, tmp_path, plain_plots, no_books):
     """make(**keys) -> a Recipe over the tiny model with a fresh output folder; sections are merged."""
     from pecker_fast.recipe import recipe_from

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_text_models import tiny_pipeline
 
 from pecker_fast.errors import DataError, RecipeError
 from pecker_fast.loading.parts import load_model
@@ -21,9 +20,7 @@ SMALL = {"steps": 2, "batch_size": 4, "mask": {"samples": 8}, "method": "spare"}
 CAPTIONS = ["a red circle on the left", "small circle"]
 
 
-@pytest.fixture(autouse=True)
-def no_forecast(monkeypatch, plain_plots, no_books):
-    monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
+pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 def pictures(folder, values, size=20, captions=None):
@@ -89,11 +86,6 @@ def test_a_run_that_goes_on_from_elsewhere_finds_its_images(tiny_recipe, tmp_pat
     train(tiny_recipe(**{**keys, "steps": 3}), quiet=True)
     after = pool_of(first)
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "sd1", "sd1")
 
 
 def text(model, folder, tmp_path, method="spare"):

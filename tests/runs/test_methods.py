@@ -47,9 +47,7 @@ def same(a, b):
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture(autouse=True)
-def no_forecast(monkeypatch, plain_plots, no_books):
-    monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
+pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 @pytest.mark.some(2)

@@ -9,22 +9,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from many_steps import text_recipe
-from tiny_text_models import tiny_clip, tiny_pipeline
+from tiny_text_models import tiny_clip
 
 from pecker_fast.errors import PeckerError, RecipeError
 from pecker_fast.evaluate import SmallClassifier, save_word_judge
 from pecker_fast.runs import evaluate_protocol
 from pecker_fast.runs.start import train
 
-
-@pytest.fixture(autouse=True)
-def no_forecast(monkeypatch, plain_plots, no_books):
-    monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "sd1", "sd1")
+pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 def test_a_run_is_judged_by_clip(sd1, tmp_path):

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from many_steps import text_recipe
-from tiny_text_models import tiny_pipeline
 
 from pecker_fast.errors import RecipeError
 from pecker_fast.networks import AdaptedUNet
@@ -26,14 +25,7 @@ SMALL = {
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def no_forecast(monkeypatch, plain_plots, no_books):
-    monkeypatch.setattr("pecker_fast.runs.start.check_memory", lambda recipe: None)
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "sd1", "sd1")
+pytestmark = pytest.mark.usefixtures("no_forecast")
 
 
 def keys(method, **more):
