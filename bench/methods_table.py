@@ -58,7 +58,7 @@ WORLDS = {
     ),
     "shapes": World(
         "shapes",
-        "pecker,spare,salun,esd,sa,uce,relabel,sld",
+        "pecker,spare,salun,esd,sa,uce,sld",
         2,
         {
             f"{f} → {c}": [f"forget.concept={f}", f"cover={c}"]

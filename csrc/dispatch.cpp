@@ -29,7 +29,7 @@ int level() { return level_now.load(std::memory_order_relaxed); }
 OpenMP openmp() { return openmp_now.load(std::memory_order_relaxed); }
 }  // namespace pecker
 
-PECKER_API int pecker_abi_version() { return 5; }
+PECKER_API int pecker_abi_version() { return 6; }
 
 PECKER_API int pecker_cpu_level() { return pecker::level(); }
 

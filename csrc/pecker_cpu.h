@@ -63,6 +63,16 @@ PECKER_API void pecker_block_sums(const void* data, int32_t kind, int64_t rows, 
 PECKER_API void pecker_block_bits(const uint8_t* kept, int64_t rows, int64_t columns, int64_t height, int64_t width,
                                   uint8_t* bits, int threads);
 
+// GroupNorm and SiLU (csrc/group_norm.cpp). x, y, grad, dx: float32 [n, channels, pixels], with nhwc [n, pixels, channels] in memory;
+// weight, bias, dweight, dbias [channels]; mean, rstd [n, groups]. silu 0: the norm alone. dx, and dweight with dbias, may be null.
+// sums: scratch, float64 [2, n, channels].
+PECKER_API void pecker_norm_silu(const float* x, const float* weight, const float* bias, float* y, float* mean, float* rstd, int64_t n,
+                                 int64_t channels, int64_t pixels, int64_t groups, float eps, int silu, int nhwc, int threads);
+PECKER_API void pecker_norm_silu_backward(const float* grad, const float* x, const float* weight, const float* bias,
+                                          const float* mean, const float* rstd, float* dx, float* dweight, float* dbias,
+                                          double* sums, int64_t n, int64_t channels, int64_t pixels, int64_t groups, int silu,
+                                          int nhwc, int threads);
+
 namespace pecker {
 struct AdamTensor;
 struct AdamSettings;

@@ -7,6 +7,7 @@ from .adam.optimizer import MaskedAdam
 from .errors import MaskError, NativeLibraryError, PeckerKernelsError, ScoreError
 from .mask.saliency import SaliencyMask
 from .mask.shards import Piece, Shards
+from .norm import group_norm_silu
 from .scores.saliency import SaliencyScores
 from .scores.threshold import kth_largest
 from .torch_library.adam import masked_adam_
@@ -25,6 +26,7 @@ __all__ = [
     "SparseBackward",
     "adopt",
     "all_finite",
+    "group_norm_silu",
     "kth_largest",
     "masked_adam_",
     "skip_weight_gradients",

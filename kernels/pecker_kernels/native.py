@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NativeLibraryError
 
 LIBRARY = "libpecker_cpu.so"
-ABI_VERSION = 5
+ABI_VERSION = 6
 RANK_BLOCK = 4096  # kBlock in csrc/adam.h
 LEVELS = ("scalar", "avx2", "avx512")
 
@@ -71,6 +71,8 @@ def library() -> ctypes.CDLL:
         ("pecker_keep_bits", None, [*table, i32, pointer, pointer, pointer, pointer, pointer, i32]),
         ("pecker_block_sums", None, [pointer, i32, i64, i64, i64, i64, i32, pointer, i32]),
         ("pecker_block_bits", None, [pointer, i64, i64, i64, i64, pointer, i32]),
+        ("pecker_norm_silu", None, [*6 * [pointer], *4 * [i64], f32, *3 * [i32]]),
+        ("pecker_norm_silu_backward", None, [*10 * [pointer], *4 * [i64], *3 * [i32]]),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

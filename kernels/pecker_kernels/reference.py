@@ -169,6 +169,56 @@ def strip_weight_grad(grad_out: Tensor, x: Tensor, strips: Sequence[tuple[slice 
     return torch.cat(parts) if parts else grad_out.new_empty(0)
 
 
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [N, C, …], mean [N, groups], rstd [N, groups]): y = u · σ(u), or u itself, with u = (x − mean) · rstd · weight + bias.
+
+    Statistics are float32 or wider.
+    """
+    n, channels = x.shape[:2]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    size = x.numel() // (n * channels) if x.numel() else 0
+    u, mean, rstd = torch.native_group_norm(
+        x.to(wide).contiguous(), weight.to(wide), bias.to(wide), n, channels, size, groups, eps
+    )
+    y = torch.nn.functional.silu(u) if silu else u
+    return torch.empty_like(x).copy_(y), mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    needed: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, weight and bias, in their dtypes; None where not needed."""
+    n, channels = x.shape[:2]
+    per_group, wide = channels // groups, mean.dtype
+    shape = (n, channels, *(1 for _ in x.shape[2:]))
+    means, rstds = (t.repeat_interleave(per_group, 1).view(shape) for t in (mean, rstd))
+    weights, biases = (t.to(wide).view(1, *shape[1:]) for t in (weight, bias))
+    xhat = (x.to(wide) - means) * rstds
+    du = grad.to(wide)
+    if silu:
+        u = xhat * weights + biases
+        s = u.sigmoid()
+        du = du * s * (1 + u * (1 - s))
+    inner = tuple(range(2, x.dim()))
+    by_bias, by_weight = (t.sum(inner) if inner else t for t in (du, du * xhat))  # [N, C]
+    grad_x = None
+    if needed[0]:
+        size = max(per_group * (x.numel() // max(n * channels, 1)), 1)
+        of_mean, of_scale = (
+            ((t * weight.to(wide)).view(n, groups, per_group).sum(2) / size).repeat_interleave(per_group, 1).view(shape)
+            for t in (by_bias, by_weight)
+        )
+        grad_x = torch.empty_like(x).copy_(rstds * (du * weights - of_mean - xhat * of_scale))
+    return (
+        grad_x,
+        by_weight.sum(0).to(weight.dtype) if needed[1] else None,
+        by_bias.sum(0).to(bias.dtype) if needed[2] else None,
+    )
+
+
 def _mix(x: Tensor) -> Tensor:
     """A 32-bit integer finaliser ("lowbias32", C. Wellons) on int64 tensors holding values below 2**32."""
     word = 0xFFFFFFFF

@@ -46,9 +46,6 @@ class Objective:
     def check(self, recipe: Recipe) -> None:
         """Raise RecipeError, before anything is loaded, for what does not go together."""
 
-    def check_model(self, teacher: Denoiser) -> None:
-        """Raise RecipeError, before anything runs, for a model that the method is not defined on."""
-
     def updates(self, recipe: Recipe, named: list[tuple[str, nn.Parameter]], mask: SaliencyMask | None) -> UpdateRule:
         """How gradients become an update of θ: by the recipe's rule under the mask, densely where there is none."""
         # of a LoRA student the mask is in the product

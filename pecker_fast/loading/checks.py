@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from pecker_kernels import native
+from pecker_kernels.dispatch import triton_available
+
 from pecker_fast import files
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.loading.text_parts import config_folder
@@ -21,6 +25,24 @@ def check_source(recipe: Recipe, source: Path, result: bool = False) -> None:
         text_model.check_source(source, config_folder(recipe, source), result)
     else:
         check_class_folder(source, result)
+
+
+def check_norms(recipe: Recipe, device: torch.device) -> None:
+    """Raises RecipeError where fused norms are asked for and the kernels cannot serve them."""
+    if recipe.engine.norms == "plain":
+        return
+    if recipe.engine.compile != "none":
+        raise RecipeError("engine.norms: engine.compile fuses norms itself; use engine.norms=plain")
+    if device.type == "cpu" and (recipe.precision == "bf16" or recipe.engine.weights == "bf16"):
+        raise RecipeError(
+            "engine.norms: on a CPU fused norms are of float32; use precision=fp32, or engine.norms=plain"
+        )
+    if device.type == "cpu" and not native.available():
+        raise RecipeError(
+            "engine.norms: the compiled kernels are not installed; use engine.norms=plain, or install them"
+        )
+    if device.type == "cuda" and not triton_available():
+        raise RecipeError("engine.norms: triton is not installed; use engine.norms=plain, or install it")
 
 
 def look_at_hub(recipe: Recipe) -> tuple[str, ...] | None:

@@ -15,11 +15,26 @@ from pecker_fast.conditions import Conditions, class_conditions
 from pecker_fast.engine import require_gpu
 from pecker_fast.errors import ModelError, RecipeError
 from pecker_fast.evaluate import Judge, Reference, WordJudge, load_judge, load_word_judge
-from pecker_fast.forgetting import check_method, get_method
-from pecker_fast.loading.checks import check_schedule, check_source, fit_timesteps, look_at_hub, timesteps_note
+from pecker_fast.forgetting import check_method
+from pecker_fast.loading.checks import (
+    check_norms,
+    check_schedule,
+    check_source,
+    fit_timesteps,
+    look_at_hub,
+    timesteps_note,
+)
 from pecker_fast.loading.exported import check_exported
 from pecker_fast.loading.text_parts import TextParts, load_text_parts
-from pecker_fast.networks import Denoiser, TextDenoiser, check_said, load_denoiser, load_unet, with_adapters
+from pecker_fast.networks import (
+    Denoiser,
+    TextDenoiser,
+    check_said,
+    fuse_norms,
+    load_denoiser,
+    load_unet,
+    with_adapters,
+)
 from pecker_fast.recipe import Recipe
 
 _UNUSED = ("dropout", "sample_size")  # dropout is off, and of the size what a network says is compared
@@ -67,7 +82,6 @@ def load_parts(recipe: Recipe) -> Parts:
     require_gpu(recipe, pick_device())
     check_method(recipe)
     model = load_model(recipe)
-    get_method(recipe.method).check_model(model.teacher)
     if model.text is not None:
         model.text.check_prompts()  # of training alone: a run that was made before can still be looked at
     teacher = model.teacher
@@ -144,6 +158,9 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False
     model.notes = tuple(filter(None, (*told, null_class_note(model.teacher))))
     if recipe.engine.weights == "bf16":
         in_dtype(model.teacher.unet, torch.bfloat16)
+    if recipe.engine.norms == "fused":
+        check_norms(recipe, pick_device())
+        fuse_norms(model.teacher.unet)
     return model
 
 
@@ -186,7 +203,7 @@ def load_start(recipe: Recipe, teacher: Denoiser) -> tuple[Denoiser, Denoiser | 
     folder = start_folder(recipe)
     if recipe.score == "lora" or folder is None or not (folder / "score").is_dir():
         return generator, new_score(recipe, teacher)
-    return generator, _load_like(teacher, folder / "score")
+    return generator, _load_like(recipe, teacher, folder / "score")
 
 
 def start_student(recipe: Recipe, teacher: Denoiser) -> Denoiser:
@@ -203,10 +220,10 @@ def start_generator(recipe: Recipe, teacher: Denoiser) -> Denoiser:
     if folder is None:
         return teacher.clone()
     if (folder / "generator").is_dir():
-        return _load_like(teacher, folder / "generator")
+        return _load_like(recipe, teacher, folder / "generator")
     unet = files.check_model_folder(folder)
     check_exported(folder, "export it again, or give another generator", part="unet")
-    return _load_like(teacher, unet)
+    return _load_like(recipe, teacher, unet)
 
 
 def start_folder(recipe: Recipe) -> Path | None:
@@ -221,10 +238,12 @@ def _start_notes(recipe: Recipe) -> list[str]:
     return files.model_notes(files.resolve_model(recipe.generator))
 
 
-def _load_like(teacher: Denoiser, folder: Path) -> Denoiser:
+def _load_like(recipe: Recipe, teacher: Denoiser, folder: Path) -> Denoiser:
     check_said(folder, teacher.schedule, "the teacher's scheduler")
     network = teacher.with_network(in_dtype(load_unet(folder), teacher.dtype))
     _match_teacher(network, teacher, folder)
+    if recipe.engine.norms == "fused":
+        fuse_norms(network.unet)
     return network
 
 

@@ -12,6 +12,7 @@ from pecker_fast.networks.marks import (
     one_step_marks,
     one_step_start,
 )
+from pecker_fast.networks.norms import fuse_norms
 from pecker_fast.networks.numbers import are_weights, check_numbers
 from pecker_fast.networks.part_files import copy_part, copy_small, save_part
 from pecker_fast.networks.prompt_window import PromptWindow
@@ -37,6 +38,7 @@ __all__ = [
     "check_said",
     "copy_part",
     "copy_small",
+    "fuse_norms",
     "is_text_model",
     "load_denoiser",
     "load_schedule",

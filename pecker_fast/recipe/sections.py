@@ -170,6 +170,9 @@ class Engine(Section):
     )
     cuda_graph: bool = key(False, "run a whole iteration as one CUDA graph; needs a GPU")
     channels_last: bool = key(True, "feed the networks images in channels-last memory order")
+    norms: Literal["plain", "fused"] = key(
+        "plain", "GroupNorm and SiLU of the networks' blocks as two operations, or as one"
+    )
     threads: int = key(0, "threads on the CPU; 0 = torch's choice", ge=0, le=4096)
     weights: Literal["fp32", "bf16"] = key("fp32", "number format the weights of φ, ψ and θ are kept in")
     checkpointing: bool = key(False, "keep no activations of blocks, compute them again on the way back")

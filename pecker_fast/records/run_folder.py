@@ -69,6 +69,8 @@ def trajectory(recipe: Recipe) -> dict[str, Any]:
     data["evaluate"] = {"teacher_steps": recipe.evaluate.teacher_steps}  # the saliency pass may draw with the teacher
     for key in ("stall_s", "cuda_graph", "threads", "offload", "deepspeed", "shard_teacher"):  # how fast, not what
         del data["engine"][key]
+    if recipe.engine.norms == "plain":
+        del data["engine"]["norms"]
     data["engine"]["zero"] = min(recipe.engine.zero, 1)  # the stages of ZeRO read each other's checkpoints
     return data
 

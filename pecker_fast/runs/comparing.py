@@ -10,6 +10,7 @@ from typing import Any
 
 from pecker_fast import files
 from pecker_fast.errors import OutputError, PeckerError, RecipeError
+from pecker_fast.forgetting import check_method
 from pecker_fast.loading import load_model, start_generator
 from pecker_fast.recipe import Recipe, known, load_recipe, methods
 from pecker_fast.runs.held import BASE_KEYS, load_run
@@ -82,6 +83,8 @@ def compare(
         if name != SLD
         for seed in range(seeds)
     ]
+    for _, _, recipe in recipes:  # before the first of them is trained
+        check_method(recipe)
     runs = []
     for number, (name, seed, recipe) in enumerate(recipes, 1):
         say(f"{number}/{len(recipes)}: {name}, seed {seed}")

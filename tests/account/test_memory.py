@@ -59,6 +59,7 @@ def slow(*values):
         slow(
             "batch_size=2 adversary.conditions=4 adversary.batch=32 adversary.steps=2 adversary.half_way=0.4 mask.density=0.1"
         ),
+        "batch_size=4 mask.density=0.1 update_rule=salient_only engine.norms=fused",
         slow("batch_size=2 mask.structure=row mask.density=0.2"),
         slow("batch_size=4 mask.structure=element mask.density=0.3 update_rule=alternating"),
         slow("batch_size=4 mask.structure=tensor mask.density=0.1 update_rule=salient_only ema=0"),

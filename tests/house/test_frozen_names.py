@@ -21,7 +21,7 @@ adversary.conditions adversary.tokens adversary.steps adversary.rate adversary.r
 adversary.starts adversary.batch adversary.samples update_rule optimizer.betas optimizer.eps
 optimizer.weight_decay optimizer.clip_value ema precision resolution score student lora.rank lora.targets engine.zero
 engine.offload engine.shard_teacher engine.deepspeed engine.stall_s engine.compile engine.cuda_graph
-engine.channels_last engine.threads engine.weights
+engine.channels_last engine.norms engine.threads engine.weights
 engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final evaluate.judge evaluate.prompts
 evaluate.teacher_steps audit.budget audit.probes audit.against audit.samples checkpoint.every checkpoint.keep seed output resume
 """
@@ -43,6 +43,7 @@ CHOICES = {
     "student": "full | lora",
     "engine.offload": "none | cpu",
     "engine.compile": "none | blocks",
+    "engine.norms": "plain | fused",
     "engine.weights": "fp32 | bf16",
     "lora.targets": "all | attention",
     "audit.budget": "none | quick | standard | strong",
@@ -64,7 +65,7 @@ DEFAULTS = {
     "update_rule": "differentiated", "optimizer.betas": [0.0, 0.999],
     "optimizer.eps": 1e-8, "optimizer.clip_value": 1.0, "ema": 0.98, "precision": "fp32", "engine.zero": 0,
     "engine.shard_teacher": False, "engine.deepspeed": None, "engine.stall_s": 600,
-    "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True,
+    "engine.compile": "none", "engine.cuda_graph": False, "engine.channels_last": True, "engine.norms": "plain",
     "engine.threads": 0, "engine.weights": "fp32", "engine.checkpointing": False, "engine.micro_batch": 0,
     "revision": None, "resolution": None, "lora.rank": 16, "lora.targets": "all", "guidance.unconditional": None,
     "evaluate.prompts": None, "evaluate.every": 100, "evaluate.samples": 512, "evaluate.final": 2000,

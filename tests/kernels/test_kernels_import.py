@@ -16,6 +16,7 @@ PUBLIC = {
     "SparseBackward",
     "adopt",
     "all_finite",
+    "group_norm_silu",
     "kth_largest",
     "masked_adam_",
     "skip_weight_gradients",

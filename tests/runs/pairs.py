@@ -68,7 +68,8 @@ def common(folder: Path) -> dict[str, list[Any]]:
         "optimizer.betas": [[0.0, 0.999], [0.9, 0.99]], "optimizer.eps": [1e-8, 1e-3], "optimizer.weight_decay": [0.0, 0.1],
         "optimizer.clip_value": [1.0, None], "ema": [0.98, 0.0], "precision": ["fp32", "bf16"],
         "score": ["full", "lora"], "student": ["full", "lora"], "lora.rank": [2, 4096], "lora.targets": ["all", "attention"],
-        "engine.channels_last": [True, False], "engine.threads": [0, 1], "engine.weights": ["fp32", "bf16"],
+        "engine.channels_last": [True, False], "engine.norms": ["plain", "fused"], "engine.threads": [0, 1],
+        "engine.weights": ["fp32", "bf16"],
         "engine.checkpointing": [False, True], "engine.micro_batch": [0, 3],
         "evaluate.every": [0, 1], "evaluate.samples": [2, 5], "evaluate.final": [0, 6], "evaluate.teacher_steps": [2, 1],
         "checkpoint.every": [0, 1], "checkpoint.keep": [1, 2], "seed": [0, 2**63 - 1], "output": [str(folder / "run")],
@@ -76,6 +77,10 @@ def common(folder: Path) -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
+FUSED = [
+    Refused({"engine.norms": ["fused"], "precision": ["bf16"]}, r"engine\.norms: on a CPU fused norms are of float32"),
+    Refused({"engine.norms": ["fused"], "engine.weights": ["bf16"]}, r"engine\.(norms|weights): "),
+]
 STUDENT = [
     Refused({"student": ["lora"], "mask.refresh": [1]}, r"mask\.refresh: adapters"),
     Refused(
@@ -86,6 +91,7 @@ STUDENT = [
 REFUSED = [
     Refused({"student": ["lora"], "distill_steps": [2]}, r"student: adapters stand on"),
     *STUDENT,
+    *FUSED,
     Refused({"engine.weights": ["bf16"], "precision": ["fp32"]}, r"engine\.weights: bf16 weights need precision=bf16"),
     Refused({"weights.score_retain": [0.0], "weights.score_forget": [0.0]}, r"weights\.score_retain: both"),
     Refused({"weights.retain": [0.0], "weights.forget": [0.0]}, r"weights\.retain: both"),
@@ -158,7 +164,7 @@ def text_space(folder: Path, kind: str) -> Space:
 KEPT_TEXT = """
 steps batch_size lr.generator lr.warmup weights.retain weights.forget mask.density mask.threshold
 mask.structure mask.tile mask.scope mask.reduction mask.samples mask.skip mask.refresh mask.exclude
-update_rule optimizer.betas optimizer.weight_decay optimizer.clip_value ema precision engine.channels_last
+update_rule optimizer.betas optimizer.weight_decay optimizer.clip_value ema precision engine.channels_last engine.norms
 engine.weights engine.checkpointing engine.micro_batch evaluate.every evaluate.samples evaluate.final
 checkpoint.every resume output student lora.rank lora.targets
 """  # keys of `common` that methods of many steps have use for
@@ -194,6 +200,7 @@ def denoiser_space(folder: Path) -> Space:
     refused = [
         Refused({"method": ["sa"], "student": ["lora"]}, r"student: the springs"),
         *STUDENT,
+        *FUSED,
         Refused({"method": ["salun", "sa"], "images.source": ["trajectory"]}, r"images\.source: method"),
         Refused({"images.source": ["trajectory"], "mask.score": ["mse"]}, r"mask\.score: mse"),
         Refused({"images.source": ["trajectory"], "mask.contrast": [True]}, r"mask\.score: mse"),

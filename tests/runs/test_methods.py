@@ -260,16 +260,20 @@ def test_python_serves_every_method(tiny_recipe, tmp_path):
 
 
 def test_a_recipe_of_another_method_keeps_the_task_and_not_the_settings():
-    ours = load_recipe("digits", ["method=salun", "forget=3", "cover=8", "lr.generator=1e-5"])
+    ours = load_recipe("digits_paper", ["method=salun", "forget=3", "cover=8", "lr.generator=1e-5"])
     plain = recipe_from({"method": "salun"})
     assert (ours.forget, ours.cover, ours.lr.generator) == (3, 8, 1e-5)
     assert (ours.steps, ours.mask, ours.generator, ours.batch_size) == (plain.steps, plain.mask, None, plain.batch_size)
     assert load_recipe("digits", ["method=sfd"]).steps == load_recipe("digits").steps  # they share their settings
-    own = [name for name in shipped_recipes() if name.endswith("_spare")]
-    assert own
-    for name in own:
-        base = name.removesuffix("_spare")
-        assert load_recipe(base, ["method=spare"]) == load_recipe(name)
+    own = [
+        (base, method)
+        for base in ("digits", "shapes")
+        for method in ("spare", "salun", "esd", "sa")
+        if f"{base}_{method}" in shipped_recipes()
+    ]
+    assert len(own) == 8
+    for base, method in own:
+        assert load_recipe(base, [f"method={method}"]) == load_recipe(f"{base}_{method}")
 
 
 def test_a_comparison_has_a_row_of_a_model_that_never_knew(tiny_model, tmp_path, monkeypatch):
@@ -296,6 +300,8 @@ def test_a_comparison_has_a_row_of_a_model_that_never_knew(tiny_model, tmp_path,
     assert compare_methods(recipe, ["relabel"], **asked)["rows"] == found["rows"]
     with pytest.raises(RecipeError, match="--methods: sld steers prompts away from a concept"):
         compare_methods(recipe, ["relabel", "sld"], output=tmp_path / "none")
+    with pytest.raises(RecipeError, match="method: uce edits cross-attention, and this model draws from classes"):
+        compare_methods(recipe, ["relabel", "uce"], output=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

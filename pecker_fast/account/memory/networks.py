@@ -14,18 +14,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pecker_fast.errors import ModelError
-from pecker_fast.networks import Denoiser, Schedule
+from pecker_fast.networks import Denoiser, Schedule, fuse_norms
 
 TIMESTEPS = 1000
 TIME_IDS = 6  # SDXL: original size, crop, target size
 
 
 def build(
-    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, recomputed_in: Callable[[], Kernels] | None = None
-) -> nn.Module:
+    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, recomputed_in: Callable[[], Kernels] | None = None,
+    fused: bool = False,
+) -> nn.Module:  # fmt: skip
     """The diffusers network of a config, inside whatever mode or device is active. Raises ModelError if there is none.
 
-    recomputed_in: gradient checkpointing, and what to run the forward pass in when the backward pass repeats it.
+    recomputed_in: gradient checkpointing, and what to run the forward pass in when the backward pass repeats it. fused: its norms.
     """
     import diffusers
 
@@ -47,7 +48,7 @@ def build(
         network.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         )
-    return network
+    return fuse_norms(network) if fused else network
 
 
 @contextlib.contextmanager

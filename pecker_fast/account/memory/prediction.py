@@ -206,7 +206,8 @@ class _Plan:
     ) -> None:  # fmt: skip
         self.setting, self.recipe, self.table_bytes = setting, setting.recipe, table_bytes
         recipe = self.recipe
-        make = partial(build, unet_config, setting.weights, kernels if setting.checkpointing else None)
+        again = kernels if setting.checkpointing else None
+        make = partial(build, unet_config, setting.weights, again, recipe.engine.norms == "fused")
         self.teacher = Blank(make, blank_schedule(), recipe.engine.channels_last, tokens)
         self.generator = self._student()
         self.score: Denoiser | None = self.teacher.clone() if recipe.one_step else None

@@ -5,15 +5,15 @@ import torch
 from pecker_fast.conditions import Conditions
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.objective import Edit, Networks
-from pecker_fast.networks import Denoiser, TextDenoiser
 from pecker_fast.recipe import Recipe
 
 
 class Relabel(Edit):
     """The class embedding of what is forgotten becomes its cover's."""
 
-    def check_model(self, teacher: Denoiser) -> None:
-        if isinstance(teacher, TextDenoiser):
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if recipe.uses_prompts:
             raise RecipeError(
                 "method: relabel copies a class embedding, and this model draws from text; use method=uce"
             )

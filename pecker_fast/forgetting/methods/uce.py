@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pecker_fast.conditions import Conditions
 from pecker_fast.errors import RecipeError
 from pecker_fast.forgetting.objective import Edit, Networks
-from pecker_fast.networks import Denoiser, TextDenoiser, aligned_tokens
+from pecker_fast.networks import TextDenoiser, aligned_tokens
 from pecker_fast.recipe import Recipe
 
 EDITED = (".attn2.to_k", ".attn2.to_v")
@@ -21,8 +21,9 @@ class UCE(Edit):
     Σ over the tokens of a prompt, means over prompts: how many of them there are does not move the balance.
     """
 
-    def check_model(self, teacher: Denoiser) -> None:
-        if not isinstance(teacher, TextDenoiser):
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if not recipe.uses_prompts:
             raise RecipeError(
                 "method: uce edits cross-attention, and this model draws from classes; use spare or pecker"
             )

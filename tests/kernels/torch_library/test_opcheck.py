@@ -1,14 +1,15 @@
-"""torch.library.opcheck with all its checks, for every operation in ops.py, ops_select.py and ops_wgrad.py. None fails.
+"""torch.library.opcheck with all its checks, for every operation of torch_library. None fails.
 
 What the checks cannot say: packing, unpacking and counting take bool and uint8 alone, which no gradient flows through, so
 test_autograd_registration has nothing to look at there and reports success; for the operations on floating tensors it
-is run on tensors that require a gradient. No operation has a backward: they are meant for no_grad code.
+is run on tensors that require a gradient. The fused norm alone has a backward; the others are meant for no_grad code.
 """
 
 import pytest
 import torch
 from pecker_kernels import reference
 from pecker_kernels.torch_library import adam as ops
+from pecker_kernels.torch_library import norm as ops_norm
 from pecker_kernels.torch_library import scores as ops_select
 from pecker_kernels.torch_library import wgrad as ops_wgrad
 
@@ -32,7 +33,7 @@ def test_every_operation_is_checked_here():
     assert here == {
         "pack_bits", "unpack_bits", "popcount", "apply_", "masked_adam_",
         "accumulate_", "contrast_", "kth_largest", "keep_top_k", "clip_norm_factor",
-        "tile_weight_grad",
+        "tile_weight_grad", "group_norm_silu", "group_norm_silu_backward",
     }  # fmt: skip
 
 
@@ -211,6 +212,20 @@ def test_tile_weight_grad(dtype, impl):
     tiles = torch.tensor([[0, 16, 0, 24], [0, 32, 16, 24], [16, 0, 384, 16]])
     passes(ops_wgrad.tile_weight_grad, (g, x, tiles, 448, 16, 16), {"impl": impl})
     passes(ops_wgrad.tile_weight_grad, (g, x, tiles[:0], 0, 16, 16), {"impl": impl})
+
+
+@pytest.mark.some(2)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_group_norm_silu(dtype, impl):
+    x, weight, bias = torch.randn(2, 6, 3, 5).to(dtype), torch.randn(6).to(dtype), torch.randn(6).to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    passes(ops_norm.group_norm_silu, (*leaves, 3, 1e-5, True, impl))
+    passes(
+        ops_norm.group_norm_silu, (x.contiguous(memory_format=torch.channels_last), weight, bias, 2, 1e-5, False, impl)
+    )
+    _, mean, rstd = ops_norm.group_norm_silu(x, weight, bias, 3, 1e-5, True, impl)
+    passes(ops_norm.group_norm_silu_backward, (torch.randn_like(x), x, weight, bias, mean, rstd, 3, True, impl))
 
 
 def test_opcheck_sees_a_wrong_schema_and_a_wrong_shape():
