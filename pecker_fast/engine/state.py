@@ -59,8 +59,8 @@ class TrainState:
                 held = group["lr"]
                 if device is None:
                     group["lr"] = rate
-                elif isinstance(held, Tensor) and held.device == device:
-                    held.fill_(rate)
+                elif isinstance(held, Tensor) and _same_device(held.device, device):
+                    held.fill_(rate)  # a captured graph reads it there
                 else:
                     group["lr"] = torch.full((), rate, dtype=torch.float64, device=device)
 
@@ -80,9 +80,9 @@ class TrainState:
         """ema ← ema + weight·(θ − ema), weight 0-dim on the device and read there; 0 changes no bit of it."""
         if self.ema is not None:
             averages, weights = self._ema_pairs(self.ema)
-            change = torch._foreach_sub(weights, averages)
-            torch._foreach_mul_(change, weight)
-            torch._foreach_add_(averages, change)
+            torch._foreach_lerp_(
+                averages, weights, [weight] * len(averages)
+            )  # 12 bytes a weight, and no copy of the change
 
     def _ema_pairs(self, ema: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         named = self.generator.named_parameters()
@@ -116,6 +116,11 @@ class TrainState:
         self.ema = None
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    """A tensor made on "cuda" says that it is on "cuda:0"."""
+    return one.type == other.type and (one.index is None or other.index is None or one.index == other.index)
 
 
 @torch.no_grad()

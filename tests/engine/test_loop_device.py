@@ -254,16 +254,36 @@ def test_without_warm_up_every_step_has_the_recipes_rate(setup):
     assert [o.param_groups[0]["lr"] for o in state.optimizers.values()] == [recipe.lr.score, recipe.lr.generator]
 
 
-def test_rates_on_a_device_keep_their_place(setup):
+@pytest.mark.parametrize(
+    "where", ["cpu", "cpu:0"]
+)  # what is put on "cuda" is on "cuda:0", and what is put on "cpu:0" on "cpu"
+def test_rates_on_a_device_keep_their_place(setup, where):
     recipe, _, state, _ = setup(lr={"generator": 1e-3, "score": 1e-3, "warmup": 10})
-    state.set_learning_rates(recipe.lr, torch.device("cpu"))
+    state.set_learning_rates(recipe.lr, torch.device(where))
     first = [o.param_groups[0]["lr"] for o in state.optimizers.values()]
     state.step = 4
-    state.set_learning_rates(recipe.lr, torch.device("cpu"))
+    state.set_learning_rates(recipe.lr, torch.device(where))
     assert all(o.param_groups[0]["lr"] is lr for o, lr in zip(state.optimizers.values(), first))
     assert [float(lr) for lr in first] == [5e-4, 5e-4]
     state.set_learning_rates(recipe.lr)
     assert state.score_optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_a_blend_is_the_average_and_copies_nothing(setup):
+    _, engine, state, _ = setup(ema=0.9)
+    iteration(engine, state)
+    start = {name: average.clone() for name, average in state.ema.items()}
+    weights = dict(state.generator.named_parameters())
+    state.blend_ema(torch.zeros(()))
+    assert all(torch.equal(average, start[name]) for name, average in state.ema.items())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        state.blend_ema(torch.tensor(0.25))
+    for name, average in state.ema.items():
+        assert torch.allclose(
+            average, start[name] + 0.25 * (weights[name].detach() - start[name]), rtol=1e-6, atol=1e-8
+        )
+    largest = max(4 * p.numel() for p in weights.values())
+    assert max(event.self_cpu_memory_usage for event in seen.key_averages()) < largest
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

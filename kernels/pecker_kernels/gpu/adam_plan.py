@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adam.jobs import AdamJob, alike
 from ..errors import PeckerKernelsError
 from .adam_lanes import WHOLE, LaneTable, masked_table, ranked_table, whole_table
+from .table import upload
 
 # Columns of the job table, int64.
 PARAM_AT, GRAD_AT, MORE_AT, BITS, EXP_AVG_AT, EXP_AVG_SQ_AT, MASTER_AT, EMA_AT, STEP_AT, FIRST_INDEX = map(
@@ -195,8 +196,7 @@ def _row(job: AdamJob, lanes: LaneTable) -> list[int]:
 
 
 def _upload(rows: list[list[int]], device: torch.device) -> Tensor:
-    host = torch.tensor(rows, dtype=torch.int64)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return upload(torch.tensor(rows, dtype=torch.int64), device)
 
 
 def _lane_table(job: AdamJob, device: torch.device) -> LaneTable:

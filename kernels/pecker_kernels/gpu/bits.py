@@ -146,7 +146,10 @@ def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """uint8 [ceil(n / 8)] -> bool [n] on the same device."""
     keep = torch.empty(n, dtype=torch.bool, device=bits.device)
     if n:
-        unpack_kernel[(triton.cdiv(n, ROWS * 8),)](bits.contiguous(), keep.view(torch.uint8), n, ROWS, num_warps=WARPS)
+        with on_device_of([bits]):
+            unpack_kernel[(triton.cdiv(n, ROWS * 8),)](
+                bits.contiguous(), keep.view(torch.uint8), n, ROWS, num_warps=WARPS
+            )
     return keep
 
 

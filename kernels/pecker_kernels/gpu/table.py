@@ -58,7 +58,7 @@ def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[T
     first = blocks.cumsum(0)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), blocks[1:])
     within = torch.arange(len(owner)) - first[owner]
-    return torch.stack([owner, within], dim=1).to(torch.int32).to(device), first.to(device)
+    return upload(torch.stack([owner, within], dim=1).to(torch.int32), device), upload(first, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,7 +66,12 @@ def _rows(
     addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], slots: tuple[int, ...], device: torch.device
 ) -> Tensor:
     rows = [(*address, n, slot) for address, n, slot in zip(addresses, sizes, slots)]
-    return torch.tensor(rows, dtype=torch.int64).to(device)
+    return upload(torch.tensor(rows, dtype=torch.int64), device)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on the device, without a wait for it: out of pageable memory a copy would be one."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 @triton.jit

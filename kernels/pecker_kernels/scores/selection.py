@@ -107,6 +107,16 @@ def _no_blocks(shapes: Sequence[torch.Size]) -> Choice:
     )
 
 
+def _read(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors of any devices on the host, by one wait for each device."""
+    found: dict[int, Tensor] = {}
+    for device in dict.fromkeys(t.device for t in tensors):
+        here = [i for i, t in enumerate(tensors) if t.device == device]
+        whole = torch.cat([tensors[i] for i in here]).cpu()
+        found |= dict(zip(here, whole.split([tensors[i].numel() for i in here])))
+    return [found[i] for i in range(len(tensors))]
+
+
 def _best_blocks(s: Scored, k: int | None, cut: float | None, structure: str, tile: Sequence[int]) -> Choice:
     """Blocks by mean score: the best until k weights are covered, or all at or above `cut`."""
     out = _no_blocks(s.shapes)
@@ -114,14 +124,15 @@ def _best_blocks(s: Scored, k: int | None, cut: float | None, structure: str, ti
     if not live:
         return out
     sizes = [_block_sizes(*at) for _, _, at in live]
-    means, homes = [], []
-    for (i, _, (_, _, height, width)), size in zip(live, sizes):
+    sums, homes = [], []
+    for i, _, (_, _, height, width) in live:
         scores = s.whole(i)
-        mean = s.ops.block_sums(scores, height, width, s.magnitude).cpu() / size
-        if not bool(mean.isfinite().all()):
-            raise ScoreError(f"scores of {s.names[i]!r} hold NaN or inf: the gradients they come from are not finite")
-        means.append(mean)
+        sums.append(s.ops.block_sums(scores, height, width, s.magnitude))
         homes.append(scores.device)
+    means = [found / size for found, size in zip(_read(sums), sizes)]
+    for (i, _, _), found in zip(live, means):
+        if not bool(found.isfinite().all()):
+            raise ScoreError(f"scores of {s.names[i]!r} hold NaN or inf: the gradients they come from are not finite")
     mean = torch.cat(means)
     reached: float | None
     if cut is not None:

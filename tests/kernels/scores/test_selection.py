@@ -411,3 +411,15 @@ def test_refusals():
     if os.environ.get("TRITON_INTERPRET") != "1":
         with pytest.raises(pk.PeckerKernelsError, match="impl='triton'"):
             pk.SaliencyMask.from_scores({"a": torch.rand(5)}, density=0.5, impl="triton")
+
+
+@pytest.mark.parametrize("structure", ["row", "tile"])
+def test_blocks_of_a_whole_model_are_read_at_once(monkeypatch, structure):
+    """Each read of a device waits for it."""
+    scores = {f"t{i}": torch.rand(5 + i, 7) for i in range(6)}
+    reads = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *a, **k: reads.append(self.shape) or cpu(self, *a, **k))
+    mask = pk.SaliencyMask.from_scores(scores, density=0.3, structure=structure, tile=(2, 3))
+    assert 0 < mask.density < 1
+    assert len(reads) <= 1
