@@ -3,7 +3,8 @@
 # make test-all   everything, what only repeats and the slow training tests, the matrix over ranks, the tables of digits and shapes (about two hours and a half)
 # make storm      kills, signals, full disks, flipped bits and hostile folders in rounds: MINUTES=60, SEED=7 for the same rounds again
 # make bench      benchmark suites beside their peers, results and tables (about half an hour)
-# make gpu-check  all kernel tests and GPU benchmarks on the GPU of this machine, with the interpreter and torch of PYTHON
+# make gpu-check  nine minutes on the GPU of this machine, in stages, with the interpreter and torch of PYTHON: STAGES=smoke,step for some
+# make gpu-report the results of it as tables in docs/performance.md, and which goals they reach
 # make clean      remove the environment and build output (runs/ is kept)
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 # What an image of a container may have set: without bytecode on disk every process compiles all of its libraries again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all storm bench gpu-check lint setup clean
+.PHONY: demo test test-all storm bench gpu-check gpu-report lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -72,19 +73,16 @@ bench: setup
 	@$(BIN)/python bench/floor.py
 	@$(BIN)/python bench/tables.py --write docs/performance.md
 
-# A GPU machine brings its own torch, built for its driver: no environment is made here. It needs pytest, pytest-benchmark,
-# hypothesis, expecttest and diffusers beside torch and triton.
+# A GPU machine brings its own torch, built for its driver: no environment is made here. Its suites and whole runs need pytest,
+# hypothesis, expecttest, pydantic, pyyaml and diffusers beside torch and triton; a stage without what it needs fails and the others go on.
+STAGES ?=
+GPU_RESULTS ?= bench/results/gpu
+
 gpu-check:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")' || exit 2
-	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/kernels
-	@if $(PYTHON) -c 'import diffusers, pydantic, yaml' 2>/dev/null; \
-		then PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o addopts=-q tests/engine/test_loop_gpu.py; \
-		else echo "gpu-check: the loop's own tests are left out, they need diffusers, pydantic and pyyaml"; fi
-	@PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec 'for suite in bench/test_gpu_*.py; do test -f $$suite || continue; \
-		$(PYTHON) -m pytest -o addopts=-q $$suite --benchmark-json=bench/results/$$(basename $$suite .py | cut -c 6-).json; done'
-	@if $(PYTHON) -c 'import diffusers, pydantic, yaml' 2>/dev/null; then PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} sh -ec ' \
-		for arch in sd15 sdxl; do $(PYTHON) bench/full_size.py --arch $$arch --batch 1 --output bench/results/full_size_$$arch.json; done; \
-		$(PYTHON) bench/full_size.py --arch sd15 --batch 8 --output bench/results/full_size_sd15_batch8.json'; fi
+	@$(PYTHON) bench/gpu/check.py --stages "$(STAGES)" --output $(GPU_RESULTS)
+
+gpu-report:
+	@$(PYTHON) bench/gpu/report.py --input $(GPU_RESULTS) --write docs/performance.md
 
 clean:
 	rm -rf $(VENV) build

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-SUITES = ("adam", "adam_slow_memory", "threshold", "saliency", "bits", "gpu")
+SUITES = ("adam", "adam_slow_memory", "threshold", "saliency", "bits")
 PARTS_COMMAND = "python bench/parts.py --label NAME"
 SHORTEST_SHARE = 0.0005
 
