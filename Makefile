@@ -5,6 +5,7 @@
 # make bench      benchmark suites beside their peers, results and tables (about half an hour)
 # make gpu-check  nine minutes on the GPU of this machine, in stages, with the interpreter and torch of PYTHON: STAGES=smoke,step for some
 # make gpu-report the results of it as tables in docs/performance.md, and which goals they reach
+# make hub-kernel the folder from which kernel-builder makes a kernel for the Hugging Face hub, in build/hub
 # make clean      remove the environment and build output (runs/ is kept)
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ FOLDERS := $(shell find pecker_fast kernels -type d -not -name __pycache__)
 # What an image of a container may have set: without bytecode on disk every process compiles all of its libraries again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all storm bench gpu-check gpu-report lint setup clean
+.PHONY: demo test test-all storm bench gpu-check gpu-report hub-kernel lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -83,6 +84,11 @@ gpu-check:
 
 gpu-report:
 	@$(PYTHON) bench/gpu/report.py --input $(GPU_RESULTS) --write docs/performance.md
+
+HUB_KERNEL ?= build/hub
+
+hub-kernel:
+	@$(PYTHON) kernels/hub/make.py $(HUB_KERNEL)
 
 clean:
 	rm -rf $(VENV) build

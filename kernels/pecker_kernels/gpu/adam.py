@@ -17,7 +17,7 @@ import triton.language as tl
 from ..adam.jobs import AdamJob, AdamStep
 from ..errors import PeckerKernelsError
 from .adam_lanes import BITMAP, WARPS, WHOLE, lanes_of
-from .adam_math import as_float, clamp, float32, fma, lerp, nearest_bf16, random_bits16, round_bf16
+from .adam_math import as_float, clamp, float32, fma, lerp, load_root, nearest_bf16, random_bits16, round_bf16
 from .adam_plan import (
     BITS,
     CHUNK,
@@ -81,7 +81,7 @@ def update(
     exp_avg_sq = pointer(table, job, EXP_AVG_SQ_AT, tl.float32, ALIGNED) + state_first
     g = load_gradient(table, job, first, place, rank, row, live, tl.load(mine + 4), GRAD, MORE, SELECT, COMPACT_GRADS,
                       SCALED, ALIGNED)  # fmt: skip
-    v = tl.load(exp_avg_sq + state_row, mask=live)
+    v = load_root(exp_avg_sq + state_row, live)
     if MASTER:
         master = pointer(table, job, MASTER_AT, tl.float32, ALIGNED) + state_first
         p = tl.load(master + state_row, mask=live)

@@ -91,3 +91,12 @@ def clamp(g, clip_value):
     """To ±clip_value; NaN stays NaN."""
     g = tl.where(g > clip_value, clip_value, g)
     return tl.where(g < -clip_value, -clip_value, g)
+
+
+@triton.jit
+def load_root(address, live):
+    """What a root is taken of; 1 in lanes that are not live: that of 0 would take all lanes of a warp the slow way."""
+    if live is None:
+        return tl.load(address)
+    else:
+        return tl.load(address, mask=live, other=1.0)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..scores.backend import ALL_TIES
 from .registry import KernelBuild
-from .table import TRITON_TYPES, Table, block_start, load_bits, pointer, table, values_left
-from .threshold import BLOCK, WARPS, by_dtype, faults_of
+from .table import TRITON_TYPES, Table, block_start, load_bits, table, values_left
+from .threshold import _NEGATIVE, _NOT_FINITE, BLOCK, WARPS, by_dtype
 
 
 def tie_bytes_moved(n: int, element_size: int) -> float:
@@ -33,6 +33,31 @@ def _order(raw, MAGNITUDE: tl.constexpr):
         return key
     else:
         return tl.where(raw < 0, -key, key)
+
+
+@triton.jit
+def _above(score, cut):
+    """cut < score ≤ inf, by one comparison: what is not above wraps around, NaN lies above inf. cut ≥ −1."""
+    limit = (tl.full((), 0x7F800000, tl.int32) - cut).to(tl.uint32, bitcast=True)
+    return (score - (cut + 1)).to(tl.uint32, bitcast=True) < limit
+
+
+@triton.jit
+def _faults(raw, score, MAGNITUDE: tl.constexpr):
+    """NOT_FINITE and NEGATIVE of a block, dead lanes 0."""
+    bad = tl.where(tl.max(raw & 0x7FFFFFFF, axis=0) >= 0x7F800000, _NOT_FINITE, 0)
+    if not MAGNITUDE:
+        bad |= tl.where(tl.min(score, axis=0) < 0, _NEGATIVE, 0)
+    return bad
+
+
+@triton.jit
+def _ones(word):
+    """Bits that are set in each int32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24) & 255
 
 
 @triton.jit(do_not_specialize=["cut"])
@@ -60,26 +85,36 @@ def keep_kernel(
     row = rows + 4 * tensor
     left = values_left(start, tl.load(row + 2), BLOCK)
     slot = tl.load(row + 3)
-    raw = load_bits(row, start, left, KIND, ALIGNED, BLOCK)
-    live = tl.arange(0, BLOCK) < left
-    bad = faults_of(raw, live, MAGNITUDE)
-    tl.atomic_or(faults + slot, bad, mask=bad != 0, sem="relaxed")
-
+    raw = load_bits(row, start, left, KIND, ALIGNED, BLOCK)  # 0 behind the end
     score = _order(raw, MAGNITUDE)
-    # NaN lies above inf.
-    keep = (score > cut) & (score <= 0x7F800000) & live
-    tie = (score == cut) & live
+    # inf, NaN and what lies below zero are the largest as unsigned numbers: one maximum, and a second look where there is one
+    if tl.max(score.to(tl.uint32, bitcast=True), axis=0) >= 0x7F800000:
+        bad = _faults(raw, score, MAGNITUDE)
+        tl.atomic_or(faults + slot, bad, mask=bad != 0, sem="relaxed")
+
     room = tl.load(rooms + tensor)
     if RANKED:
+        keep = _above(score, cut)
+        tie = score == cut
+        if left < BLOCK:
+            tie = tie & (tl.arange(0, BLOCK) < left)
         rank = tl.load(before + tl.program_id(0)) + tl.cumsum(tie.to(tl.int32), axis=0)
         keep |= tie & (rank <= room)
     else:
-        keep |= tie & (room != 0)
-    tl.atomic_add(counts + slot, tl.sum(keep.to(tl.int32), axis=0).to(tl.int64), sem="relaxed")
-    ones = tl.reshape(keep.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
-    byte = tl.arange(0, BLOCK // 8)
-    bits = pointer(row + 1, tl.uint8, False) + start // 8
-    tl.store(bits + byte, tl.sum(ones, axis=1).to(tl.uint8), mask=byte * 8 < left)
+        keep = _above(score, cut - (room != 0).to(tl.int32))
+    if left < BLOCK:
+        keep = keep & (tl.arange(0, BLOCK) < left)
+    one = tl.full((), 1, tl.int32) << tl.arange(0, 32)
+    words = tl.sum(tl.where(tl.reshape(keep, [BLOCK // 32, 32]), one[None, :], 0), axis=1)
+    tl.atomic_add(counts + slot, tl.sum(_ones(words), axis=0).to(tl.int64), sem="relaxed")
+    address = tl.load(row + 1) + start // 8
+    word = tl.arange(0, BLOCK // 32)
+    if left == BLOCK:
+        tl.store(address.to(tl.pointer_type(tl.int32)) + word, words)
+    else:  # the last byte of a tensor's bits need not end a word
+        byte = 4 * word[:, None] + tl.arange(0, 4)[None, :]
+        value = (words[:, None] >> (8 * tl.arange(0, 4)[None, :])) & 255
+        tl.store(address.to(tl.pointer_type(tl.uint8)) + byte, value.to(tl.uint8), mask=byte * 8 < left)
 
 
 def pattern(threshold: float, dtype: torch.dtype) -> int:

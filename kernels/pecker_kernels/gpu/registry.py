@@ -42,7 +42,7 @@ class KernelBuild:
 @dataclass(frozen=True)
 class BuildReport:
     """What the compiler made of a kernel. spill_bytes: stores and loads. shared_bytes: shared memory per block.
-    vector_accesses: loads and stores of several values of global memory at once."""
+    vector_accesses: loads and stores of several values of global memory at once. instructions: of all branches."""
 
     kernel: str
     arch: str
@@ -52,6 +52,7 @@ class BuildReport:
     widest_load_bits: int
     widest_store_bits: int
     vector_accesses: int
+    instructions: int
 
 
 def builds() -> Iterator[KernelBuild]:
@@ -88,7 +89,7 @@ def compile_build(build: KernelBuild, arch: int) -> BuildReport:
     options = {"num_warps": build.num_warps, **build.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
-    registers, spill_bytes = _assembler_report(ptx)
+    registers, spill_bytes, instructions = _assembler_report(ptx)
     return BuildReport(
         build.name,
         f"sm_{arch}",
@@ -98,11 +99,12 @@ def compile_build(build: KernelBuild, arch: int) -> BuildReport:
         widest_access_bits(ptx, "ld"),
         widest_access_bits(ptx, "st"),
         len(re.findall(r"\b(?:ld|st)\.global[\w.:]*\.v\d", ptx)),
+        instructions,
     )
 
 
-def _assembler_report(ptx: str) -> tuple[int, int]:
-    """(registers per thread, bytes of spill stores and loads) according to ptxas."""
+def _assembler_report(ptx: str) -> tuple[int, int, int]:
+    """(registers per thread, bytes of spill stores and loads, instructions) according to ptxas and nvdisasm."""
     from triton import knobs
 
     target = re.search(r"\.target (sm_\w+)", ptx)
@@ -112,8 +114,12 @@ def _assembler_report(ptx: str) -> tuple[int, int]:
         source.write_text(ptx)
         command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{source}.cubin"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        listed = [knobs.nvidia.nvdisasm.path, "-c", f"{source}.cubin"]
+        code = subprocess.run(listed, check=True, capture_output=True, text=True).stdout
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     registers = re.search(r"Used (\d+) registers", log)
     assert registers is not None, log
     assert spills, log
-    return int(registers[1]), sum(spills)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(?!NOP)[A-Z]", code, re.M)
+    assert instructions, code[:1000]
+    return int(registers[1]), sum(spills), len(instructions)
