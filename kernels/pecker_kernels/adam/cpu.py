@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,19 +82,24 @@ class _Table:
 
     def __init__(self, jobs: Sequence[AdamJob]) -> None:
         self.jobs = jobs  # keeps alive what the rows point to
-        self.addresses = self._addresses(jobs)
+        self.plain = False  # no gradient had to be copied, and there is one of each job at most
+        self.fixed = [t for job in jobs for t in (job.param, job.step, *_state(job))]
+        self.addresses = self._addresses()
         self.rows = np.array([_fixed_row(job) for job in jobs], dtype=np.int64).reshape(-1, _COLUMNS)
 
-    @staticmethod
-    def _addresses(jobs: Sequence[AdamJob]) -> list[tuple[int, int]]:
-        return [(t.data_ptr(), t.numel()) for job in jobs for t in (job.param, job.step, *_state(job))]
+    def _addresses(self) -> tuple[list[int], list[int]]:
+        return list(map(Tensor.data_ptr, self.fixed)), list(map(Tensor.numel, self.fixed))
 
     def fits(self, jobs: Sequence[AdamJob]) -> bool:
         """Whether these are the jobs it was made for and nothing was moved; jobs are changed in their gradients only."""
-        return jobs is self.jobs and self.addresses == self._addresses(jobs)
+        return jobs is self.jobs and self.addresses == self._addresses()
 
-    def fill(self, jobs: Sequence[AdamJob]) -> list[Tensor]:
-        """Point the rows at this step's gradients; returns what must live until the call is done."""
+    def fill(self, jobs: Sequence[AdamJob], same: bool = False) -> list[Tensor]:
+        """Point the rows at this step's gradients; returns what must live until the call is done. same: of the kind they were of
+        the last time."""
+        if same and self.plain and not any(job.grad.is_neg() for job in jobs if job.grad is not None):
+            self.rows[:, _GRAD] = [_pointer(job.grad) for job in jobs]
+            return []  # the jobs hold them
         held: list[Tensor] = []
 
         def laid_out(g: Tensor, p: Tensor, compact: bool) -> Tensor:
@@ -110,6 +116,8 @@ class _Table:
             self.rows[:, _GRAD + i] = [0 if g is None else g.data_ptr() for g in ready]
             self.rows[:, _GRAD_COMPACT + i] = compact
             self.rows[:, _GRAD_DTYPE + i] = [0 if g is None else DTYPES[g.dtype] for g in ready]
+            copied = any(map(operator.is_not, ready, grads))
+            self.plain = not copied and (i == 0 or self.plain) and (i == 0 or not any(g is not None for g in grads))
         return held
 
 
@@ -124,6 +132,8 @@ def _settings(s: AdamStep, factor: float = 1.0) -> _Settings:
 
 def _table(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> _Table:
     table = cache.get("cpu")
+    if table is not None and cache.get("ready") is jobs:  # looked at in this very step
+        return table
     if table is None or not table.fits(jobs):
         for job in jobs:
             job.check()
@@ -159,8 +169,9 @@ def grad_stats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any
 
 
 def prepare(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> None:
-    """Raise now what `step` would raise."""
+    """Raise now what `step` would raise. Until `cache["ready"]` is taken out nothing but gradients may change."""
     _table(jobs, cache)
+    cache["ready"] = jobs
 
 
 def advance(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> None:
@@ -169,15 +180,15 @@ def advance(jobs: Sequence[AdamJob], cache: dict[str, Any]) -> None:
     native.library().pecker_advance(table.rows.ctypes.data, len(table.rows))
 
 
-def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any]) -> None:
-    """Carry out the jobs. cache: a dict the caller keeps for these jobs between steps.
+def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[str, Any], alike: bool = False) -> None:
+    """Carry out the jobs. cache: a dict the caller keeps for these jobs between steps. alike: gradients are of the kind they were.
 
     Raises NativeLibraryError where `refusal` gives a reason.
     """
     if settings.found_inf is not None and float(settings.found_inf) != 0:
         return
     table = _table(jobs, cache)
-    held = table.fill(jobs)
+    held = table.fill(jobs, alike)
     factor = 1.0
     if settings.clip_norm is not None:
         norm = math.sqrt(_stats(table.rows, _settings(settings)).square_sum)

@@ -14,6 +14,7 @@ from ..errors import PeckerKernelsError
 from ..mask.saliency import SaliencyMask
 from .jobs import AdamJob, AdamStep, refuse_shared
 from .lanes import Lanes
+from .seen import Seen
 from .settings import check_group
 from .state import HALF, LaneState
 from .step import AdamPlan, choose
@@ -148,6 +149,7 @@ class MaskedAdam(LaneState):
             finally:
                 # The next backward pass needs the gradients' memory.
                 for plan in self._plans.values():
+                    plan.cache.pop("ready", None)
                     for job in plan.jobs:
                         job.grad = job.masked_grad = None
         return loss
@@ -155,15 +157,13 @@ class MaskedAdam(LaneState):
     def _step_all(self, given: dict[Tensor, Tensor], extra: dict[Tensor, Tensor] | None) -> None:
         """Everything that can be refused is refused before a step is counted or a weight written."""
         work = []
-        offset = 0
         # A scaler has looked at p.grad alone.
         unseen = (extra is not None or bool(given)) and getattr(self, "found_inf", None) is not None
         for i, group in enumerate(self.param_groups):
-            plan = self._plan(i, group, given, extra, offset)
+            plan = self._plan(i, group, given, extra)
             if plan is not None:
                 plan.prepare()
                 work.append((plan, self._settings(group, plan.device), group["check_finite"] or unseen))
-            offset += sum(p.numel() for p in group["params"])
         self._skip_not_finite(work)
         for plan, settings, _ in work:
             plan.advance(settings)
@@ -238,10 +238,17 @@ class MaskedAdam(LaneState):
         group: dict[str, Any],
         given: dict[Tensor, Tensor],
         extra: dict[Tensor, Tensor] | None,
-        offset: int,
     ) -> AdamPlan | None:
-        """The jobs of one group whose first weight has flat index `offset` in the model; None where no parameter has a
-        gradient. Jobs of an earlier step are taken up again where only gradients have changed."""
+        """The jobs of one group; None where no parameter has a gradient. Jobs of an earlier step are taken up again where only
+        gradients have changed."""
+        old = self._plans.get(i)
+        if old is not None and old.seen is not None and extra is None and not given:
+            found = old.seen.still(group, self.state)
+            if found is not None:
+                old.alike = True
+                for job, g in zip(old.jobs, [g for g in found if g is not None]):
+                    job.grad = g
+                return old
         if extra is not None:
             group["dense_moments"] = True
         more = extra or {}
@@ -251,12 +258,11 @@ class MaskedAdam(LaneState):
             return None
         if any(g is not None and g.is_sparse for g in grads.values()):
             raise RuntimeError("MaskedAdam does not support sparse gradients")
-        old = self._plans.get(i)
         key = (extra is None, group["impl"], *((id(p), _kind(p), _kind(grads[p]), _kind(more.get(p))) for p in live))
         if old is not None and old.key == key and self._same_state(old, group):
             plan = old
         else:
-            plan = AdamPlan(self._jobs(group, live, extra is not None, offset), key)
+            plan = AdamPlan(self._jobs(group, live, extra is not None, self._first_index(i)), key)
             if old is not None and self._same_state(old, group):
                 plan.cache = old.cache  # other gradients of the same tensors: lists of lanes stay what they are
             self._plans[i] = plan
@@ -265,7 +271,21 @@ class MaskedAdam(LaneState):
         if plan.which is None:
             refuse_shared(plan.jobs)
             plan.which = choose(group["impl"], plan.jobs)
+            if plan.which == "triton":
+                self._gather_counters(plan)
+        plan.alike = False
+        plan.seen = Seen(group, self.state, list(grads.values())) if extra is None and not given else None
         return plan
+
+    def _first_index(self, i: int) -> int:
+        """Flat index in the model of a group's first weight."""
+        return sum(p.numel() for group in self.param_groups[:i] for p in group["params"])
+
+    def _gather_counters(self, plan: AdamPlan) -> None:
+        """Let the counters of a plan lie in one tensor, which one launch moves on; each stays a number of its own to look at."""
+        plan.counters = torch.stack([job.step for job in plan.jobs])
+        for job, counter in zip(plan.jobs, plan.counters.unbind()):
+            job.step = self.state[job.param]["step"] = counter
 
     def _same_state(self, plan: AdamPlan, group: dict[str, Any]) -> bool:
         average, master = group["ema"] is not None, group["master"] == "fp32"

@@ -45,13 +45,18 @@ def choose(impl: str, jobs: Sequence[AdamJob]) -> str:
 class AdamPlan:
     """Jobs that are carried out again and again, with other gradients.
 
-    key: what the jobs were made for, for their owner. which: as from `choose`. cache: the implementation's own.
+    key, seen: what the jobs were made for, for their owner. which: as from `choose`. cache: the implementation's own.
+    counters: the jobs' counters in one piece, where they are views of it. alike: since the step before, only the addresses of
+    gradients may have changed.
     """
 
     jobs: list[AdamJob]
     key: Hashable = None
     which: str | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
+    seen: Any = None
+    counters: Tensor | None = None
+    alike: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +72,11 @@ class AdamPlan:
         if self.which == "cpu" and settings.found_inf is None:
             cpu.advance(self.jobs, self.cache)
             return
+        if self.counters is not None:
+            self.counters.add_(1)
+            if settings.found_inf is not None:
+                self.counters.sub_(settings.found_inf.to(self.counters.device))
+            return
         steps = [job.step for job in self.jobs]
         torch._foreach_add_(steps, 1)
         if settings.found_inf is not None:
@@ -75,9 +85,9 @@ class AdamPlan:
     def step(self, settings: AdamStep) -> None:
         """Carry out the jobs; see AdamStep."""
         if self.which == "cpu":
-            cpu.step(self.jobs, settings, self.cache)
+            cpu.step(self.jobs, settings, self.cache, self.alike)
         elif self.which == "triton":
-            triton_kernels("adam").step(self.jobs, settings, self.cache)
+            triton_kernels("adam").step(self.jobs, settings, self.cache, self.alike)
         else:
             assert self.which is not None
             torch_ops.step(self.jobs, settings, self.which)
@@ -87,7 +97,7 @@ class AdamPlan:
         if self.which == "cpu":
             return torch.tensor(not cpu.grad_stats(self.jobs, settings, self.cache)[1])
         if self.which == "triton":
-            return triton_kernels("gradstats").gradstats(self.jobs, settings, self.cache)[1] > 0
+            return triton_kernels("gradstats").gradstats(self.jobs, settings, self.cache, self.alike)[1] > 0
         return torch_ops.grad_stats(self.jobs, settings)
 
 

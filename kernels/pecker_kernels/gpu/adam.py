@@ -30,8 +30,7 @@ from .adam_plan import (
     PARAM_AT,
     SCALARS,
     Variant,
-    plan_for,
-    walkable,
+    planned,
 )
 from .adam_prepare import prepare
 from .gradstats import gradient_arguments, load_gradient, pointer
@@ -199,18 +198,18 @@ def compile_arguments(variant: Variant, settings: AdamStep) -> dict[str, Any]:
     }
 
 
-def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> None:
+def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any], alike: bool = False) -> None:
     """Carry out one Adam step; see adam.jobs for the terms and reference.adam_ for the formula.
 
     cache: an empty dict to begin with, kept by the caller between steps; it holds device tables and references to the
     tensors they point into. Waits for the device only where a mask is new, and can be captured in a CUDA graph after
-    one step outside it. Raises PeckerKernelsError for float64 weights, for masked weights that are not contiguous and
-    for other dtypes, devices and layouts that the kernels do not serve, before anything is written.
+    one step outside it. alike: nothing but the addresses of gradients can have changed since the last call. Raises
+    PeckerKernelsError for float64 weights, for masked weights that are not contiguous and for other dtypes, devices and
+    layouts that the kernels do not serve, before anything is written.
     """
     if settings.beta1 != 0 and any(job.exp_avg is None for job in jobs):
         raise PeckerKernelsError("exp_avg may be missing only where beta1 is 0")
-    jobs = walkable(jobs)
-    plan = plan_for(jobs, cache)
+    plan, held = planned(jobs, cache, alike)
     if plan is None:
         return
     with torch.cuda.device_of(plan.table):
@@ -230,6 +229,7 @@ def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> 
                 num_warps=WARPS,
                 **compile_arguments(variant, settings),
             )
+    del held
     # The kernels wrote behind autograd's back.
     torch.autograd.graph.increment_version([job.param for job in plan.jobs])
 

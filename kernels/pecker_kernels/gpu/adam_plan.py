@@ -6,6 +6,7 @@ sums. Addresses and masks are compared at each step, so a reallocated gradient o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -297,3 +298,67 @@ def _renew(jobs: list[AdamJob], fingerprint: Hashable, old: Plan | None, capturi
         table.copy_(pinned, non_blocking=True)
         return Plan(jobs, fingerprint, layout, lanes, launches, table, scalars, partial, [(pinned, table)])
     return Plan(jobs, fingerprint, layout, lanes, launches, _upload(rows, device), scalars, partial, spares)
+
+
+class Recent:
+    """The last call's jobs, and where everything lay in memory then."""
+
+    def __init__(self, jobs: Sequence[AdamJob], plan: Plan) -> None:
+        self.jobs, self.plan = jobs, plan
+        states = ((job.param, job.exp_avg, job.exp_avg_sq, job.master, job.ema, job.step, job.bits) for job in jobs)
+        self.fixed = [t for found in states for t in found if t is not None]
+        self.addresses = list(map(Tensor.data_ptr, self.fixed))
+        self.bits = [job.bits for job in jobs if job.bits is not None and not job.bits.is_inference()]
+        self.versions = [bits._version for bits in self.bits]
+        self.gradients = _gradients(jobs)
+
+    def unmoved(self, jobs: Sequence[AdamJob]) -> bool:
+        return (
+            jobs is self.jobs
+            and list(map(Tensor.data_ptr, self.fixed)) == self.addresses
+            and [bits._version for bits in self.bits] == self.versions
+        )
+
+
+def _gradients(jobs: Sequence[AdamJob]) -> list[int]:
+    return [0 if job.grad is None else job.grad.data_ptr() for job in jobs]
+
+
+def planned(
+    jobs: Sequence[AdamJob], cache: dict[Any, Any], alike: bool = False
+) -> tuple[Plan | None, Sequence[AdamJob]]:
+    """(plan, jobs that it walks; they hold copies of gradients, so they must outlive the launches); see `plan_for`, `walkable`.
+
+    alike: since the last call with this cache, of all that decides the plan nothing can have changed but addresses: then those of
+    gradients alone are brought up to date, where they have.
+    """
+    if alike and (plan := _as_before(jobs, cache)) is not None:
+        return plan, jobs
+    walked = walkable(jobs)
+    plan = plan_for(walked, cache)
+    cache.pop("recent", None)
+    same = len(walked) == len(jobs) and all(map(operator.is_, walked, jobs))
+    if (
+        plan is not None
+        and same
+        and not any(job.masked_grad is not None for job in jobs)
+        and not _capturing(plan.table.device)
+    ):
+        cache["recent"] = Recent(jobs, plan)
+    return plan, walked
+
+
+def _as_before(jobs: Sequence[AdamJob], cache: dict[Any, Any]) -> Plan | None:
+    recent: Recent | None = cache.get("recent")
+    if recent is None or not recent.unmoved(jobs) or _capturing(recent.plan.table.device):
+        return None
+    gradients = _gradients(jobs)
+    if gradients != recent.gradients:
+        wide = any(variant.aligned for variant, _, _ in recent.plan.launches)
+        if cache.get("captured") or (wide and any(address % 16 for address in gradients)):
+            return None  # a graph goes on reading this table, and kernels that load wide go on doing so
+        plan = recent.plan
+        plan.table[:, GRAD_AT.value].copy_(upload(torch.tensor(gradients, dtype=torch.int64), plan.table.device))
+        plan.fingerprint = None  # it is of other gradients than the table's
+        recent.gradients = gradients
+    return recent.plan

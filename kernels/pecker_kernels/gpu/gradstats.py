@@ -18,7 +18,7 @@ from torch import Tensor
 from ..adam.jobs import AdamJob, AdamStep
 from .adam_lanes import BITMAP, BLOCK, WARPS, WHOLE, lanes_of
 from .adam_math import as_float, clamp
-from .adam_plan import BITS, CHUNK, COLUMNS, GRAD_AT, MORE_AT, Plan, Variant, plan_for, walkable
+from .adam_plan import BITS, CHUNK, COLUMNS, GRAD_AT, MORE_AT, Plan, Variant, planned
 
 
 def gradstats_flops(lanes: int) -> float:
@@ -187,16 +187,17 @@ def launch(plan: Plan, settings: AdamStep) -> Tensor:
     return plan.partial.sum(dim=1, dtype=torch.float64)
 
 
-def gradstats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any]) -> Tensor:
+def gradstats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any], alike: bool = False) -> Tensor:
     """float64 [2] on the device: the square sum of the gradient over the updated weights of all jobs, unscaled, combined
     and clamped, and how many of its values are NaN or inf before clamping. Nothing waits for the device.
 
     cache: as for adam.step, to be shared with it. Raises PeckerKernelsError as adam.step does.
     """
     device = jobs[0].param.device if jobs else None
-    jobs = walkable(jobs)
-    plan = plan_for(jobs, cache)
+    plan, held = planned(jobs, cache, alike)
     if plan is None:
         return torch.zeros(2, dtype=torch.float64, device=device)
     with torch.cuda.device_of(plan.table):
-        return launch(plan, settings)
+        found = launch(plan, settings)
+    del held
+    return found

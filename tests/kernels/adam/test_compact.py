@@ -163,8 +163,8 @@ def test_gates_fail_on_other_gradients(impl, rule, monkeypatch):
         return
     fill = cpu_adam._Table.fill
 
-    def one_late(table, jobs):
-        held = fill(table, jobs)
+    def one_late(table, jobs, *same):
+        held = fill(table, jobs, *same)
         column = cpu_adam._GRAD + (rule == "differentiated")
         table.rows[:, column] += 4 * table.rows[:, column - cpu_adam._GRAD + cpu_adam._GRAD_COMPACT]
         return held
