@@ -221,7 +221,8 @@ def _build(
     offset = 0
     for variant, pieces in grouped.items():
         launches.append((variant, torch.cat(pieces), offset))
-        offset += launches[-1][1].shape[0]
+        # a launch's sums begin at a multiple of 16 bytes: at another place the kernel would be compiled a second time
+        offset += -(-launches[-1][1].shape[0] // 4) * 4
     scalars = torch.zeros(len(tables), SCALARS.value, dtype=torch.float32, device=device)
     return launches, scalars, torch.zeros(2, offset, dtype=torch.float32, device=device)
 
