@@ -198,7 +198,7 @@ def compile_arguments(variant: Variant, settings: AdamStep) -> dict[str, Any]:
     }
 
 
-def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any], alike: bool = False) -> None:
+def step(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any], alike: bool | None = None) -> None:
     """Carry out one Adam step; see adam.jobs for the terms and reference.adam_ for the formula.
 
     cache: an empty dict to begin with, kept by the caller between steps; it holds device tables and references to the

@@ -326,19 +326,19 @@ def _gradients(jobs: Sequence[AdamJob]) -> list[int]:
 
 
 def planned(
-    jobs: Sequence[AdamJob], cache: dict[Any, Any], alike: bool = False
+    jobs: Sequence[AdamJob], cache: dict[Any, Any], alike: bool | None = None
 ) -> tuple[Plan | None, Sequence[AdamJob]]:
     """(plan, jobs that it walks; they hold copies of gradients, so they must outlive the launches); see `plan_for`, `walkable`.
 
     alike: since the last call with this cache, of all that decides the plan nothing can have changed but addresses: then those of
-    gradients alone are brought up to date, where they have.
+    gradients alone are brought up to date, where they have. None: this is not kept for another call.
     """
     if alike and (plan := _as_before(jobs, cache)) is not None:
         return plan, jobs
     walked = walkable(jobs)
     plan = plan_for(walked, cache)
     cache.pop("recent", None)
-    same = len(walked) == len(jobs) and all(map(operator.is_, walked, jobs))
+    same = alike is not None and len(walked) == len(jobs) and all(map(operator.is_, walked, jobs))
     if (
         plan is not None
         and same

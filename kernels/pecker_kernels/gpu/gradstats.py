@@ -187,7 +187,7 @@ def launch(plan: Plan, settings: AdamStep) -> Tensor:
     return plan.partial.sum(dim=1, dtype=torch.float64)
 
 
-def gradstats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any], alike: bool = False) -> Tensor:
+def gradstats(jobs: Sequence[AdamJob], settings: AdamStep, cache: dict[Any, Any], alike: bool | None = None) -> Tensor:
     """float64 [2] on the device: the square sum of the gradient over the updated weights of all jobs, unscaled, combined
     and clamped, and how many of its values are NaN or inf before clamping. Nothing waits for the device.
 
