@@ -80,9 +80,8 @@ class TrainState:
         """ema ← ema + weight·(θ − ema), weight 0-dim on the device and read there; 0 changes no bit of it."""
         if self.ema is not None:
             averages, weights = self._ema_pairs(self.ema)
-            torch._foreach_lerp_(
-                averages, weights, [weight] * len(averages)
-            )  # 12 bytes a weight, and no copy of the change
+            # 12 bytes a weight, and no copy of the change
+            torch._foreach_lerp_(averages, weights, [weight] * len(averages))
 
     def _ema_pairs(self, ema: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         named = self.generator.named_parameters()

@@ -133,6 +133,7 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False
 
     Raises RecipeError or ModelError, one line.
     """
+    check_norms(recipe, pick_device())
     if files.is_hub_name(recipe.model):
         look_at_hub(recipe)  # refused before its weights are fetched
     folder = files.resolve_model(recipe.model, recipe.revision)
@@ -159,7 +160,6 @@ def load_model(recipe: Recipe, prompts: Sequence[str] = (), result: bool = False
     if recipe.engine.weights == "bf16":
         in_dtype(model.teacher.unet, torch.bfloat16)
     if recipe.engine.norms == "fused":
-        check_norms(recipe, pick_device())
         fuse_norms(model.teacher.unet)
     return model
 
