@@ -269,6 +269,15 @@ def test_what_does_not_go_together_is_one_line(tiny_model, tmp_path, keys, says)
     assert not (tmp_path / "run").exists()
 
 
-def test_every_method_checks_alike_before_loading():
+def test_every_method_says_from_the_recipe_alone_what_it_serves():
+    kinds = {"classes": {}, "prompts": {"model": "shapes", "forget": "circle", "cover": "square"}}
+    served = {name: set() for name in METHODS}
     for name in METHODS:
-        check_method(recipe_from({"method": name}))
+        for kind, keys in kinds.items():
+            try:
+                check_method(recipe_from({"method": name, **keys}))
+                served[name].add(kind)
+            except RecipeError as error:
+                assert str(error).startswith(f"method: {name}")
+    one_kind = {"uce": {"prompts"}, "relabel": {"classes"}}
+    assert served == {name: one_kind.get(name, set(kinds)) for name in METHODS}
