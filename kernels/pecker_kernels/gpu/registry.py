@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Each of these modules has a list COMPILE of KernelBuild.
-MODULES = ("bits", "threshold", "saliency", "keep", "blocks", "adam_builds", "wgrad", "norm")
+MODULES = ("bits", "threshold", "bracket", "saliency", "keep", "blocks", "adam_builds", "wgrad", "norm")
 ARCHS = (80, 90)
 
 

@@ -76,7 +76,7 @@ def accumulate_kernel(
 @triton.jit(do_not_specialize=["count", "floor_value"])
 def contrast_kernel(
     chunks, rows, counts, faults, count: tl.float32, floor_value: tl.float32,
-    MAGNITUDE: tl.constexpr, ALIGNED: tl.constexpr,
+    MAGNITUDE: tl.constexpr, CENSUS: tl.constexpr, ALIGNED: tl.constexpr,
     FEW: tl.constexpr, WINDOW: tl.constexpr, REPLICAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """score = s / (sqrt(square_sum / count) + floor_value), rounded like torch's division and root."""
@@ -90,9 +90,10 @@ def contrast_kernel(
         score = tl.abs(score)
     score = tl.div_rn(score, tl.sqrt_rn(tl.div_rn(squares, tl.zeros_like(squares) + count)) + floor_value)
     store_block(scores, start, left, score, BLOCK)
-    live = tl.arange(0, BLOCK) < left
-    raw = score.to(tl.int32, bitcast=True)
-    take_census(raw, live, counts, faults + tl.load(row + 3), MAGNITUDE, FEW, WINDOW, REPLICAS)
+    if CENSUS:
+        live = tl.arange(0, BLOCK) < left
+        raw = score.to(tl.int32, bitcast=True)
+        take_census(raw, live, counts, faults + tl.load(row + 3), MAGNITUDE, FEW, WINDOW, REPLICAS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -132,12 +133,21 @@ def accumulate(
 
 def contrast(
     scores: Sequence[Tensor], squares: Sequence[Tensor], count: int, floor_value: float, magnitude: bool,
-    counts: Tensor, faults: Tensor,
+    counts: Tensor, faults: Tensor, census: bool,
 ) -> None:  # fmt: skip
-    """Contiguous float32 tensors of equal shapes, not all empty; counts and faults as in `accumulate`."""
+    """Contiguous float32 tensors of equal shapes, not all empty; counts, faults and census as in `accumulate`."""
     launch = table([scores, squares], BLOCK)
     contrast_kernel[launch.grid](
-        launch.chunks, launch.rows, counts, faults, float(count), floor_value, magnitude, launch.aligned, **settings()
+        launch.chunks,
+        launch.rows,
+        counts,
+        faults,
+        float(count),
+        floor_value,
+        magnitude,
+        census,
+        launch.aligned,
+        **settings(),
     )
 
 
@@ -186,15 +196,15 @@ COMPILE = [
     ),
     *(
         KernelBuild(
-            f"contrast{'_magnitude' if magnitude else ''}",
+            f"contrast{'_magnitude' if magnitude else ''}{'' if census else '_alone'}",
             contrast_kernel,
             {**_CENSUS, "count": "fp32", "floor_value": "fp32"},
-            {"MAGNITUDE": magnitude, "ALIGNED": True, **_COUNTING},
+            {"MAGNITUDE": magnitude, "CENSUS": census, "ALIGNED": True, **_COUNTING},
             WARPS,
             128,
             128,
         )
-        for magnitude in (False, True)
+        for magnitude, census in ((False, True), (True, True), (True, False))
     ),
     KernelBuild(
         "rms",

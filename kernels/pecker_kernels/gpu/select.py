@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..scores.backend import FIRST_BITS, SECOND_SHIFT, Census
 from . import blocks, keep, saliency, threshold
+from . import bracket as bracketing
 from .table import on_device_of
+
+# 27 instructions a value instead of 164; for fewer values launches take longer than the work.
+SAMPLED_FROM = 1 << 22
 
 
 def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -21,8 +25,17 @@ def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _blank(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(replicated counts, int32 faults) for the kernels to add to."""
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = _device(tensors)
     return threshold.shared_counts(1 << FIRST_BITS, device), torch.zeros(len(tensors), dtype=torch.int32, device=device)
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _is_sampled(scores: Sequence[Tensor]) -> bool:
+    """Whether no selection of so many will look at a census."""
+    return sum(s.numel() for s in scores) >= SAMPLED_FROM
 
 
 def _census(counts: Tensor, faults: Tensor) -> Census:
@@ -38,6 +51,7 @@ def accumulate_(
         if grad is not None and grad.numel():
             ready = (grad.float() if grad.dtype == torch.float64 else grad).detach().contiguous()
             given.setdefault(ready.dtype, []).append((i, ready))
+    census = census and not _is_sampled(scores)
     with on_device_of(scores):
         for pairs in given.values():
             places = [i for i, _ in pairs]
@@ -53,20 +67,21 @@ def accumulate_(
 
 def rms_sums(square_sums: Sequence[Tensor], count: int) -> Tensor:
     if not any(s.numel() for s in square_sums):
-        return torch.zeros(len(square_sums), dtype=torch.float64, device=_blank(square_sums)[1].device)
+        return torch.zeros(len(square_sums), dtype=torch.float64, device=_device(square_sums))
     with on_device_of(square_sums):
         return saliency.rms_sums(square_sums, count)
 
 
 def contrast_(
     scores: Sequence[Tensor], square_sums: Sequence[Tensor], count: int, floor_value: float, magnitude: bool
-) -> Census:
+) -> Census | None:
     counts, faults = _blank(scores)
+    census = not _is_sampled(scores)
     if any(s.numel() for s in scores):
         with on_device_of(scores):
-            saliency.contrast(scores, square_sums, count, floor_value, magnitude, counts, faults)
+            saliency.contrast(scores, square_sums, count, floor_value, magnitude, counts, faults, census)
         torch.autograd.graph.increment_version(scores)
-    return _census(counts, faults)
+    return _census(counts, faults) if census else None
 
 
 def census(tensors: Sequence[Tensor], magnitude: bool) -> Census:
@@ -76,12 +91,32 @@ def census(tensors: Sequence[Tensor], magnitude: bool) -> Census:
     return _census(counts, faults)
 
 
+def sample(tensors: Sequence[Tensor], per: int) -> Tensor:
+    if not any(t.numel() for t in tensors):
+        return torch.zeros(0, dtype=torch.int32, device=_device(tensors))
+    with on_device_of(tensors):
+        return bracketing.sample(_plain(tensors), per)
+
+
+def bracket(
+    tensors: Sequence[Tensor], magnitude: bool, bounds: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    device = _device(tensors)
+    if not any(t.numel() for t in tensors):
+        none = torch.zeros(1, dtype=torch.int64, device=device)
+        faults = torch.zeros(len(tensors), dtype=torch.uint8, device=device)
+        return none, none, torch.zeros(1, 1, dtype=torch.int32, device=device), faults
+    with on_device_of(tensors):
+        above, filled, pool, faults = bracketing.bracket(_plain(tensors), magnitude, bounds, capacity)
+    return above, filled, pool, faults.to(torch.uint8)
+
+
 def second_histogram(
     tensors: Sequence[Tensor], magnitude: bool, prefix: int, expected: int
 ) -> tuple[Tensor, Tensor | None]:
     total = sum(t.numel() for t in tensors)
     if not total:
-        return torch.zeros(1 << threshold.SECOND_BITS, dtype=torch.int64, device=_blank(tensors)[1].device), None
+        return torch.zeros(1 << threshold.SECOND_BITS, dtype=torch.int64, device=_device(tensors)), None
     pool = None
     if expected <= threshold.POOL_SHARE * total:
         pool = torch.empty(expected, dtype=torch.int32, device=tensors[0].device)
@@ -93,7 +128,7 @@ def third_histogram(tensors: Sequence[Tensor], magnitude: bool, prefix: int, poo
     # Keys are patterns of float32 values, so a pool is one more tensor of scores.
     sources = [pool.view(torch.float32)] if pool is not None and pool.numel() else _plain(tensors)
     if not any(t.numel() for t in sources):
-        return torch.zeros(1 << threshold.SECOND_BITS, dtype=torch.int64, device=_blank(tensors)[1].device)
+        return torch.zeros(1 << threshold.SECOND_BITS, dtype=torch.int64, device=_device(tensors))
     with on_device_of(sources):
         return threshold.digit_counts(sources, prefix, 0, None)
 

@@ -24,6 +24,7 @@ from ..errors import PeckerKernelsError
 FIRST_BITS, SECOND_BITS, THIRD_BITS = 11, 10, 10
 FIRST_SHIFT, SECOND_SHIFT = 20, 10
 NOT_FINITE, NEGATIVE = 1, 2  # bits of a fault
+SAMPLE_BLOCK = 4096
 ALL_TIES = -1
 
 
@@ -50,7 +51,8 @@ class Backend(Protocol):
         """score += g ("sum"), |g| ("abs") or g·g ("square") in float32 and in place, g rounded to float32 first.
 
         scores: contiguous float32. grads: same shapes, float32 | float16 | bfloat16 | float64, any strides, None for
-        zero. census: return the census of the new scores, all of them (magnitude for "sum"), else None.
+        zero. census: return the census of the new scores, all of them (magnitude for "sum"), unless it would not be used
+        (SAMPLED_FROM), else None.
         """
 
     def rms_sums(self, square_sums: Sequence[Tensor], count: int) -> Tensor:
@@ -59,12 +61,30 @@ class Backend(Protocol):
 
     def contrast_(
         self, scores: Sequence[Tensor], square_sums: Sequence[Tensor], count: int, floor_value: float, magnitude: bool
-    ) -> Census:
+    ) -> Census | None:
         """score = s / (sqrt(square_sum / count) + floor_value) in float32 and in place, s = |score| with magnitude;
-        returns the census of the new scores. All tensors contiguous float32 of equal shapes."""
+        returns the census of the new scores, unless it would not be used. All tensors contiguous float32 of equal shapes."""
 
     def census(self, tensors: Sequence[Tensor], magnitude: bool) -> Census:
         """The first histogram and the faults."""
+
+    SAMPLED_FROM: int | None
+    """How many values, over all ranks, there must be for a selection to begin with `sample` and `bracket`; None: never. Where it
+    does, no census is used: `accumulate_` and `contrast_` may leave it out from there on."""
+
+    def sample(self, tensors: Sequence[Tensor], per: int) -> Tensor:
+        """int32 [any number]: keys of values at pseudo-random places, the same in every call: `per` of them, a power of two up to
+        SAMPLE_BLOCK, in every SAMPLE_BLOCK values of a tensor. -1 stands for places behind its end, so that every value is as
+        likely to be taken as every other."""
+
+    def bracket(
+        self, tensors: Sequence[Tensor], magnitude: bool, bounds: Tensor, capacity: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(above, filled, pool, faults): keys above bounds[1], int64 [1], and those from bounds[0] to bounds[1] in any order.
+
+        bounds: int32 [2] on the tensors' device. pool: int32 [regions, room of each], with room for `capacity` or a little more.
+        filled: integers [regions], how many keys fell into each; where one is more than its room, the pool lacks some. faults: as
+        in Census; keys of faulty tensors may be counted anyhow."""
 
     def second_histogram(
         self, tensors: Sequence[Tensor], magnitude: bool, prefix: int, expected: int

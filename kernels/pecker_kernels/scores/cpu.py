@@ -17,6 +17,8 @@ from ..errors import NativeLibraryError
 from ..native import library
 from .backend import FIRST_BITS, SECOND_BITS, SECOND_SHIFT, THIRD_BITS, Census, grid
 
+SAMPLED_FROM = None  # three passes of these kernels run at the speed of memory
+
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _REDUCTIONS = ("sum", "abs", "square")
 

@@ -1,6 +1,7 @@
 """The exact k-th largest score over any number of tensors and ranks, and the exact keep-set of k weights.
 
-Non-negative float32 values order like their bit patterns. Three passes count the top 11, the next 10 and the last 10 of
+Non-negative float32 values order like their bit patterns. Of very many values a sample first says among which few the answer lies,
+and one pass collects those (sampling.py). Then, or where that missed, three passes count the top 11, the next 10 and the last 10 of
 the 31 bits; after each pass the bin that holds the k-th largest is known. Counts are integers, so all-reducing them
 over the ranks keeps the answer exact and independent of the order. The passes are those of scores.backend.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import PeckerKernelsError, ScoreError
+from . import sampling
 from .backend import ALL_TIES, NOT_FINITE, SECOND_BITS, THIRD_BITS, Backend, Census, serving
 
 
@@ -92,11 +94,29 @@ def run(
     for i, t in enumerate(tensors):
         if not t.is_floating_point() or t.dtype == torch.float64:
             raise PeckerKernelsError(f"{_label(names, i)}: dtype {t.dtype} is not ranked exactly in float32")
+    if ops.SAMPLED_FROM is not None:
+        total = sampling.total_of(tensors, group)
+        if total >= ops.SAMPLED_FROM and _is_rank(k, total):
+            found = sampling.find(ops, tensors, k, total, group, magnitude)
+            refuse_faults(found.faults, names, group=group)
+            if found.equal is not None:
+                return Selection(found.equal[0], found.rank, found.equal[1])
+            if found.tensors is not None:
+                return _radix(ops, found.tensors, found.rank, group, True, ops.census(found.tensors, True))
+            census = None
     if census is None:
         census = ops.census(tensors, magnitude)
     refuse_faults(census.faults, names, group=group)
+    return _radix(ops, tensors, k, group, magnitude, census)
+
+
+def _is_rank(k: int, total: int) -> bool:
+    return isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= total
+
+
+def _radix(ops: Backend, tensors: Sequence[Tensor], k: int, group: Any, magnitude: bool, census: Census) -> Selection:
     counts = _summed(census.counts, group)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= sum(counts):
+    if not _is_rank(k, sum(counts)):
         raise PeckerKernelsError(f"k must be an integer from 1 to the number of values, {sum(counts)}; got {k}")
     prefix, rank = find_digit(counts, k)
     expected = counts[prefix] if group is None else int(census.counts[prefix])

@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .backend import ALL_TIES, FIRST_BITS, FIRST_SHIFT, NEGATIVE, NOT_FINITE, SECOND_BITS, SECOND_SHIFT, Census
+from .backend import (
+    ALL_TIES,
+    FIRST_BITS,
+    FIRST_SHIFT,
+    NEGATIVE,
+    NOT_FINITE,
+    SAMPLE_BLOCK,
+    SECOND_BITS,
+    SECOND_SHIFT,
+    Census,
+)
 from .backend import grid as grid_of
 
 CHUNK = 1 << 22
+SAMPLED_FROM: int | None = None
 _INFINITY = 0x7F800000  # NaN lies above
 
 
@@ -77,6 +88,43 @@ def census(tensors: Sequence[Tensor], magnitude: bool) -> Census:
 
 
 _take_census = census  # `census` is an argument of accumulate_
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """int64 in [0, 2^32) -> the same: every bit of x moves half of the bits of the result."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def sample(tensors: Sequence[Tensor], per: int) -> Tensor:
+    """One key of each of `per` equal stretches of every block, at a hashed place."""
+    found, stretch = [_zeros(tensors, 0, torch.int32)], SAMPLE_BLOCK // per
+    for i, tensor in enumerate(tensors):
+        blocks = -(-tensor.numel() // SAMPLE_BLOCK)
+        places = torch.arange(blocks * per, device=tensor.device)
+        at = places * stretch + _hashed((i * 0x9E3779B1 + places) & 0xFFFFFFFF) % stretch
+        live = at < tensor.numel()
+        keys = tensor.detach().reshape(-1)[at[live]].float().view(torch.int32) & 0x7FFFFFFF
+        found.append(torch.full_like(at, -1, dtype=torch.int32).masked_scatter_(live, keys).to(_home(tensors)))
+    return torch.cat(found)
+
+
+def bracket(
+    tensors: Sequence[Tensor], magnitude: bool, bounds: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One region, which takes `capacity` keys."""
+    above, filled = _zeros(tensors, 1), _zeros(tensors, 1)
+    pool = torch.empty(1, capacity, dtype=torch.int32, device=_home(tensors))
+    for tensor in tensors:
+        for _, keys in _chunks(tensor):
+            lower, upper = bounds.to(keys.device)
+            above += (keys > upper).sum().to(above.device)
+            inside, first = keys[(keys >= lower) & (keys <= upper)], int(filled)
+            stored = inside[: max(capacity - first, 0)]
+            pool[0, first : first + len(stored)] = stored.to(pool.device)
+            filled += len(inside)
+    return above, filled, pool, census(tensors, magnitude).faults
 
 
 def _digit_histogram(tensors: Sequence[Tensor], prefix: int, shift: int, bits: int) -> Tensor:

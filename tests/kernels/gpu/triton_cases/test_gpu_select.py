@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from kernel_gates import block_sizes, check_accuracy, fill_grads, small_model
 from pecker_kernels import PeckerKernelsError
-from pecker_kernels.gpu import blocks, keep, saliency, select, table, threshold
+from pecker_kernels.gpu import blocks, bracket, keep, saliency, select, table, threshold
 from pecker_kernels.scores import torch_ops as torch_select
 from pecker_kernels.scores.backend import ALL_TIES
 
@@ -19,8 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def block_size(request, monkeypatch):
     """Small: many blocks per tensor, several rounds in every histogram, hardly any single additions."""
     if request.param == "small blocks":
-        for module in (threshold, saliency, keep, blocks):
+        for module in (threshold, saliency, keep, blocks, bracket):
             monkeypatch.setattr(module, "BLOCK", 256)
+        monkeypatch.setattr(torch_select, "SAMPLE_BLOCK", 256)
+        monkeypatch.setattr(bracket, "REGIONS", 4)
         monkeypatch.setattr(threshold, "WINDOW", 32)
         monkeypatch.setattr(threshold, "REPLICAS", 3)
 
@@ -111,6 +113,52 @@ def test_histograms_of_mixed_dtypes(device):
     check_histograms([t for dtype in DTYPES for t in scores_like("spread", device, dtype, (65, 700))], False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples(device, poison, dtype):
+    tensors = [*scores_like("normal", device, dtype), *shifted(scores_like("normal", device, dtype, (900,), 1), 3)]
+    for per in (1, 4, 256):
+        ours, truth = select.sample(tensors, per), torch_select.sample(tensors, per)
+        assert torch.equal(ours, truth)
+        assert (truth >= 0).any()
+
+
+def check_bracket(tensors, magnitude, capacity, ends=(0.6, 0.3)):
+    """ends: shares of the values that reach the bounds."""
+    keys = torch.cat([t.detach().reshape(-1).float() for t in tensors]).view(torch.int32) & 0x7FFFFFFF
+    bounds = keys.sort(descending=True).values[[int(len(keys) * share) for share in ends]]
+    above, filled, pool, faults = select.bracket(tensors, magnitude, bounds, capacity)
+    inside = keys[(keys >= bounds[0]) & (keys <= bounds[1])].sort().values
+    assert int(above) == int((keys > bounds[1]).sum())
+    assert int(filled.sum()) == len(inside)
+    assert torch.equal(faults, torch_select.bracket(tensors, magnitude, bounds, len(keys))[3])
+    held = [pool[i, : min(n, pool.shape[1])] for i, n in enumerate(filled.tolist())]
+    if all(n <= pool.shape[1] for n in filled.tolist()):
+        assert torch.equal(torch.cat(held).sort().values, inside)
+    else:
+        assert torch.isin(torch.cat(held), inside).all()
+    return [len(h) for h in held]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_brackets(device, poison, kind):
+    check_bracket(scores_like(kind, device), False, 4000 * bracket.REGIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_brackets_of_signed_scores_at_any_address_in_a_pool_too_small(device, poison, dtype):
+    tensors = [t * (1 - 2 * (torch.arange(t.numel(), device=device) % 2)) for t in scores_like("normal", device, dtype)]
+    held = check_bracket([*shifted(tensors, 3), tensors[6].reshape(16, 32).t()], True, 8 * bracket.REGIONS)
+    assert max(held) == 8
+
+
+def one_more_above(arguments):
+    arguments[3].add_(1)
+
+
+def one_key_astray(arguments):
+    arguments[5].view(-1)[:1].add_(1 << 24)
+
+
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_faults_name_the_tensor(device, magnitude):
     bad = {1: float("nan"), 2: float("inf"), 3: -1.0, 4: -float("inf"), 5: -0.0, 6: -1e-45, 7: -float("nan")}
@@ -119,6 +167,10 @@ def test_faults_name_the_tensor(device, magnitude):
         tensors[i][599 - i] = value
     ours, truth = select.census(tensors, magnitude), torch_select.census(tensors, magnitude)
     finite = (truth.faults & 1) == 0
+    seen = select.bracket(tensors, magnitude, torch.tensor([5, 9], dtype=torch.int32, device=device), 99)[3]
+    for found in (ours.faults, seen):
+        assert torch.equal(found[finite], truth.faults[finite])
+        assert torch.equal(found & 1, truth.faults & 1)
     assert torch.equal(ours.faults & 1, truth.faults & 1)
     assert torch.equal(ours.faults[finite], truth.faults[finite])
     cut = 0.5
@@ -250,10 +302,15 @@ def test_positions_beyond_int32(device):
     assert out.tolist() == [2_000_000 * 4096, 3, 7]
 
 
-@pytest.mark.parametrize("reduction", ["sum", "abs", "square"])
-def test_masks_of_a_model_are_those_of_the_reference(device, monkeypatch, reduction):
+@pytest.mark.parametrize(
+    ("reduction", "sampled"), [("sum", False), ("abs", False), ("square", False), ("sum", True), ("abs", True)]
+)
+def test_masks_of_a_model_are_those_of_the_reference(device, monkeypatch, reduction, sampled):
     masks = []
     monkeypatch.undo()  # blocks as launched, in the interpreter too
+    if sampled:
+        monkeypatch.setattr(select, "SAMPLED_FROM", 1)
+        monkeypatch.setattr(select, "census", only_of_pools(select.census))
     for impl in ("triton", "reference"):
         model = small_model().to(device)
         scores = pk.SaliencyScores(model.named_parameters(), reduction, impl)
@@ -268,6 +325,16 @@ def test_masks_of_a_model_are_those_of_the_reference(device, monkeypatch, reduct
     for ours, truth in zip(masks[:3], masks[3:]):
         assert ours == truth
         assert 0.25 < ours.density < 0.6
+
+
+def only_of_pools(census):
+    """No first pass over all scores where a sample did."""
+
+    def checked(tensors, magnitude):
+        assert len(tensors) == bracket.REGIONS
+        return census(tensors, magnitude)
+
+    return checked
 
 
 class Spoiled:
@@ -298,10 +365,22 @@ def one_tie_less(arguments):
     [
         (threshold, "census_kernel", shift_bins, lambda device: check_histograms(scores_like("few", device), False)),
         (threshold, "digits_kernel", shift_bins, lambda device: check_histograms(scores_like("few", device), False)),
+        (
+            bracket,
+            "bracket_kernel",
+            one_more_above,
+            lambda device: check_bracket(scores_like("normal", device), False, 9999),
+        ),
+        (
+            bracket,
+            "bracket_kernel",
+            one_key_astray,
+            lambda device: check_bracket(scores_like("normal", device), False, 99999),
+        ),
         (keep, "ties_kernel", one_tie_less, lambda device: check_keep(scores_like("few", device))),
         (saliency, "accumulate_kernel", None, lambda device: check_accumulate(device, "abs", torch.float32, 0)),
     ],
-    ids=["first histogram", "digit", "ties", "accumulate that does nothing"],
+    ids=["first histogram", "digit", "above", "pool", "ties", "accumulate that does nothing"],
 )
 def test_the_gates_see_a_broken_kernel(device, monkeypatch, module, name, change, check):
     check(device)
@@ -318,6 +397,8 @@ def test_empty_lists_and_tensors(device):
         assert int(select.accumulate_(tensors, [None] * n, "abs", True).counts.sum()) == 0
         assert int(select.contrast_(tensors, tensors, 1, 0.1, False).counts.sum()) == 0
         assert select.rms_sums(tensors, 1).tolist() == [0.0] * n
+        assert select.sample(tensors, 4).tolist() == []
+        assert int(select.bracket(tensors, False, torch.zeros(2, dtype=torch.int32), 9)[1].sum()) == 0
         assert int(select.second_histogram(tensors, False, 5, 0)[0].sum()) == 0
         assert int(select.third_histogram(tensors, False, 5, None).sum()) == 0
         assert select.tie_counts(tensors, False, 0.5).tolist() == [0] * n
