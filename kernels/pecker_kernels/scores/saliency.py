@@ -22,7 +22,7 @@ def contrast_(
     floor: float,
     magnitude: bool,
     names: Sequence[str] | None = None,
-) -> Census:
+) -> Census | None:
     """SaliencyScores.contrast_ on plain tensors, by a given implementation: contiguous float32 of equal shapes."""
     check_floor(floor)
     sums = ops.rms_sums(square_sums, count).tolist()
